@@ -1,0 +1,1 @@
+"""The data commands: each is run from the repository as `python -m data.NAME`; --help says what it does."""

@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# Sets up what is missing (Python packages, data), then trains or tests.
+#
+#   ./run.sh                                      train: fineweb where there are CUDA GPUs, laptop elsewhere
+#   ./run.sh --track laptop --num_steps 100       arguments go to train_gpt.py (./run.sh --help lists them)
+#   ./run.sh test [pytest arguments]              run the tests
+#   NPROC=2 ./run.sh                              2 processes (default: one a GPU; without GPUs, one)
+#   SHARDS=2 ./run.sh --track fineweb             fetch 2 training shards of 10^8 tokens instead of the 9 a run reads
+#   PYTHON=python3 ./run.sh                       use this Python as it is and install nothing
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+die() { echo "error: $*" >&2; exit 2; }
+
+# --- Python: a .venv, built once and again whenever requirements.txt changes --------------------------------------------
+if [[ -z "${PYTHON:-}" ]]; then
+    PYTHON=.venv/bin/python
+    if ! cmp -s requirements.txt .venv/requirements.txt; then
+        base=$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3.10 ||
+               command -v python3) || die "no python3 found, expected 3.10 or newer; install it or name one in PYTHON"
+        # pyenv leaves names on the path that don't run, so the version is asked for, not read off the name
+        for candidate in "$base" "$(command -v python3)"; do
+            "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2])' 2>/dev/null && break
+            candidate=
+        done
+        [[ -n "$candidate" ]] || die "python3 is older than 3.10; install a newer one or name one in PYTHON"
+        echo "setting up .venv from requirements.txt (once; torch is large, so this can take minutes) ..."
+        rm -rf .venv
+        "$candidate" -m venv .venv || die "python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv"
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt ||
+            die "pip could not install requirements.txt (see above); mend the network and run the command again"
+        cp requirements.txt .venv/requirements.txt  # last: an interrupted set-up is begun anew
+        echo "set up .venv: $(.venv/bin/python --version), torch $(.venv/bin/python -c 'import torch; print(torch.__version__)')"
+    fi
+fi
+
+if [[ "${1:-}" == test ]]; then
+    shift
+    exec "$PYTHON" -m pytest "$@"
+fi
+for word in "$@"; do
+    [[ "$word" != -h && "$word" != --help ]] || exec "$PYTHON" train_gpt.py "$@"
+done
+
+# --- Track and processes ------------------------------------------------------------------------------------------------
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+track=
+previous=
+for word in "$@"; do
+    [[ "$previous" != --track ]] || track=$word
+    [[ "$word" != --track=* ]] || track=${word#--track=}
+    previous=$word
+done
+if [[ -z "$track" ]]; then
+    if ((gpus > 0)); then track=fineweb; else track=laptop; fi
+    echo "track $track, for there are $gpus CUDA GPUs (choose with --track)"
+    set -- --track "$track" "$@"
+fi
+nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
+[[ "$nproc" =~ ^[1-9][0-9]*$ ]] || die "NPROC is '$nproc', expected a number of processes"
+
+# --- Data ---------------------------------------------------------------------------------------------------------------
+case "$track" in
+    laptop) "$PYTHON" -m data.laptop ;;
+    fineweb) "$PYTHON" -m data.fineweb --shards "${SHARDS:-9}" ;;
+esac
+
+# --- Train --------------------------------------------------------------------------------------------------------------
+if ((nproc == 1)); then
+    exec "$PYTHON" train_gpt.py "$@"
+fi
+if ((gpus == 0)); then
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( $(getconf _NPROCESSORS_ONLN) / nproc > 0 ? $(getconf _NPROCESSORS_ONLN) / nproc : 1 ))}
+fi
+# torchrun itself, but a failed run ends with the script's own line and exit code, not with torchrun's traceback.
+exec "$PYTHON" -c '
+import os, sys
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+try:
+    main()
+except ChildFailedError as error:
+    sys.exit(max(failure.exitcode for failure in error.failures.values()) % 256 or 1)
+' --standalone --nproc_per_node="$nproc" train_gpt.py "$@"

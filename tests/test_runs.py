@@ -1,0 +1,263 @@
+"""Whole runs of the real script on a small corpus: log, golden losses, warm-up, resume, ranks, mistakes."""
+import ast
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, TINY, VAL_TOKENS, metric_lines, words
+
+import train_gpt
+from data.shards import write_shard
+from train_gpt import SEPARATOR, Optimizer, Runtime, TokenStream, UserError, warm_up
+
+GOLDEN = Path(__file__).with_name("golden_losses.txt")  # step and val_loss; PYTHONPATH=. python tests/test_runs.py LOG
+
+
+def log_of(sandbox, folder="records/scratch"):
+    (path,) = (sandbox.path / folder).glob("*.txt")
+    return path.read_text()
+
+
+def val_losses(text):
+    return [(int(step), float(loss)) for step, loss in re.findall(r"^step:(\d+)/\d+ val_loss:(\S+)", text, re.M)]
+
+
+def test_golden_losses(sandbox):
+    """A change that is not meant to change the numbers must not change them. 16 steps, an odd number of layers."""
+    done = sandbox("--num_steps=16", "--num_layers=3", "--cooldown_steps=8", "--val_every=4")
+    assert done.returncode == 0, done.stderr
+    golden = [(int(step), float(loss)) for step, loss in (line.split() for line in GOLDEN.read_text().splitlines())]
+    measured = val_losses(done.stdout)
+    assert [step for step, _ in measured] == [step for step, _ in golden]
+    for (_, ours), (_, wanted) in zip(measured, golden, strict=True):
+        assert ours == pytest.approx(wanted, abs=3e-3)  # kernels of other CPUs round otherwise
+    assert golden[0][1] == pytest.approx(5.9506, abs=1e-4) and golden[-1][1] < 4.5
+
+
+def test_log(sandbox):
+    done = sandbox("--entry=2026-01-01_Test", "--sample_tokens=20", "--seed=5")
+    assert done.returncode == 0, done.stderr
+    source, environment, metrics = log_of(sandbox, "records/2026-01-01_Test").split(SEPARATOR + "\n")
+    assert source == (sandbox.path / "train_gpt.py").read_text()
+    told = json.loads(environment[environment.index("\n{"):environment.rindex("}") + 1])
+    assert told["hyperparameters"]["seed"] == 5 and told["hyperparameters"]["track"] == "laptop"
+    assert told["torch"] == torch.__version__ and told["world_size"] == 1 and told["activations"] == "float32"
+    assert re.fullmatch(r"[0-9a-f]{12}-[0-9a-f]{12}", told["data_fingerprint"]) and "--seed=5" in told["command"]
+    for name in ("git_commit", "git_dirty", "python", "cuda", "device", "device_count", "code_hash", "target"):
+        assert name in told
+    step_lines = [line for line in metrics.splitlines() if line.startswith("step:")]
+    for line in step_lines:
+        assert re.fullmatch(r"step:\d+/6 (val|train)_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms", line)
+    assert [line.split()[0] for line in step_lines if "val_loss" in line] == ["step:0/6", "step:3/6", "step:6/6"]
+    assert [line.split()[0] for line in step_lines if "train_loss" in line] == [f"step:{s}/6" for s in range(1, 7)]
+    assert "tokens_per_second:" in metrics and "peak_memory_per_rank:" in metrics and "\nsample:\n| " in metrics
+    assert metric_lines(done.stdout) == metric_lines(metrics)
+
+
+def test_runs_repeat_bit_for_bit_and_resume_exactly(sandbox):
+    """6 steps = 3 + resume + 3, in losses, final weights and optimizer state."""
+    first = sandbox("--save_every=3", "--val_every=2")
+    assert first.returncode == 0, first.stderr
+    scratch = sandbox.path / "records/scratch"
+    (middle,) = scratch.glob("*_step000003.pt")
+    whole = torch.load(next(scratch.glob("*_step000006.pt")), weights_only=True)
+    (scratch / middle.with_suffix(".kept").name).write_bytes(middle.read_bytes())
+    for path in scratch.glob("*_step000006.pt"):
+        path.unlink()
+    second = sandbox("--save_every=3", "--val_every=2", f"--resume={middle}")
+    assert second.returncode == 0, second.stderr
+    resumed = torch.load(next(scratch.glob("*_step000006.pt")), weights_only=True)
+    after = [line for line in metric_lines(first.stdout) if int(re.match(r"step:(\d+)", line)[1]) > 3]
+    assert metric_lines(second.stdout) == after and len(after) == 5
+    for name, value in whole["model"].items():
+        assert torch.equal(value, resumed["model"][name]), name
+    for a, b in zip(whole["optimizer"]["buckets"], resumed["optimizer"]["buckets"], strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert "resumed from" in log_of(sandbox)  # in the first run's log
+
+
+def test_resume_refuses_what_does_not_belong(sandbox):
+    assert sandbox("--save_every=3").returncode == 0
+    checkpoint = next((sandbox.path / "records/scratch").glob("*_step000003.pt"))
+    for flag, named in (("--muon_lr=0.1", "muon_lr"), ("--seed=2", "seed")):
+        done = sandbox(f"--resume={checkpoint}", flag)
+        assert_one_line(done, named)
+    (sandbox.path / "train_gpt.py").open("a").write("\n# another script\n")
+    assert_one_line(sandbox(f"--resume={checkpoint}"), "code_hash")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    assert_one_line(sandbox(f"--resume={checkpoint}"), "resume")
+
+
+def test_warm_up_leaves_nothing(tiny_model, hp, tmp_path, monkeypatch):
+    """After the warm-up the weights, the optimizer and the random numbers to come are what they were, bit for bit."""
+    optimizer = Optimizer(tiny_model, hp, torch.float32)
+    weights = {name: p.detach().clone() for name, p in tiny_model.named_parameters()}
+    random_state = torch.get_rng_state()
+    updates = []
+    optimizer.adam_update = lambda *args: updates.append(train_gpt.adam_update(*args))
+    write_shard(tmp_path / "x_000001.bin", words(4000, seed=1))
+    monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
+    stream = TokenStream("x_*.bin", 257, 1, "")
+    warm_up(tiny_model, optimizer, stream, hp, Runtime(0, 1, torch.device("cpu")))
+    assert updates  # it did train meanwhile
+    assert all(torch.equal(p, weights[name]) for name, p in tiny_model.named_parameters())
+    assert all(p.grad is None for p in tiny_model.parameters()) and optimizer.num_updates == 0
+    assert not any(state.any() for bucket in optimizer.buckets for state in bucket.state.values())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_compiled_blocks_compute_the_same_and_a_growing_window_compiles_nothing(tiny_model, hp):
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler")
+    tokens = torch.randint(256, (2, 128))
+    windows = [torch.full((), w) for w in (64, 100, 128)]
+    expected = [tiny_model(tokens, tokens, w).item() for w in windows]
+    train_gpt.compile_parts(tiny_model, Optimizer(tiny_model, hp, torch.float32), torch.device("cpu"))
+    tiny_model(tokens, tokens, windows[0]).backward()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        losses = [tiny_model(tokens, tokens, w) for w in windows]
+    sum(losses).backward()
+    assert [loss.item() for loss in losses] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_growing_window_compiles_flex_attention_once():
+    """As on CUDA, but forward only, for FlexAttention has no backward on the CPU."""
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler")
+    hp = train_gpt.Hyperparameters(sequence_length=512, num_layers=2, num_heads=2, model_dim=64)
+    models = [train_gpt.build_model(hp, torch.device("cpu"), torch.float32, flex) for flex in (True, False)]
+    with torch.no_grad():
+        for model in models:
+            generator = torch.Generator().manual_seed(0)
+            for p in model.parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=generator))
+        train_gpt.compile_parts(models[0], Optimizer(models[0], hp, torch.float32), torch.device("cpu"))
+        tokens = torch.randint(50_256, (1, 512))
+        models[0](tokens, tokens, torch.tensor(64))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for window in (64, 128, 500):
+                tokens[0, window] = 50_256
+                flex, chunked = (model(tokens, tokens, torch.tensor(window)).item() for model in models)
+                assert flex == pytest.approx(chunked, abs=1e-4)
+
+
+def test_two_ranks_print_the_losses_of_one(sandbox):
+    one, two = sandbox(), sandbox(ranks=2)
+    assert one.returncode == two.returncode == 0, two.stderr
+    a, b = ([float(line.split("loss:")[1]) for line in metric_lines(run.stdout)] for run in (one, two))
+    assert len(a) == 9 and a == pytest.approx(b, abs=5e-3)
+    assert "2 x " in two.stdout and len(list((sandbox.path / "records/scratch").glob("*.txt"))) == 2
+
+
+def test_second_epoch_is_said_once(sandbox):
+    done = sandbox("--num_steps=30", "--val_every=0", "--log_every=0")  # 15,360 of 6,000 tokens
+    assert done.returncode == 0 and done.stdout.count("epoch 2") == 1, done.stderr
+
+
+def test_profile_writes_a_trace(sandbox):
+    done = sandbox("--profile")
+    assert done.returncode == 0, done.stderr
+    (path,) = (sandbox.path / "records/scratch").glob("*.trace.json")
+    assert any("aten::" in event.get("name", "") for event in json.loads(path.read_text())["traceEvents"])
+
+
+def assert_one_line(done, *named):
+    """Exit code 2, one line on stderr that names the thing, no traceback."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
+    for name in named:
+        assert name in done.stderr, done.stderr
+
+
+def replace_shard(change):
+    def mistake(root):
+        path = root / "data/laptop/laptop_train_000001.bin"
+        path.write_bytes(change(path.read_bytes()))
+    return mistake
+
+
+MISTAKES = {
+    "no data": (lambda root: shutil.rmtree(root / "data"), [], ["laptop_train_*.bin", "python -m data.laptop"]),
+    "no validation data": (lambda root: (root / "data/laptop/laptop_val_000000.bin").unlink(), [], ["laptop_val_"]),
+    "too few tokens": (lambda root: None, ["--batch_size=64"], ["6,000 tokens", "16,385"]),
+    "wrong magic": (replace_shard(lambda b: b"BINS" + b[4:]), [], ["train_000001.bin", "magic"]),
+    "truncated": (replace_shard(lambda b: b[:-10]), [], ["train_000001.bin", "size"]),
+    "ids beyond the vocabulary": (lambda root: write_shard(root / "data/laptop/laptop_train_000001.bin",
+                                                           [5000] * 4000), [], ["5000", "257"]),
+    "unknown track": (lambda root: None, ["--track=moon"], ["moon", "fineweb"]),
+    "unknown flag": (lambda root: None, ["--moun_lr=1"], ["--moun_lr"]),
+    "no GPU": (lambda root: None, ["--device=cuda"], ["--device cpu"]),
+    "unwritable log folder": (lambda root: (root / "records").write_text("a file"), [], ["records", "--entry"]),
+    "no checkpoint": (lambda root: None, ["--resume=nowhere.pt"], ["nowhere.pt"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_end_in_one_line(sandbox, name):
+    if name == "no GPU" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    mistake, flags, named = MISTAKES[name]
+    mistake(sandbox.path)
+    before = sorted(sandbox.path.rglob("*.bin"))
+    assert_one_line(sandbox(*flags), *named)
+    assert sorted(sandbox.path.rglob("*.bin")) == before and not list(sandbox.path.rglob("*.tmp"))
+
+
+def test_ranks_that_cannot_divide_the_batch(sandbox):
+    done = sandbox("--batch_size=3", ranks=2)
+    assert done.returncode != 0 and done.stderr.count("error: 3 sequences") == 1 and "--batch_size 4" in done.stderr
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(
+    "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+def test_out_of_memory_names_the_flags_to_lower(monkeypatch, capsys, error):
+    def train(hp, runtime):
+        raise error
+    monkeypatch.setattr(train_gpt, "train", train)
+    for flags, advice in ((["--micro_batch=1"], "--sequence_length 128 --batch_size 4"), ([], "--micro_batch 1")):
+        assert train_gpt.main(["--track=laptop", *TINY, *flags]) == 2
+        assert advice in capsys.readouterr().err
+
+
+def test_failed_run_says_so_in_its_log(sandbox):
+    tokens = words(6000, seed=2)
+    tokens[256 * int(np.random.RandomState(0).permutation((6000 - 1) // 256)[9]) + 10] = 300  # read at step 4
+    write_shard(sandbox.path / "data/laptop/laptop_train_000001.bin", tokens)
+    (sandbox.path / "data/laptop/laptop_train_000002.bin").unlink()
+    done = sandbox()
+    assert_one_line(done, "train_000001.bin", "300")
+    assert re.search(r"^run failed at step 4: UserError: .*train_000001.bin", log_of(sandbox), re.M)
+
+
+def test_full_disk_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    def full(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    model = torch.nn.Linear(2, 2)
+
+    class Empty:
+        state_dict = dict
+    with pytest.raises(UserError, match="No space left"):
+        train_gpt.save_checkpoint(tmp_path / "a.pt", {}, model, Empty(), Runtime(0, 1, torch.device("cpu")))
+    assert not list(tmp_path.iterdir())
+
+
+def test_import_has_no_effects():
+    """At the top level stand definitions and constants only, but for the last statement."""
+    tree = ast.parse((REPOSITORY / "train_gpt.py").read_text())
+    *body, last = tree.body
+    assert all(isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign))
+               or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) for node in body)
+    assert isinstance(last, ast.If)
+
+
+if __name__ == "__main__":  # PYTHONPATH=. python tests/test_runs.py LOG: the golden losses from a log of test_golden_losses' run
+    text = Path(sys.argv[1]).read_text()
+    GOLDEN.write_text("".join(f"{step} {loss:.4f}\n" for step, loss in val_losses(text)))
+assert VAL_TOKENS % 256 == 0
