@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 from train_gpt import TRACKS, TokenStream  # noqa: E402
 
-SPEEDRUN = "--num_steps=140 --cooldown_steps=84 --batch_size=8 --sequence_length=128 --window_end=100".split()
+SPEEDRUN = ("--num_steps=175 --cooldown_steps=105 --sequence_length=128 --window_end=100 --compile=on").split()
 LAYERS, HEADS, WIDTH, CONTEXT, BATCH, STEPS = 4, 4, 128, 64, 12, 2000
 
 
