@@ -69,9 +69,8 @@ esac
 if ((nproc == 1)); then
     exec "$PYTHON" train_gpt.py "$@"
 fi
-if ((gpus == 0)); then
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( $(getconf _NPROCESSORS_ONLN) / nproc > 0 ? $(getconf _NPROCESSORS_ONLN) / nproc : 1 ))}
-fi
+cores=$(getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
 # torchrun itself, but a failed run ends with the script's own line and exit code, not with torchrun's traceback.
 exec "$PYTHON" -c '
 import os, sys

@@ -10,8 +10,8 @@
 vocabulary and the target; everything else is yours to change. A run writes its own source, its environment and its
 losses into one log, records/scratch/<run_id>.txt.
 
-The system is the ValueEmbed record of 2024-12-04 (published: 3.2751 after 264.6 s on 8 H100s). What this file gains on
-the laptop track is measured in README.md; on GPUs this file itself has not been measured yet.
+The system is the ValueEmbed record of 2024-12-04 (published: 3.2751 after 264.6 s on 8 H100s). README.md has what this
+file reaches on the laptop track, with its log; on GPUs it has not been measured yet.
 
 Shapes in comments: T tokens of a sequence, D model width, H heads, V vocabulary, L layers, W ranks (world size).
 """
@@ -429,7 +429,7 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, max_wi
     """Sliding-window attention by batched matrix products; no window is longer than max_window. q, k, v: (1, H, T, d).
 
     The queries of a chunk of half a window see the keys of their own chunk and of the two before it: T * 1.5 max_window
-    scores instead of T * T. FlexAttention has no backward on the CPU, where this, compiled, beats causal SDPA too.
+    scores instead of T * T. Its reason to be: FlexAttention has no backward on the CPU.
     """
     (_, H, T, d), C = q.shape, max_window // 2
     N = math.ceil(T / C)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TINY, VAL_TOKENS, metric_lines, words
+from conftest import REPOSITORY, TINY, metric_lines, words
 
 import train_gpt
 from data.shards import write_shard
@@ -257,7 +257,6 @@ def test_import_has_no_effects():
     assert isinstance(last, ast.If)
 
 
-if __name__ == "__main__":  # PYTHONPATH=. python tests/test_runs.py LOG: the golden losses from a log of test_golden_losses' run
+if __name__ == "__main__":  # PYTHONPATH=. python tests/test_runs.py LOG: takes over the losses of that test's run
     text = Path(sys.argv[1]).read_text()
     GOLDEN.write_text("".join(f"{step} {loss:.4f}\n" for step, loss in val_losses(text)))
-assert VAL_TOKENS % 256 == 0
