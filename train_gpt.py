@@ -1135,8 +1135,10 @@ def train(hp: Hyperparameters, runtime: Runtime) -> None:
                 f"{runtime.world_size} x {device_name(device)}, log {log.path}")
         if compiled:
             compile_parts(model, optimizer, device)
+        start = time.perf_counter()
         with log.phase("compiling, about a minute the first time" if compiled else "warming up"):
             warm_up(model, optimizer, train_stream, hp, runtime)
+        log.say(f"{'compiled' if compiled else 'warmed up'} in {time.perf_counter() - start:.1f} s (not training time)")
         if resumed:
             model.load_state_dict(resumed["model"])
             optimizer.load_state_dict(resumed["optimizer"])

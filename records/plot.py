@@ -27,7 +27,7 @@ def main() -> None:
         points = [(int(ms) / 1000, float(loss)) for k, loss, ms in found if k == kind]
         axes.plot(*zip(*points, strict=True), **style)
     last = points[-1]
-    axes.annotate(f"{last[1]:.3f} after {last[0]:.0f} s", last, xytext=(-6, 12), textcoords="offset points", ha="right")
+    axes.annotate(f"{last[1]:.3f} after {last[0]:.0f} s", last, xytext=(0, -20), textcoords="offset points", ha="right")
     axes.axhline(told["target"], color="#d95f02", linestyle="--", label=f"target {told['target']}")
     axes.set(xlabel="training time (seconds)", ylabel="cross-entropy (nats a token)", ylim=(0.9, 3.0),
              title=f"laptop track, {told['device']}, {told['threads']} threads")
