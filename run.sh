@@ -27,7 +27,9 @@ if [[ -z "${PYTHON:-}" ]]; then
         echo "setting up .venv from requirements.txt (once; torch is large, so this can take minutes) ..."
         rm -rf .venv
         "$candidate" -m venv .venv || die "python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv"
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt ||
+        quiet=--quiet
+        [[ ! -t 1 ]] || quiet=--progress-bar=on  # a terminal is shown what happens
+        .venv/bin/python -m pip install $quiet --disable-pip-version-check -r requirements.txt ||
             die "pip could not install requirements.txt (see above); mend the network and run the command again"
         cp requirements.txt .venv/requirements.txt  # last: an interrupted set-up is begun anew
         echo "set up .venv: $(.venv/bin/python --version), torch $(.venv/bin/python -c 'import torch; print(torch.__version__)')"

@@ -43,10 +43,10 @@ def test_building_again_changes_nothing_and_mends_damage(source, tmp_path):
 
 def test_line_ends_of_windows_give_the_same_tokens(tmp_path):
     for name, end in (("unix", b"\n"), ("windows", b"\r\n")):
-        for i in range(600):
+        for i in (1, 239, 334, 417):  # the last three are validation
             path = tmp_path / name / f"module_{i}.py"
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(end.join([b"x = %d" % i] * 10_000))
+            path.write_bytes(end.join([b"x = %d" % i] * 15_000))
         build(tmp_path / name, tmp_path / f"{name}_out")
     for shard in ("laptop_val_000000.bin", "laptop_train_000001.bin"):
         assert (tmp_path / "unix_out" / shard).read_bytes() == (tmp_path / "windows_out" / shard).read_bytes()
