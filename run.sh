@@ -36,6 +36,8 @@ if [[ -z "${PYTHON:-}" ]]; then
     fi
 fi
 
+command -v "$PYTHON" >/dev/null || die "PYTHON is '$PYTHON', which can't be run; unset it to have a .venv set up"
+
 if [[ "${1:-}" == test ]]; then
     shift
     exec "$PYTHON" -m pytest "$@"
@@ -59,7 +61,14 @@ if [[ -z "$track" ]]; then
     set -- --track "$track" "$@"
 fi
 nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
-[[ "$nproc" =~ ^[1-9][0-9]*$ ]] || die "NPROC is '$nproc', expected a number of processes"
+[[ "$nproc" =~ ^[1-9][0-9]*$ ]] || die "NPROC is '$nproc', expected a number of processes from 1 on: NPROC=2 ./run.sh"
+[[ "${SHARDS:-9}" =~ ^[1-9][0-9]*$ ]] || die "SHARDS is '$SHARDS', expected a number from 1 on: SHARDS=9 ./run.sh"
+# A wrong flag is said before gigabytes are fetched for it.
+"$PYTHON" -c '
+import sys
+from train_gpt import check_hyperparameters, parse_arguments, run_as_program
+sys.exit(run_as_program(lambda: check_hyperparameters(parse_arguments(sys.argv[2:]), int(sys.argv[1]))))
+' "$nproc" "$@"
 
 # --- Data ---------------------------------------------------------------------------------------------------------------
 case "$track" in
@@ -75,11 +84,15 @@ cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
 # torchrun itself, but a failed run ends with the script's own line and exit code, not with torchrun's traceback.
 exec "$PYTHON" -c '
-import os, sys
+import logging, sys
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
+logging.disable(logging.ERROR)
 try:
     main()
+except SignalException as stop:
+    sys.exit(128 + stop.sigval)
 except ChildFailedError as error:
     sys.exit(max(failure.exitcode for failure in error.failures.values()) % 256 or 1)
 ' --standalone --nproc_per_node="$nproc" train_gpt.py "$@"

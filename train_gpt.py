@@ -618,7 +618,7 @@ def build_model(hp: Hyperparameters, device: torch.device, dtype: torch.dtype, f
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 
 
-def open_shard(path: str | Path) -> np.ndarray:
+def open_shard(path: str | Path, advice: str = "delete it and fetch or build it again") -> np.ndarray:
     """The tokens of a .bin shard as a read-only memory map, (num_tokens,) little-endian uint16.
 
     A shard is 256 int32 of header ([0] magic, [1] version, [2] number of tokens), then the tokens.
@@ -636,8 +636,7 @@ def open_shard(path: str | Path) -> np.ndarray:
     for what, got, wanted in (("magic number", magic, SHARD_MAGIC), ("version", version, SHARD_VERSION),
                               ("number of tokens", count, max(count, 0)), ("size in bytes", size, expected)):
         if got != wanted:
-            raise UserError(f"{path} is no whole shard: its {what} is {got}, expected {wanted}; delete it and fetch or "
-                            "build it again")
+            raise UserError(f"{path} is no whole shard: its {what} is {got}, expected {wanted}; {advice}")
     return np.memmap(path, "<u2", "r", header_bytes, (count,)) if count else np.zeros(0, "<u2")
 
 
@@ -647,7 +646,7 @@ class TokenStream:
     def __init__(self, pattern: str, vocab_size: int, minimum: int, get_data: str):
         """pattern: a glob below the repository. Raises UserError on a bad shard or fewer tokens than minimum."""
         self.vocab_size, self.get_data, self.paths = vocab_size, get_data, sorted(glob.glob(str(ROOT / pattern)))
-        self.shards = [open_shard(path) for path in self.paths]
+        self.shards = [open_shard(path, f"delete it and run: {get_data}") for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards], dtype=np.int64)
         if not self.paths or len(self) < minimum:
             raise UserError(f"{ROOT / pattern} holds {len(self):,} tokens in {len(self.paths)} shards, expected at "
@@ -862,8 +861,8 @@ class Log:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "a", encoding="utf-8", newline="\n")
         except OSError as error:
-            raise UserError(f"can't write the log {self.path}: {error.strerror}; make the folder writable, or name "
-                            "another with --entry") from None
+            raise UserError(f"can't write the log {self.path}: {error.strerror}; make it a folder that can be "
+                            "written, or name another with --entry") from None
         if not self.file.tell():  # else a resumed run goes on in its own log
             source = Path(__file__).read_text(encoding="utf-8")
             self.write(source, SEPARATOR, environment(hp, runtime, facts), SEPARATOR)
@@ -1149,7 +1148,7 @@ def train(hp: Hyperparameters, runtime: Runtime) -> None:
             train_loop(model, optimizer, train_stream, val_stream, hp, runtime, log, progress, save, trace)
         report(model, hp, runtime, log, progress)
     except BaseException as error:
-        log.write(f"run failed at step {progress.step}: {type(error).__name__}: {error}")
+        log.write(f"run failed at step {progress.step}: {type(error).__name__}: {error}".rstrip(": "))
         raise
 
 

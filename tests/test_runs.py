@@ -1,8 +1,10 @@
 """Whole runs of the real script on a small corpus: log, golden losses, warm-up, resume, ranks, mistakes."""
 import ast
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -211,6 +213,17 @@ def test_mistakes_end_in_one_line(sandbox, name):
 def test_ranks_that_cannot_divide_the_batch(sandbox):
     done = sandbox("--batch_size=3", ranks=2)
     assert done.returncode != 0 and done.stderr.count("error: 3 sequences") == 1 and "--batch_size 4" in done.stderr
+
+
+@pytest.mark.parametrize("variables, flags, named", [
+    ({"NPROC": "3"}, [], ["8 sequences", "3 ranks"]), ({"NPROC": "2"}, ["--bogus=1"], ["--bogus"]),
+    ({"NPROC": "0"}, [], ["NPROC"]), ({"SHARDS": "zz"}, [], ["SHARDS"]), ({"PYTHON": "/nowhere"}, [], ["/nowhere"])])
+def test_run_sh_says_mistakes_in_one_line_before_it_fetches_data(tmp_path, variables, flags, named):
+    for name in ("run.sh", "train_gpt.py"):  # no data/: had it been needed, that would be the error
+        shutil.copy(REPOSITORY / name, tmp_path)
+    done = subprocess.run(["bash", "run.sh", "--track=laptop", *flags], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHON": sys.executable, **variables})
+    assert_one_line(done, *named)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(
