@@ -3,9 +3,10 @@
 #
 #   ./run.sh                                      train: fineweb where there are CUDA GPUs, laptop elsewhere
 #   ./run.sh --track laptop --num_steps 100       arguments go to train_gpt.py (./run.sh --help lists them)
+#   ./run.sh --record 2024-06-06_AdamW            train with an entry's script: records/<entry>/train_gpt.py
 #   ./run.sh test [pytest arguments]              run the tests
 #   NPROC=2 ./run.sh                              2 processes (default: one a GPU; without GPUs, one)
-#   SHARDS=2 ./run.sh --track fineweb             fetch 2 training shards of 10^8 tokens instead of the 9 a run reads
+#   SHARDS=2 ./run.sh --track fineweb             fetch 2 training shards of 10^8 tokens instead of all that a run reads
 #   PYTHON=python3 ./run.sh                       use this Python as it is and install nothing
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -42,8 +43,21 @@ if [[ "${1:-}" == test ]]; then
     shift
     exec "$PYTHON" -m pytest "$@"
 fi
+script=train_gpt.py
+words=()
+while (($#)); do
+    case "$1" in
+        --record) entry=${2:-}; shift; (($# == 0)) || shift ;;
+        --record=*) entry=${1#--record=}; shift ;;
+        *) words+=("$1"); shift; continue ;;
+    esac
+    script=records/$entry/train_gpt.py
+    [[ -n "$entry" && -f "$script" ]] ||
+        die "--record is '$entry', expected one of: $(cd records && printf '%s\n' */train_gpt.py | sed 's|/.*||' | paste -sd' ')"
+done
+set -- ${words[@]+"${words[@]}"}
 for word in "$@"; do
-    [[ "$word" != -h && "$word" != --help ]] || exec "$PYTHON" train_gpt.py "$@"
+    [[ "$word" != -h && "$word" != --help ]] || exec "$PYTHON" "$script" "$@"
 done
 
 # --- Track and processes ------------------------------------------------------------------------------------------------
@@ -62,23 +76,27 @@ if [[ -z "$track" ]]; then
 fi
 nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
 [[ "$nproc" =~ ^[1-9][0-9]*$ ]] || die "NPROC is '$nproc', expected a number of processes from 1 on: NPROC=2 ./run.sh"
-[[ "${SHARDS:-9}" =~ ^[1-9][0-9]*$ ]] || die "SHARDS is '$SHARDS', expected a number from 1 on: SHARDS=9 ./run.sh"
-# A wrong flag is said before gigabytes are fetched for it.
-"$PYTHON" -c '
-import sys
+[[ "${SHARDS:-1}" =~ ^[1-9][0-9]*$ ]] || die "SHARDS is '$SHARDS', expected a number from 1 on: SHARDS=9 ./run.sh"
+# A wrong flag is said before gigabytes are fetched for it. Prints how many shards of 10^8 tokens the run reads.
+shards=$("$PYTHON" -c '
+import math, sys
+sys.path.insert(0, sys.argv[1])
 from train_gpt import check_hyperparameters, parse_arguments, run_as_program
-sys.exit(run_as_program(lambda: check_hyperparameters(parse_arguments(sys.argv[2:]), int(sys.argv[1]))))
-' "$nproc" "$@"
+def check():
+    check_hyperparameters(hp := parse_arguments(sys.argv[3:]), int(sys.argv[2]))
+    print(math.ceil(hp.num_steps * hp.step_tokens / 10**8))
+sys.exit(run_as_program(check))
+' "$(dirname "$script")" "$nproc" "$@")
 
 # --- Data ---------------------------------------------------------------------------------------------------------------
 case "$track" in
     laptop) "$PYTHON" -m data.laptop ;;
-    fineweb) "$PYTHON" -m data.fineweb --shards "${SHARDS:-9}" ;;
+    fineweb) "$PYTHON" -m data.fineweb --shards "${SHARDS:-$shards}" ;;
 esac
 
 # --- Train --------------------------------------------------------------------------------------------------------------
 if ((nproc == 1)); then
-    exec "$PYTHON" train_gpt.py "$@"
+    exec "$PYTHON" "$script" "$@"
 fi
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
@@ -95,4 +113,4 @@ except SignalException as stop:
     sys.exit(128 + stop.sigval)
 except ChildFailedError as error:
     sys.exit(max(failure.exitcode for failure in error.failures.values()) % 256 or 1)
-' --standalone --nproc_per_node="$nproc" train_gpt.py "$@"
+' --standalone --nproc_per_node="$nproc" "$script" "$@"

@@ -32,20 +32,23 @@ def words(num_tokens: int, seed: int) -> np.ndarray:
 
 @pytest.fixture
 def sandbox(tmp_path):
-    """A folder with the script (fewer validation tokens) and a small laptop corpus; sandbox(args...) runs it there."""
-    source = (REPOSITORY / "train_gpt.py").read_text()
-    assert source.count("262_144") == 1
-    (tmp_path / "train_gpt.py").write_text(source.replace("262_144", f"{VAL_TOKENS:_}"))
+    """A folder with the scripts (fewer validation tokens) and a small laptop corpus; sandbox(args...) runs one."""
+    for script in [REPOSITORY / "train_gpt.py", *(REPOSITORY / "records").glob("*/train_gpt.py")]:
+        source = script.read_text()
+        assert source.count("262_144") == 1
+        copy = tmp_path / script.relative_to(REPOSITORY)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(source.replace("262_144", f"{VAL_TOKENS:_}"))
     (tmp_path / "run.sh").touch()  # marks the root of a repository
     write_shard(tmp_path / "data/laptop/laptop_val_000000.bin", words(VAL_TOKENS + 1, seed=1))
     for number in (1, 2):
         write_shard(tmp_path / f"data/laptop/laptop_train_{number:06d}.bin", words(3000, seed=1 + number))
 
-    def run(*args, ranks=1, tiny=True, env=None):
+    def run(*args, ranks=1, tiny=TINY, env=None, script="train_gpt.py"):
         command = [sys.executable]
         if ranks > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command += ["train_gpt.py", "--track=laptop", *(TINY if tiny else []), *map(str, args)]
+        command += [script, "--track=laptop", *tiny, *map(str, args)]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300,
                               env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
 

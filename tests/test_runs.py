@@ -194,7 +194,7 @@ MISTAKES = {
     "unknown track": (lambda root: None, ["--track=moon"], ["moon", "fineweb"]),
     "unknown flag": (lambda root: None, ["--moun_lr=1"], ["--moun_lr"]),
     "no GPU": (lambda root: None, ["--device=cuda"], ["--device cpu"]),
-    "unwritable log folder": (lambda root: (root / "records").write_text("a file"), [], ["records", "--entry"]),
+    "unwritable log folder": (lambda root: (root / "records/scratch").write_text("a file"), [], ["records", "--entry"]),
     "no checkpoint": (lambda root: None, ["--resume=nowhere.pt"], ["nowhere.pt"]),
 }
 
