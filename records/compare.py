@@ -218,6 +218,7 @@ def read_log(path: str) -> list[Run]:
     runs, file_digest, offset = [], hashlib.sha256(), 0
     code_start, code_span, begun = 0, None, False  # in bytes
     environment, described, metrics = Environment(), Environment(), Metrics()
+    doubtful: list[bytes] = []  # metric lines, unless a separator shows that they stand in the code of the next log
 
     def finish():
         for run in metrics.runs:
@@ -242,14 +243,18 @@ def read_log(path: str) -> list[Run]:
                     described = environment
                 elif not described.found:
                     code_span = code_start, begin
-                environment, metrics = Environment(), Metrics()
+                environment, metrics, doubtful = Environment(), Metrics(), []
                 continue
             begun = begun or bool(line.strip())
             environment.feed(line)
-            if metrics.feed(line):
+            if described.found and metrics.runs and code_start is not None:
+                doubtful += [line] if line.startswith((b"step:", b"resumed")) else []
+            elif metrics.feed(line):
                 code_start = None if described.found else code_start
             elif code_start is None and CODE_BEGINS.match(line):  # of the next log in this file
                 code_start = begin
+        for line in doubtful:
+            metrics.feed(line)
         finish()
         for index, run in enumerate(runs):
             run.index = index
@@ -679,6 +684,8 @@ def curves_of(group: Group) -> list[tuple[int, float, float, float, float | None
 
 def plot(args) -> int:
     """Validation loss against steps, tokens where known, and training time."""
+    if Path(args.out).suffix not in (".svg", ".png", ".pdf"):
+        raise UserError(f"-o is {args.out}, expected a name that ends in .svg, .png or .pdf")
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

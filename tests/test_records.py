@@ -50,7 +50,7 @@ def loss_of(entry, model, tokens, targets, window=128):
 # ---------------------------------------------------------------------------------------------------------------------
 # At full size
 
-@pytest.mark.parametrize("entry, millions", zip(ENTRIES, (123.6, 123.6, 162.3, 625.9), strict=True))
+@pytest.mark.parametrize("entry, millions", list(zip(ENTRIES, (123.6, 123.6, 162.3, 625.9), strict=True)))
 def test_parameter_counts(entry, millions):
     module = load(entry)
     _, model, optimizers = build(entry, module.parse_arguments([]), torch.device("meta"))
@@ -318,7 +318,7 @@ def test_no_token_sees_a_later_one(entry):
 
 @pytest.mark.parametrize("num_layers", [4, 5, 12])
 def test_value_embed_unet_order(num_layers):
-    """Layers are stand-ins that record their input; each adds its own power of ten."""
+    """Layers are stand-ins that record their input, the embedding apart; each adds its own power of two."""
     _, model, _ = small(VALUE, f"--num_layers={num_layers}")
     inputs = []
 
@@ -336,10 +336,9 @@ def test_value_embed_unet_order(num_layers):
     tokens = torch.randint(256, (1, 128))
     x, outputs = 0.0, []
     model(tokens, tokens, torch.tensor(64))
-    base = model.head.x  # noqa: F841
-    x0 = torch.nn.functional.rms_norm(model.embed(tokens), (32,), eps=1e-6)[0, 0, 0].item()
+    x0 = F.rms_norm(model.embed(tokens), (32,), eps=1e-6)[0, 0, 0].item()
     for layer in range(num_layers):
-        if layer >= num_layers - num_layers // 2:  # last in, first out
+        if layer >= num_layers - num_layers // 2:  # last in, first out; the popped output holds x0 too
             x += outputs[num_layers - 1 - layer] + x0
         assert inputs[layer] == pytest.approx(x, rel=1e-4, abs=1e-4), layer
         x += 2.0 ** -layer
@@ -509,7 +508,7 @@ def source_of(entry):
     return (RECORDS / entry / "train_gpt.py").read_text()
 
 
-@pytest.mark.parametrize("old, new", zip(ENTRIES, ENTRIES[1:], strict=False))
+@pytest.mark.parametrize("old, new", list(zip(ENTRIES, ENTRIES[1:], strict=False)))
 def test_every_changed_line_is_explained(old, new):
     """The README's list of changes names, in its last column, each definition that differs, and no other."""
     readme = (RECORDS / new / "README.md").read_text()

@@ -1,0 +1,435 @@
+"""records/compare.py on logs built from the description of the public formats, and on our own script's."""
+import ast
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, TINY
+from scipy import stats
+
+from records import compare
+
+SEP = "=" * 100
+CODE = f'''"""A script.
+step:7/7 val_loss:9.9999 train_time:1ms step_avg:1.00ms
+"""
+import torch
+{"#" * 40}
+{"-" * 79}
+print('=' * 100)
+    {SEP}
+{"=" * 99}
+'''
+SMI = """Running Python 3.12.7 (main, Oct 16 2024, 04:37:19) [Clang 18.1.8 ]
+Running PyTorch 2.6.0.dev20241203+cu124 compiled for CUDA 12.4
++-----------------------------------------------------------------------------------------+
+|   0  NVIDIA H100 80GB HBM3          On  |   00000000:19:00.0 Off |                    0 |
+| N/A   30C    P0            117W /  700W |       7MiB /  81559MiB |      0%      Default |
+"""
+
+
+def smi(count, gpu="NVIDIA H100 80GB HBM3"):
+    head, rest = SMI.split("|   0", 1)
+    row = "|   0" + rest
+    return head + "".join(row.replace("|   0", f"|   {i}").replace("NVIDIA H100 80GB HBM3", gpu) for i in range(count))
+
+
+def running(count, gpu="NVIDIA H100 80GB HBM3"):
+    return f"Running PyTorch 2.7.1+cu128 on {gpu} with world_size {count}\n"
+
+
+def metrics(final=3.2775, steps=20, time_ms=2000.0, restart=False, unit="ms", digits=4, died_at=None, extra=""):
+    """Lines as the public scripts print them; restart: the first 10 steps are not timed."""
+    lines, each = [], time_ms / (steps - 10 if restart else steps)
+    for step in range(steps + 1):
+        if died_at is not None and step > died_at:
+            break
+        ms = each * (step - 10 if restart and step >= 10 else step)
+        counted = (step - 10 if restart else step)
+        average = "nan" if counted <= 0 else f"{ms / counted:.2f}"
+        told = f"{ms:.0f}ms" if unit == "ms" else f"{ms / 1000:.3f}s"
+        if step % 5 == 0 and (died_at is None or step < died_at):
+            loss = final + (steps - step) * 0.1
+            lines.append(f"step:{step}/{steps} val_loss:{loss:.{digits}f} train_time:{told} "
+                         f"step_avg:{average}ms{extra}")
+        if step < steps:
+            lines.append(f"step:{step + 1}/{steps} train_time:{told} step_avg:{average}ms")
+    return "\n".join(lines) + "\n"
+
+
+def log(code=CODE, middle=SMI, body=None, between=()):
+    return "".join(part + SEP + "\n" for part in (code, middle, *between)) + (metrics() if body is None else body)
+
+
+def write(folder, texts, name="{}.txt"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, text in enumerate(texts):
+        path = folder / name.format(i)
+        path.write_bytes(text) if isinstance(text, bytes) else path.write_text(text)
+    return str(folder)
+
+
+def run(*words):
+    return subprocess.run([sys.executable, "records/compare.py", *map(str, words)], cwd=REPOSITORY, capture_output=True,
+                          text=True)
+
+
+def rows(*paths):
+    done = run("table", "--json", *paths)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def row(*paths):
+    (only,) = rows(*paths)
+    return only
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+LAYOUTS = {
+    "main": (log(), 1, "2.6.0.dev20241203+cu124"),
+    "running line": (log(middle=running(8)), 8, "2.7.1+cu128"),
+    "old running line": (log(middle="Running PyTorch 2.5.1\n"), None, "2.5.1"),
+    "data loader lines": (log(between=("Training DataLoader: total number of tokens: 100\n",)), 1,
+                          "2.6.0.dev20241203+cu124"),
+    "leading separator": (SEP + "\n" + log(), 1, "2.6.0.dev20241203+cu124"),
+    "leading separator, data loader": (SEP + "\n" + log(between=("Training DataLoader: x\n",)), 1,
+                                       "2.6.0.dev20241203+cu124"),
+    "code and metrics": (CODE + SEP + "\n" + metrics(), None, None),
+    "metrics alone": (metrics(), None, None),
+    "lines after": (log() + "peak memory allocated: 38 MiB reserved: 40 MiB\nbye\n", 1, "2.6.0.dev20241203+cu124"),
+    "separator and lines after": (log() + SEP + "\nthe end\n", 1, "2.6.0.dev20241203+cu124"),
+    "separator in the code": (log(code=CODE + SEP + "\nx = 1\nstep:9/9 val_loss:1.0\n"), 1, "2.6.0.dev20241203+cu124"),
+    "windows line ends": (log().replace("\n", "\r\n").encode(), 1, "2.6.0.dev20241203+cu124"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(tmp_path, name):
+    text, world_size, torch = LAYOUTS[name]
+    found = row(write(tmp_path, [text]))
+    assert found["runs"] == 1 and found["steps"] == 20 and found["incomplete"] == found["duplicates"] == 0
+    assert found["val_loss_mean"] == pytest.approx(3.2775) and found["train_time_ms_mean"] == 2000
+    assert found["step_avg_ms"] == 100 and found["world_size"] == world_size and found["torch"] == torch
+    assert (found["code_hash"] is None) == (name == "metrics alone")
+    assert (found["gpu"] == "NVIDIA H100 80GB HBM3") == (world_size is not None)
+    assert found["val_loss_sd"] is found["p_value"] is found["train_time_ms_sd"] is None
+
+
+def test_the_layout_does_not_change_the_hash(tmp_path):
+    texts = [LAYOUTS[name][0] for name in ("main", "running line", "leading separator", "code and metrics")]
+    assert len({row(write(tmp_path / str(i), [text]))["code_hash"] for i, text in enumerate(texts)}) == 1
+
+
+FORMS = {
+    "six digits": metrics(digits=6), "seconds": metrics(unit="s"), "restarts": metrics(restart=True),
+    "extra after": metrics(extra=" ema_beta:0 ref_step:2375"),
+    "extra before": metrics().replace(" val_loss", " lr:0.1 val_avg_loss:9 val_loss"),
+    "probes": metrics() + "tailavg step:2720 tau:25 lambda:0.25 val_loss:2.0\n",
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_metric_lines(tmp_path, name):
+    found = row(write(tmp_path, [log(body=FORMS[name])]))
+    assert found["val_loss_mean"] == pytest.approx(3.2775) and found["train_time_ms_mean"] == pytest.approx(2000)
+    assert found["step_avg_ms"] == pytest.approx(200 if name == "restarts" else 100)
+
+
+def test_time_that_begins_again_is_no_second_run_and_its_first_steps_are_not_timed(tmp_path):
+    (found,) = compare.read_log(write(tmp_path, [log(body=metrics(restart=True))]) + "/0.txt")
+    assert [step for step, _, _ in found.curve] == [0, 5, 10, 15, 20] and found.restart_step in (10, 11)
+    points = compare.curves_of(compare.Group([found], [], []))
+    assert [point[4] for point in points] in ([None, None, 0.0, 1000.0, 2000.0], [None, None, None, 1000.0, 2000.0])
+
+
+def test_nan_times_are_null(tmp_path):
+    body = "".join(f"step:{step}/1 val_loss:10.8258 train_time:{step}ms step_avg:nanms\n" for step in (0, 1))
+    assert row(write(tmp_path, [log(body=body)]))["step_avg_ms"] is None
+
+
+def test_a_loss_that_is_nan_is_no_number(tmp_path):
+    found = row(write(tmp_path, [log(body=metrics().replace("val_loss:3.2775", "val_loss:nan")), log()]))
+    assert found["runs"] == 2 and found["val_loss_mean"] is None and found["p_value"] is None
+
+
+def test_llm_c_logs_are_read_but_not_guessed(tmp_path):
+    lines = ["s:0 tel:11.0", "s:0 trl:10.965596", "s:1 trl:11.0 lr:0.000001 norm:15.37", "s:250 tel:6.3097"]
+    found = row(write(tmp_path, ["\n".join(lines) + "\n"]))
+    assert found["steps"] is None and found["runs"] == 0 and found["val_loss_mean"] is None
+    (last,) = found["incomplete_logs"]
+    assert last["last_val_loss"] == 6.3097 and last["last_val_step"] == 250
+
+
+@pytest.mark.parametrize("died_at", [3, 12, 20])
+def test_a_cut_log_has_no_result(tmp_path, died_at):
+    """died_at 20: the last training line says step:20/20, but no validation does."""
+    found = row(write(tmp_path, [log(body=metrics(died_at=died_at))]))
+    assert found["runs"] == 0 and found["incomplete"] == 1 and found["val_loss_mean"] is None
+    assert found["train_time_ms_mean"] is None
+    assert found["incomplete_logs"][0]["last_val_step"] == {3: 0, 12: 10, 20: 15}[died_at]
+
+
+def test_several_runs_in_one_file(tmp_path):
+    found = row(write(tmp_path, [log(body=metrics(3.27) + metrics(3.28) + metrics(3.29, died_at=7))]))
+    assert (found["runs"], found["incomplete"]) == (2, 1) and found["val_loss_mean"] == pytest.approx(3.275)
+
+
+def test_several_whole_logs_in_one_file(tmp_path):
+    other = log(code="import numpy\n", body=metrics(3.5))
+    found = rows(write(tmp_path, [log(body=metrics(3.27)) + log(body=metrics(3.28)) + other]))
+    assert sorted((r["runs"], r["val_loss_mean"]) for r in found) == [(1, 3.5), (2, pytest.approx(3.275))]
+
+
+def test_two_scripts_and_three_node_sizes_in_one_folder(tmp_path):
+    texts = [log(middle=smi(n), body=metrics(3.27 + n / 1000)) for n in (1, 4, 8)]
+    texts += [log(middle=smi(8, "NVIDIA H200"), body=metrics()), log(code=CODE + "# baseline\n", middle=smi(8)),
+              log(middle=running(8), body=metrics(3.25)), log(middle=smi(8), body=metrics(steps=25))]
+    found = rows(write(tmp_path, texts))
+    assert len(found) == 6 and sum(r["runs"] for r in found) == 7
+    assert len({r["code_hash"] for r in found}) == 2 and {r["world_size"] for r in found} == {1, 4, 8}
+    assert "NVIDIA H200" in {r["gpu"] for r in found} and {r["steps"] for r in found} == {20, 25}
+
+
+def test_the_same_file_twice_counts_once_and_is_said(tmp_path):
+    folder = write(tmp_path, [log(), log(), log(body=metrics(3.28))])
+    found = row(folder, folder + "/0.txt")
+    assert (found["runs"], found["duplicates"]) == (2, 1) and len(found["duplicate_logs"]) == 1
+    assert "duplicate: " in run("table", folder).stdout
+
+
+def test_files_that_are_no_logs_are_named(tmp_path):
+    folder = write(tmp_path, [log()])
+    write(tmp_path, ["", "Traceback (most recent call last):\n", b"\0\1\2" * 5000, "torch==2.5\n", b"\xff\xfe\xc3\x28"],
+          "other{}.txt")
+    closed = tmp_path / "closed.txt"
+    closed.write_text(log())
+    closed.chmod(0)
+    done = run("table", folder)
+    assert done.returncode == 0 and all(f"other{i}.txt" in done.stdout for i in range(5))
+    if os.geteuid():  # root reads everything
+        assert "can't read" in done.stdout and "closed.txt" in done.stdout
+    assert row(folder)["runs"] >= 1
+
+
+@pytest.mark.parametrize("words, named", [
+    (["table", "{}/none.txt"], "none.txt"), (["table", "{}/empty"], "no run"), (["table", "{}/bad.txt"], "bad.txt"),
+    (["bogus"], "bogus"), (["verify", "{}"], "--baseline"), (["extract", "{}/metrics.txt", "-o", "{}/x"], "no code"),
+    (["extract", "{}/main.txt", "-o", "{}/none/x"], "none/x"), (["table"], "PATH"),
+    (["table", "--jsom", "{}"], "--jsom"),
+    (["runs-needed", "--sd", "0", "--margin", "1"], "--sd"), (["ab", "{}/a.py", "{}/b.py", "--runs", "1"], "a.py"),
+    (["plot", "{}/main.txt", "-o", "{}/x.doc"], "doc")])
+def test_mistakes_end_in_one_line(tmp_path, words, named):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.txt").write_bytes(b"\0")
+    (tmp_path / "metrics.txt").write_text(metrics())
+    (tmp_path / "main.txt").write_text(log())
+    done = run(*[word.format(tmp_path) for word in words])
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
+    assert named in done.stderr
+
+
+def test_globs_and_single_files(tmp_path):
+    folder = write(tmp_path, [log(body=metrics(3.27 + i / 1000)) for i in range(12)])
+    assert row(f"{folder}/1*.txt")["runs"] == 3 and row(f"{folder}/1.txt", f"{folder}/2.txt")["runs"] == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+def test_tests_agree_with_scipy_stats():
+    a, b = [3.2751, 3.2802, 3.2769, 3.2779], [3.2791, 3.2803, 3.2785]
+    assert compare.t_test_below(a, 3.28) == pytest.approx(stats.ttest_1samp(a, 3.28, alternative="less").pvalue)
+    welch = stats.ttest_ind(a, b, equal_var=False, alternative="less")
+    assert compare.welch_test_below(a, b) == pytest.approx(welch.pvalue)
+    assert compare.t_test_below([3.0], 3.28) is None and compare.welch_test_below(a, [3.0]) is None
+    assert compare.t_test_below([3.0, 3.0], 3.28) == 0 and compare.t_test_below([3.3, 3.3], 3.28) == 1
+
+
+def test_runs_needed():
+    n = compare.runs_needed(0.0013, 0.001, 0.01)
+    def p(n):
+        return stats.t.sf(0.001 * math.sqrt(n) / 0.0013, n - 1)
+    assert p(n) <= 0.01 < p(n - 1) and n == 13
+    more = compare.runs_needed(0.0013, 0.001, 0.01, power=0.8)
+    generator = stats.norm.rvs(3.279, 0.0013, size=(4000, more), random_state=0)
+    passed = (stats.ttest_1samp(generator, 3.28, axis=1, alternative="less").pvalue < 0.01).mean()
+    assert more > n and passed == pytest.approx(0.8, abs=0.04)
+    assert f"{n} runs" in run("runs-needed", "--sd", "0.0013", "--margin", "0.001", "--p", "0.01").stdout
+
+
+def test_table(tmp_path):
+    finals, times = [3.2751, 3.2802, 3.2769, 3.2779], [2000, 2010, 2030, 1990]
+    write(tmp_path / "slow", [log(body=metrics(f, time_ms=t)) for f, t in zip(finals, times, strict=True)])
+    write(tmp_path / "fast", [log(code="import x\n", body=metrics(3.279, time_ms=1000))])
+    fast, slow = rows(tmp_path)
+    assert slow["val_loss_sd"] == pytest.approx(stats.tstd(finals)) and slow["train_time_ms_mean"] == 2007.5
+    assert slow["p_value"] == pytest.approx(stats.ttest_1samp(finals, 3.28, alternative="less").pvalue)
+    assert rows("--target", "3.27", tmp_path)[1]["p_value"] > 0.9
+    assert (fast["entry"], slow["entry"]) == ("fast", "slow") and slow["path"].endswith("slow")
+    text = run("table", tmp_path).stdout
+    assert text.index("fast") < text.index("slow") and "\x1b" not in text and "3.2775 ± 0.0021" in text
+    markdown = run("table", "--markdown", tmp_path).stdout.splitlines()
+    assert markdown[0].startswith("| entry | runs |") and len({line.count("|") for line in markdown[:4]}) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# verify, diff, extract, plot
+
+def sample(folder, finals, times, **more):
+    return write(folder, [log(**{"code": CODE + f"# {folder.name}\n", **more}, body=metrics(f, time_ms=t))
+                          for f, t in zip(finals, times, strict=True)])
+
+
+GOOD = [3.2771, 3.2781, 3.2775, 3.2779, 3.2768]
+OLD_TIMES, NEW_TIMES = [2000, 2004, 2008, 1996, 2001], [1900, 1905, 1898, 1903, 1901]
+
+
+@pytest.mark.parametrize("name, finals, times, more, broken", [
+    ("holds", GOOD, NEW_TIMES, {}, None), ("slower", GOOD, [t + 200 for t in NEW_TIMES], {}, "faster"),
+    ("not significant", [3.2771, 3.2901, 3.2675, 3.2879, 3.2768], NEW_TIMES, {}, "mean val loss"),
+    ("other hardware", GOOD, NEW_TIMES, {"middle": smi(8)}, "same hardware"),
+    ("one seed", [3.2771] * 5, NEW_TIMES, {}, "distinct seeds"),
+    ("one run", GOOD[:1], NEW_TIMES[:1], {}, "mean val loss")])
+def test_verify(tmp_path, name, finals, times, more, broken):
+    old = sample(tmp_path / "old", [f + 0.0001 for f in GOOD], OLD_TIMES)
+    done = run("verify", sample(tmp_path / "new", finals, times, **more), "--baseline", old)
+    assert done.returncode == (1 if broken else 0), done.stdout + done.stderr
+    if broken:
+        assert re.search(rf"^FAIL +{broken}", done.stdout, re.M) and "does not hold: " in done.stdout
+    else:
+        assert "FAIL" not in done.stdout and "ratio 0.9" in done.stdout
+    assert re.search("^unknown +same data", done.stdout, re.M)
+
+
+def test_verify_wants_whole_runs_of_one_script(tmp_path):
+    old, new = sample(tmp_path / "old", GOOD, OLD_TIMES), sample(tmp_path / "new", GOOD, NEW_TIMES)
+    Path(new, "cut.txt").write_text(log(code=CODE + "# new\n", body=metrics(died_at=12)))
+    done = run("verify", new, "--baseline", old)
+    assert done.returncode == 1 and re.search("^FAIL +complete runs: candidate.*cut.txt", done.stdout, re.M)
+    Path(new, "cut.txt").write_text(log(code="import y\n"))
+    done = run("verify", new, "--baseline", old)
+    assert done.returncode == 2 and "2 sorts of runs" in done.stderr
+
+
+@pytest.mark.parametrize("change, code", [(0.0, 0), (0.01, 1), (-0.01, 0)])
+def test_verify_systems_only(tmp_path, change, code):
+    base = [3.2951, 3.3102, 3.3069, 3.2979, 3.3033]  # not significant, which is waived
+    old, new = (sample(tmp_path / name, [f + more for f in base], times) for name, more, times in
+                (("old", 0.00011, OLD_TIMES), ("new", 2 * change, NEW_TIMES)))
+    assert run("verify", new, "--baseline", old, "--systems-only").returncode == code
+    assert run("verify", new, "--baseline", old).returncode == 1
+
+
+def test_diff(tmp_path):
+    a = sample(tmp_path / "a", [3.28, 3.27, 3.275], [100, 300, 200], code="import torch\nx = 1\n\ny  =  2\n")
+    b = sample(tmp_path / "b", [3.26], [150], code="import torch\nx = 3\ny = 2\n", middle=smi(8))
+    done = run("diff", a, b)
+    assert done.returncode == 0 and "-x = 1\n+x = 3\n" in done.stdout and "\n y = 2\n" in done.stdout  # white space
+    assert "a/2.txt" in done.stdout  # the typical run: of the median time
+    assert "val_loss: 3.275 -> 3.26" in done.stdout and "world_size: 1 -> 8" in done.stdout
+    assert "the code is the same" in run("diff", a, a).stdout
+
+
+@pytest.mark.parametrize("code", [CODE, "import x", "import x\n", "# é\r\nimport y\n\n"])
+def test_extract_gives_the_code_back(tmp_path, code):
+    """Byte for byte; where the script had no last line break, our logs' hash tells."""
+    import hashlib
+    data = code.encode()
+    facts = json.dumps({"code_hash": hashlib.sha256(data).hexdigest()[:12]}, indent=1)
+    text = code + ("" if code.endswith("\n") else "\n") + SEP + "\n" + f"{running(1)}{facts}\n{SEP}\n{metrics()}"
+    (tmp_path / "log.txt").write_bytes(text.encode())
+    assert run("extract", tmp_path / "log.txt", "-o", tmp_path / "out.py").returncode == 0
+    assert (tmp_path / "out.py").read_bytes() == data
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_plot(tmp_path, suffix):
+    folders = [sample(tmp_path / name, GOOD, times) for name, times in (("old", OLD_TIMES), ("new", NEW_TIMES))]
+    done = run("plot", *folders, "-o", tmp_path / f"curves.{suffix}")
+    assert done.returncode == 0, done.stderr
+    data = (tmp_path / f"curves.{suffix}").read_bytes()
+    assert data.startswith(b"\x89PNG") if suffix == "png" else b"<svg" in data
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Our own logs
+
+def test_our_own_logs(sandbox):
+    for seed in (0, 1):
+        done = sandbox(f"--seed={seed}")
+        assert done.returncode == 0, done.stderr
+    found = row(sandbox.path / "records/scratch")
+    assert found["runs"] == 2 and found["steps"] == 6 and found["target"] == 1.1 and found["world_size"] == 1
+    assert found["val_loss_sd"] > 0 and found["train_time_ms_mean"] > 0
+    first = next((sandbox.path / "records/scratch").glob("*.txt"))
+    assert run("extract", first, "-o", sandbox.path / "out.py").returncode == 0
+    assert (sandbox.path / "out.py").read_bytes() == (sandbox.path / "train_gpt.py").read_bytes()
+
+
+def test_a_resumed_run_is_one_run(sandbox):
+    assert sandbox("--save_every=3").returncode == 0
+    checkpoint = next((sandbox.path / "records/scratch").glob("*_step000003.pt"))
+    whole = row(sandbox.path / "records/scratch")
+    assert sandbox("--save_every=3", f"--resume={checkpoint}").returncode == 0
+    found = row(sandbox.path / "records/scratch")
+    assert (found["runs"], found["incomplete"]) == (1, 0) and found["val_loss_mean"] == whole["val_loss_mean"]
+    (only,) = compare.read_log(str(next((sandbox.path / "records/scratch").glob("*.txt"))))
+    assert [step for step, _, _ in only.curve] == [0, 3, 6]
+
+
+def test_ab_goes_on_where_it_was_interrupted(sandbox):
+    """A and B in turn; a run that is there already is not run again."""
+    root = sandbox.path
+    (root / "records").mkdir(exist_ok=True)
+    (root / "records/compare.py").write_bytes((REPOSITORY / "records/compare.py").read_bytes())
+    (root / "b.py").write_text((root / "train_gpt.py").read_text() + "\n# B\n")
+
+    def start(args):
+        return subprocess.run([sys.executable, "records/compare.py", "ab", "train_gpt.py", "b.py", "--runs", "2", "--",
+                               "--track=laptop", *args], cwd=root, capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+    flags = [*TINY, "--val_every=0", "--log_every=0"]
+    done = start(flags)
+    assert done.returncode == 1 and "FAIL" in done.stdout, done.stderr  # an untrained model meets no target
+    order = re.findall(r"^--- ([AB]), seed (\d)", done.stdout, re.M)
+    assert order == [("A", "0"), ("B", "0"), ("A", "1"), ("B", "1")]
+    logs = sorted((root / "records/scratch").glob("*.txt"))
+    assert len(logs) == 4
+    next(p for p in logs if p.read_text().endswith("\n") and '"seed": 1' in p.read_text()).write_text("cut")
+    again = start(flags)
+    assert len(re.findall(r"^--- [AB], seed 1", again.stdout, re.M)) == 1 and "seed 0" not in again.stdout
+
+
+def test_imports_no_torch_and_starts_fast(tmp_path):
+    imported = {alias.name.split(".")[0] for node in ast.walk(ast.parse(Path(compare.__file__).read_text()))
+                if isinstance(node, (ast.Import, ast.ImportFrom))
+                for alias in (node.names if isinstance(node, ast.Import) else [ast.alias(node.module)])}
+    assert "torch" not in imported and "train_gpt" not in imported
+    folder = write(tmp_path, [log(body=metrics(f)) for f in GOOD])
+    fastest = min(timed(lambda: run("table", folder)) for _ in range(3))
+    assert fastest < 2.0  # under a second on a machine with nothing else to do
+
+
+def timed(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def test_many_logs_are_read_in_time(tmp_path):
+    """100 logs of 160 KB in a sixteenth of the minute that 1,600 may take."""
+    body = "\n".join(f"step:{s}/2000 train_time:{s * 50}ms step_avg:50.00ms" for s in range(1, 2001))
+    write(tmp_path, [log(code=CODE + f"x = {'1' * 70}\n" * 800, body=f"{body}\nstep:2000/2000 val_loss:3.{i:03d} "
+                         "train_time:100000ms step_avg:50.00ms\n") for i in range(100)])
+    start = time.perf_counter()
+    assert sum(len(compare.read_log(str(path))) for path in tmp_path.glob("*.txt")) == 100
+    assert time.perf_counter() - start < 60 / 16 * 2  # twice, for other tests may be running
