@@ -112,5 +112,9 @@ try:
 except SignalException as stop:
     sys.exit(128 + stop.sigval)
 except ChildFailedError as error:
-    sys.exit(max(failure.exitcode for failure in error.failures.values()) % 256 or 1)
+    rank, first = error.get_first_failure()
+    if first.exitcode < 0:
+        print(f"error: rank {rank} was killed by signal {-first.exitcode}, so the others were ended; go on with "
+              "--resume latest", file=sys.stderr)
+    sys.exit(128 - first.exitcode if first.exitcode < 0 else first.exitcode)
 ' --standalone --nproc_per_node="$nproc" "$script" "$@"

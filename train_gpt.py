@@ -25,11 +25,13 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 import uuid
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -119,8 +121,10 @@ class Hyperparameters:
     # run
     val_every: int = knob(125, "steps between validations; 0: only at the end")
     log_every: int = knob(10, "steps between lines with the training loss; 0: none")
-    save_every: int = knob(0, "steps between checkpoints; 0: none")
-    resume: str = knob("", "checkpoint file to continue from")
+    save_every: int = knob(0, "steps between checkpoints; 0: only when a signal ends the run")
+    keep: int = knob(2, "checkpoints of a run that stay, the last ones")
+    resume: str = knob("", "checkpoint file to continue from; latest: the newest where the log goes, if there is one")
+    resume_anyway: bool = knob(False, "continue though script, data or hyperparameters have changed")
     entry: str = knob("", "write the log into records/<entry>/ instead of records/scratch/")
     device: str = knob("auto", "where to run; auto: CUDA if there is a GPU", ("auto", "cuda", "cpu"))
     dtype: str = knob("auto", "of the activations; auto: bfloat16 where it is fast", ("auto", "bfloat16", "float32"))
@@ -171,7 +175,7 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
     at_least = {"num_steps": 1, "batch_size": 1, "sequence_length": 1, "micro_batch": 1, "num_layers": 1,
                 "num_heads": 1, "model_dim": 1, "window_start": 64, "window_end": hp.window_start, "warmup_steps": 0,
                 "cooldown_steps": 0, "momentum_warmup_steps": 0, "val_every": 0, "log_every": 0, "save_every": 0,
-                "sample_tokens": 0}
+                "keep": 1, "sample_tokens": 0}
     for name, least in at_least.items():
         if getattr(hp, name) < least:
             raise UserError(f"--{name} is {getattr(hp, name)}, expected at least {least}")
@@ -318,6 +322,7 @@ class Optimizer:
 
     def __init__(self, model: "GPT", hp: Hyperparameters, dtype: torch.dtype, rank: int = 0, world_size: int = 1):
         self.hp, self.dtype, self.num_updates, self.adam_update = hp, dtype, 0, adam_update
+        self.gradient_sum = torch.zeros(())  # of the last step, of this rank's share: not finite if one gradient is not
         groups: dict[tuple, list[nn.Parameter]] = {}
         for name, p in model.named_parameters():
             if p.ndim < 2:
@@ -335,13 +340,15 @@ class Optimizer:
     def step(self, lr_scale: float, momentum: float) -> None:
         """One update from the gradients in .grad, which are freed. Collective: all ranks call it together."""
         self.num_updates += 1
-        gathers = []
+        gathers, sums = [], []
         for bucket, (grad, reduction) in [(bucket, bucket.reduce()) for bucket in self.buckets]:
             if reduction:
                 reduction.wait()
+            sums.append(grad.sum(dtype=torch.float32))
             packed = bucket.pack(bucket.params)
             self._update(bucket, bucket.shard(packed), grad, lr_scale, momentum)
             gathers.append((bucket, packed, bucket.gather(packed, bucket.shard(packed))))
+        self.gradient_sum = torch.stack(sums).sum()
         for bucket, packed, gather in gathers:
             if gather:
                 gather.wait()
@@ -803,10 +810,61 @@ class Timer:
             torch.cuda.synchronize(self.device)
 
 
+class Watch:
+    """What the ranks must agree on after each step: is a number of one of them not finite, shall the run end?
+
+    On a GPU a step's answer is read two steps later, when it has long arrived, so that no step waits for it.
+    """
+
+    def __init__(self, runtime: Runtime):
+        self.runtime, self.lag, self.pending = runtime, 2 if runtime.device.type == "cuda" else 0, deque()
+        self.signal, self.signalled_at, self.agreed, self.checkpoint = 0, 0.0, 0, ""
+
+    def on_signal(self, number: int, frame=None) -> None:
+        """For SIGINT and SIGTERM: end the run after this step; a second one leaves at once."""
+        if not self.signal:
+            self.signal, self.signalled_at = number, time.monotonic()
+            if self.runtime.rank == 0:
+                print(f"{signal.Signals(number).name}: the run ends after this step, with a checkpoint; a second one "
+                      "ends it at once", file=sys.stderr, flush=True)
+        elif time.monotonic() - self.signalled_at > 1.0:  # sooner it is the first, passed on by torchrun
+            os._exit(128 + number)
+
+    def post(self, step: int, value: Tensor) -> None:
+        """After a step; value: 0-dim, not finite where something in this rank's step was not. Collective."""
+        W, device = self.runtime.world_size, self.runtime.device
+        marks = torch.zeros(W + 1, device=device)  # for each rank: is not finite; then the signal
+        marks[self.runtime.rank] = ~value.isfinite()
+        marks[W] = self.signal
+        if W > 1:
+            dist.all_reduce(marks, op=dist.ReduceOp.MAX)
+        event = None
+        if device.type == "cuda":
+            marks = torch.empty(W + 1, pin_memory=True).copy_(marks, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self.pending.append((step, marks, event))
+
+    def read(self, lag: int | None = None) -> int:
+        """The signal that all ranks shall heed now, or 0. Raises UserError where a step's numbers were not finite."""
+        while len(self.pending) > (self.lag if lag is None else lag):
+            step, marks, event = self.pending.popleft()
+            if event:
+                event.synchronize()
+            *bad, number = marks.tolist()
+            if any(bad):
+                ranks = ", ".join(str(rank) for rank, mark in enumerate(bad) if mark)
+                raise UserError(f"the loss or a gradient is not finite at step {step} on rank {ranks}; lower the "
+                                f"learning rates; last checkpoint: {self.checkpoint or 'none'}")
+            self.agreed = max(self.agreed, int(number))
+        return self.agreed
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Log
 
 SEPARATOR = "=" * 100
+NOT_KEPT = 3  # exit code of a run that is whole, but for its log or a checkpoint, which could not be written
 PEAK_FLOPS = {  # dense bfloat16 FLOP/s of the makers' data sheets, by what the device's name holds; first match counts
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
     "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
@@ -846,6 +904,11 @@ def environment(hp: Hyperparameters, runtime: Runtime, facts: dict) -> str:
                       json.dumps(told, indent=1), *([_output_of("nvidia-smi")] if cuda else [])])
 
 
+def log_folder(hp: Hyperparameters) -> Path:
+    """Where logs and checkpoints go."""
+    return ROOT / "records" / (hp.entry or "scratch")
+
+
 class Log:
     """The log file and the console of rank 0; the other ranks write nothing.
 
@@ -854,24 +917,35 @@ class Log:
 
     def __init__(self, hp: Hyperparameters, runtime: Runtime, facts: dict):
         """Raises UserError where the log can't be written, before any work is done."""
-        self.path, self.file = ROOT / "records" / (hp.entry or "scratch") / f"{facts['run_id']}.txt", None
+        self.path, self.file, self.failed = log_folder(hp) / f"{facts['run_id']}.txt", None, False
         if runtime.rank:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "a", encoding="utf-8", newline="\n")
+            self.file = open(self.path, "a+", encoding="utf-8", newline="\n")
         except OSError as error:
             raise UserError(f"can't write the log {self.path}: {error.strerror}; make it a folder that can be "
                             "written, or name another with --entry") from None
-        if not self.file.tell():  # else a resumed run goes on in its own log
+        if not self.file.tell():
             source = Path(__file__).read_text(encoding="utf-8")
             self.write(source, SEPARATOR, environment(hp, runtime, facts), SEPARATOR)
+        elif not self.path.read_bytes().endswith(b"\n"):  # a resumed run goes on in its own log, which may be cut
+            self.write("")
 
     def write(self, *lines: str) -> None:
-        """Into the file alone."""
+        """Into the file alone. What can't be written does not end the run."""
         if self.file:
-            self.file.write("".join(line.removesuffix("\n") + "\n" for line in lines))
-            self.file.flush()
+            try:
+                self.file.write("".join(line.removesuffix("\n") + "\n" for line in lines))
+                self.file.flush()
+            except OSError as error:
+                self.fail(f"can't write the log {self.path}: {error.strerror}")
+
+    def fail(self, message: str) -> None:
+        """Say on stderr, once a run, that something could not be kept; the exit code will tell, too."""
+        if not self.failed:
+            print(f"warning: {message}; the run goes on, its exit code will be {NOT_KEPT}", file=sys.stderr, flush=True)
+        self.failed = True
 
     def say(self, *lines: str) -> None:
         """Into the file and onto the console."""
@@ -903,10 +977,11 @@ class Log:
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-def save_checkpoint(path: Path, run: dict, model: GPT, optimizer: Optimizer, runtime: Runtime) -> None:
-    """Write all that the rest of the run depends on, atomically. Collective; rank 0 writes. Raises UserError.
+def save_checkpoint(path: Path, run: dict, model: GPT, optimizer: Optimizer, runtime: Runtime, keep: int) -> None:
+    """Write all that the rest of the run depends on, atomically; then delete all of the run's but the last keep ones.
 
-    run: progress, run_id, hyperparameters, code_hash and data_fingerprint, which load_checkpoint compares.
+    run: progress, run_id, hyperparameters, code_hash and data_fingerprint, which load_checkpoint compares. The loader's
+    position is the step. Collective; rank 0 writes, and raises UserError where it can't: then all older ones stay.
     """
     state = {**run, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
     if runtime.rank:
@@ -920,28 +995,45 @@ def save_checkpoint(path: Path, run: dict, model: GPT, optimizer: Optimizer, run
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise UserError(f"can't write the checkpoint {path}: {error}; free disk space or use --save_every 0",
-                        everywhere=False) from None
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"can't write the checkpoint {path}: {reason}; free disk space", everywhere=False) from None
+    for old in sorted(path.parent.glob(f"{run['run_id']}_step*.pt"))[:-keep]:
+        old.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: str, hp: Hyperparameters, facts: dict) -> dict:
+def find_checkpoint(hp: Hyperparameters) -> str:
+    """The file that --resume names; empty for none."""
+    if hp.resume != "latest":
+        return hp.resume
+    found = sorted(log_folder(hp).glob("*_step*.pt"), key=lambda path: path.stat().st_mtime)
+    return str(found[-1]) if found else ""
+
+
+def load_checkpoint(path: str, hp: Hyperparameters, facts: dict, model: GPT) -> dict:
     """What save_checkpoint wrote, on the CPU. Raises UserError unless it belongs to this script, data and command."""
+    advice = "expected a file that --save_every wrote"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)  # data alone: a file can't run code
         then = {**state["hyperparameters"], **{name: state[name] for name in ("code_hash", "data_fingerprint")}}
+        Progress(**state["progress"])
+        shapes = {name: tensor.shape for name, tensor in state["model"].items()}
+        state["optimizer"]["buckets"], state["random"], state["run_id"]
     except Exception as error:  # torch.load raises whatever the bytes lead it to
-        raise UserError(f"can't resume from {path}: {str(error).splitlines()[0] if str(error) else repr(error)}; "
-                        "expected a file that --save_every wrote") from None
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"can't resume from {path}: {reason}; {advice}") from None
     now = {**dataclasses.asdict(hp), **facts}
     for name in then.keys() - MAY_CHANGE:
-        if then[name] != now[name]:
-            raise UserError(f"can't resume from {path}: its {name} is {then[name]}, this run's is {now[name]}; use the "
-                            "script, the data and the flags of the first run")
+        if then[name] != now.get(name) and not hp.resume_anyway:
+            raise UserError(f"can't resume from {path}: its {name} is {then[name]}, this run's is {now.get(name)}; use "
+                            "the script, the data and the flags of the first run, or --resume_anyway")
+    if shapes != {name: tensor.shape for name, tensor in model.state_dict().items()}:
+        raise UserError(f"can't resume from {path}: its model has another shape; {advice} with this model's flags")
     return state
 
 
 # Hyperparameters that a resumed run may choose anew, for no number depends on them.
-MAY_CHANGE = {"val_every", "log_every", "save_every", "resume", "entry", "profile", "sample_tokens"}
+MAY_CHANGE = {"val_every", "log_every", "save_every", "keep", "resume", "resume_anyway", "entry", "profile",
+              "sample_tokens"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1032,6 +1124,7 @@ class Progress:
     step: int = 0
     train_time_ms: float = 0.0
     reached: str = ""  # the first validation that met the target
+    validated: int = -1  # the last step at which a validation was made
 
 
 def metric_line(step: int, hp: Hyperparameters, name: str, value: float, train_time_ms: float) -> str:
@@ -1041,31 +1134,36 @@ def metric_line(step: int, hp: Hyperparameters, name: str, value: float, train_t
 
 
 def train_loop(model: GPT, optimizer: Optimizer, train_stream: TokenStream, val_stream: TokenStream,
-               hp: Hyperparameters, runtime: Runtime, log: Log, progress: Progress, save, trace) -> None:
-    """Steps progress.step to num_steps. save() writes a checkpoint. Validation and checkpoints are not timed."""
+               hp: Hyperparameters, runtime: Runtime, log: Log, progress: Progress, watch: Watch, save, trace) -> int:
+    """Steps progress.step to num_steps, or until a signal, which is returned. save() writes a checkpoint.
+
+    Validation and checkpoints are not timed.
+    """
     timer, first_step, track = Timer(runtime.device, progress.train_time_ms), progress.step, TRACKS[hp.track]
     loader = BatchLoader(train_stream, hp, runtime, first_step)
     steps_an_epoch = len(train_stream) / hp.step_tokens
     timer.start()
     for step in range(first_step, hp.num_steps + 1):
-        progress.step, last = step, step == hp.num_steps
-        # A checkpoint follows its step's validation, which a resumed run therefore does not repeat.
-        val_due = last or (hp.val_every and step % hp.val_every == 0 and (step == 0 or step > first_step))
-        save_due = hp.save_every and step % hp.save_every == 0 and step > first_step
+        progress.step, last, stop = step, step == hp.num_steps, watch.read()
+        val_due = not stop and progress.validated < step and (last or (hp.val_every and step % hp.val_every == 0))
+        save_due = stop or (hp.save_every and step % hp.save_every == 0 and step > first_step)
         if val_due or save_due:
             timer.stop()
             progress.train_time_ms = timer.elapsed_ms
+            watch.read(lag=0)  # what is not finite must not be saved
             if val_due:
                 with log.phase(f"validating on {track.val_tokens:,} tokens"):
                     val_loss = validate(model, val_stream, step, hp, runtime)
                 log.say(line := metric_line(step, hp, "val_loss", val_loss, timer.elapsed_ms))
                 progress.reached = progress.reached or (line if val_loss <= track.target else "")
+                progress.validated = step
             if save_due:
                 save()
             timer.start()
-        if last:
+        if last or stop:
             break
         loss = training_step(model, optimizer, loader.next(), step, hp)
+        watch.post(step, loss + optimizer.gradient_sum)
         if hp.log_every and (step + 1) % hp.log_every == 0:
             log.say(metric_line(step + 1, hp, "train_loss", runtime.mean(loss), timer.now()))
         if step < steps_an_epoch <= step + 1:
@@ -1073,6 +1171,7 @@ def train_loop(model: GPT, optimizer: Optimizer, train_stream: TokenStream, val_
         if trace:
             trace.step()
     loader.pool.shutdown(cancel_futures=True)
+    return stop
 
 
 def report(model: GPT, hp: Hyperparameters, runtime: Runtime, log: Log, progress: Progress) -> None:
@@ -1110,26 +1209,32 @@ def describe(hp: Hyperparameters, runtime: Runtime, train_stream: TokenStream, v
                           "code_hash": code_hash, "data_fingerprint": fingerprint})
 
 
-def train(hp: Hyperparameters, runtime: Runtime) -> None:
-    """The whole run. Raises UserError for what the user can mend."""
-    track, device, progress = TRACKS[hp.track], runtime.device, Progress()
+def train(hp: Hyperparameters, runtime: Runtime) -> int:
+    """The whole run; returns the exit code. Raises UserError for what the user can mend."""
+    track, device, progress, watch = TRACKS[hp.track], runtime.device, Progress(), Watch(runtime)
     train_stream = TokenStream(track.train_files, track.vocab_size, hp.step_tokens + 1, track.get_data)
     val_stream = TokenStream(track.val_files, track.vocab_size, track.val_tokens + 1, track.get_data)
     facts = describe(hp, runtime, train_stream, val_stream)
-    resumed = load_checkpoint(hp.resume, hp, facts) if hp.resume else {}
-    facts["run_id"] = resumed.get("run_id", facts["run_id"])
     dtype, compiled = getattr(torch, facts["activations"]), facts["compiled"]
+    model = build_model(hp, device, dtype, flex=compiled and device.type == "cuda")
+    optimizer = Optimizer(model, hp, dtype, runtime.rank, runtime.world_size)
+    checkpoint = runtime.agree(find_checkpoint(hp))
+    resumed = load_checkpoint(checkpoint, hp, facts, model) if checkpoint else {}
+    facts["run_id"] = resumed.get("run_id", facts["run_id"])
     log = Log(hp, runtime, facts)
 
     def save():
-        path = log.path.with_name(f"{facts['run_id']}_step{progress.step:06d}.pt")
+        start, path = time.perf_counter(), log.path.with_name(f"{facts['run_id']}_step{progress.step:06d}.pt")
         run = {"progress": dataclasses.asdict(progress), "hyperparameters": dataclasses.asdict(hp), **facts}
-        save_checkpoint(path, run, model, optimizer, runtime)
-        log.say(f"checkpoint {path}")
+        try:
+            save_checkpoint(path, run, model, optimizer, runtime, hp.keep)
+        except UserError as error:
+            return log.fail(str(error))
+        watch.checkpoint = path
+        log.say(f"checkpoint {path} in {time.perf_counter() - start:.2f} s (not training time)")
 
+    handlers = {number: signal.signal(number, watch.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        model = build_model(hp, device, dtype, flex=compiled and device.type == "cuda")
-        optimizer = Optimizer(model, hp, dtype, runtime.rank, runtime.world_size)
         log.say(f"track {hp.track}, {sum(p.numel() for p in model.parameters()):,} parameters, {facts['activations']}, "
                 f"{runtime.world_size} x {device_name(device)}, log {log.path}")
         if compiled:
@@ -1142,28 +1247,42 @@ def train(hp: Hyperparameters, runtime: Runtime) -> None:
             model.load_state_dict(resumed["model"])
             optimizer.load_state_dict(resumed["optimizer"])
             torch.set_rng_state(resumed["random"])
-            progress = Progress(**resumed["progress"])
-            log.say(f"resumed from {hp.resume} at step {progress.step}")
+            progress, watch.checkpoint = Progress(**resumed["progress"]), checkpoint
+            log.say(f"resumed from {checkpoint} at step {progress.step}")
+        elif hp.resume:
+            log.say(f"no checkpoint in {log.path.parent}: the run begins at step 0")
         with profiler(hp, runtime, log) as trace:
-            train_loop(model, optimizer, train_stream, val_stream, hp, runtime, log, progress, save, trace)
+            stop = train_loop(model, optimizer, train_stream, val_stream, hp, runtime, log, progress, watch, save,
+                              trace)
+        if stop:
+            log.say(f"run ended by {signal.Signals(stop).name} at step {progress.step}; go on with: --resume "
+                    f"{watch.checkpoint or 'latest'}")
+            return 128 + stop
         report(model, hp, runtime, log, progress)
+        return NOT_KEPT if log.failed else 0
     except BaseException as error:
         log.write(f"run failed at step {progress.step}: {type(error).__name__}: {error}".rstrip(": "))
         raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Main
 
-def run(argv: list[str] | None = None) -> None:
-    """Parse, join the other ranks, train, leave them. Raises UserError."""
+def run(argv: list[str] | None = None) -> int:
+    """Parse, join the other ranks, train, leave them; returns the exit code. Raises UserError."""
     # Compiled kernels outlive the run here, so that the next one starts at once; /tmp would lose them.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "inductor"))
     hp = parse_arguments(argv)
     runtime = start_runtime(hp)
     try:
-        train(hp, runtime)
+        code = train(hp, runtime)
     except (RuntimeError, MemoryError) as error:
+        if runtime.world_size > 1 and ("Connection" in str(error) or isinstance(error, dist.DistBackendError)):
+            raise UserError(f"rank {runtime.rank} has lost another rank, which ended first; go on with --resume latest "
+                            f"({str(error).partition(chr(10))[0][-120:]})", everywhere=False) from None
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
         less = (f"--micro_batch {hp.micro_batch // 2}" if hp.micro_batch > 1 else f"--sequence_length "
@@ -1172,6 +1291,7 @@ def run(argv: list[str] | None = None) -> None:
                         f"{less}, or a smaller --model_dim", everywhere=False) from None
     if dist.is_initialized():
         dist.destroy_process_group()
+    return code
 
 
 def run_as_program(function, *args) -> int:

@@ -12,8 +12,9 @@ from train_gpt import UserError, parse_arguments
 README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.S | re.M)
 COMMANDS = [re.split(r"\s#", line)[0].strip() for block in BLOCKS for line in block.splitlines()]
-TRAINING = [c for c in COMMANDS if re.search(r"(train_gpt\.py|\./run\.sh)( |$)", c) and " test" not in c]
-MODULES = [c for c in COMMANDS if re.search(r"python (-m data\.|tests/benchmark|records/plot)", c)]
+TRAINING = [c for c in COMMANDS if re.search(r"(train_gpt\.py|\./run\.sh|my_idea\.py)( |$)", c)
+            and not re.match(r"cp |diff |python records/|\./run.sh test", c)]
+MODULES = [c for c in COMMANDS if re.search(r"python (-m data\.|tests/benchmark|records/compare)", c)]
 
 
 def test_readme_opens_with_the_two_commands():
@@ -22,10 +23,14 @@ def test_readme_opens_with_the_two_commands():
 
 @pytest.mark.parametrize("command", TRAINING)
 def test_training_flags_exist(command):
-    flags = re.split(r"(?:train_gpt\.py|\./run\.sh)", command)[1]
+    flags = re.split(r"(?:train_gpt\.py|\./run\.sh|my_idea\.py)", command)[1]
     words = [word for word in shlex.split(flags) if word != "..."]
     if "--help" in words:
         return
+    if "--record" in words:
+        entry = words.pop(words.index("--record") + 1)
+        words.remove("--record")
+        assert (REPOSITORY / "records" / entry / "train_gpt.py").exists()
     try:
         parse_arguments(words)
     except UserError as error:
@@ -35,7 +40,8 @@ def test_training_flags_exist(command):
 @pytest.mark.parametrize("command", MODULES)
 def test_tools_exist_and_know_their_flags(command):
     words = shlex.split(command)
-    script = words[1:3] if words[1] == "-m" else words[1:2]
+    words = words[:words.index("--")] if "--" in words else words
+    script = words[1:3] if words[1] == "-m" or "compare" in words[1] else words[1:2]
     done = subprocess.run([sys.executable, *script, "--help"], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0
     for word in words:

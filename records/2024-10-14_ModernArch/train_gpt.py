@@ -129,7 +129,7 @@ class Hyperparameters:
 PRESETS = {
     "fineweb": {},
     "laptop": dict(batch_size=8, sequence_length=256, micro_batch=8, num_layers=4, model_dim=128, log_every=50,
-                   val_every=250, num_heads=2, num_steps=2000, cooldown_steps=600),
+                   val_every=72, num_steps=1440, cooldown_steps=409, num_heads=2, adam_lr=0.0072, muon_lr=0.00072),
 }
 
 

@@ -130,7 +130,7 @@ class Hyperparameters:
 PRESETS = {
     "fineweb": {},
     "laptop": dict(batch_size=8, sequence_length=256, micro_batch=8, num_layers=4, model_dim=128, log_every=50,
-                   val_every=250, num_heads=2, num_steps=1800, cooldown_steps=540),
+                   val_every=77, num_steps=1540, cooldown_steps=440, num_heads=2),
 }
 
 
