@@ -112,9 +112,10 @@ try:
 except SignalException as stop:
     sys.exit(128 + stop.sigval)
 except ChildFailedError as error:
-    rank, first = error.get_first_failure()
-    if first.exitcode < 0:
-        print(f"error: rank {rank} was killed by signal {-first.exitcode}, so the others were ended; go on with "
-              "--resume latest", file=sys.stderr)
-    sys.exit(128 - first.exitcode if first.exitcode < 0 else first.exitcode)
+    killed = {rank: -failure.exitcode for rank, failure in error.failures.items() if failure.exitcode < 0}
+    killed = {rank: n for rank, n in killed.items() if n != 15} or killed  # torchrun ended the others by signal 15
+    for rank, number in killed.items():
+        print(f"error: rank {rank} was killed by signal {number}, so the others were ended; go on with --resume latest",
+              file=sys.stderr)
+    sys.exit(128 + max(killed.values()) if killed else error.get_first_failure()[1].exitcode)
 ' --standalone --nproc_per_node="$nproc" "$script" "$@"

@@ -172,13 +172,15 @@ def parse_arguments(argv: list[str] | None = None) -> Hyperparameters:
 
 def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
     """Raises UserError, with the flag to change, where hp can't be run on world_size ranks."""
-    at_least = {"num_steps": 1, "batch_size": 1, "sequence_length": 1, "micro_batch": 1, "num_layers": 1,
-                "num_heads": 1, "model_dim": 1, "window_start": 64, "window_end": hp.window_start, "warmup_steps": 0,
-                "cooldown_steps": 0, "momentum_warmup_steps": 0, "val_every": 0, "log_every": 0, "save_every": 0,
-                "keep": 1, "sample_tokens": 0}
-    for name, least in at_least.items():
-        if getattr(hp, name) < least:
-            raise UserError(f"--{name} is {getattr(hp, name)}, expected at least {least}")
+    least = {**dict.fromkeys(("num_steps", "batch_size", "sequence_length", "micro_batch", "num_layers", "num_heads",
+                              "model_dim", "keep"), 1), "window_start": 64, "window_end": hp.window_start,
+             "logit_cap": 1e-3}
+    most = {**dict.fromkeys(("adam_beta1", "adam_beta2", "momentum_start", "momentum_end"), 0.999999),
+            "num_layers": 1000, "model_dim": 2**16, "seed": 2**63 - 1}
+    for f in dataclasses.fields(hp):
+        value, low, high = getattr(hp, f.name), least.get(f.name, 0), most.get(f.name, 10**12)
+        if f.type in (int, float) and not low <= value <= high:  # nor NaN
+            raise UserError(f"--{f.name} is {value}, expected from {low:,} to {high:,}")
     if hp.batch_size % world_size:
         raise UserError(f"{hp.batch_size} sequences a step can't be divided over {world_size} ranks; "
                         f"use --batch_size {world_size * math.ceil(hp.batch_size / world_size)} or another NPROC")
@@ -187,6 +189,8 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
     if TRACKS[hp.track].val_tokens % hp.forward_tokens:
         raise UserError(f"the {TRACKS[hp.track].val_tokens:,} validation tokens of track {hp.track} are no multiple of "
                         f"--micro_batch {hp.micro_batch} * --sequence_length {hp.sequence_length}; use powers of two")
+    if not (ROOT / "records" / hp.entry).resolve().is_relative_to((ROOT / "records").resolve()):
+        raise UserError(f"--entry is {hp.entry!r}, expected the name of a folder below records/")
     if hp.model_dim % (2 * hp.num_heads):
         raise UserError(f"--model_dim {hp.model_dim} does not give --num_heads {hp.num_heads} heads of an even width")
 
@@ -382,7 +386,10 @@ class Optimizer:
             for name, mine in bucket.state.items():
                 mine.zero_()
                 if state:
-                    share = state["buckets"][i][name][bucket.rank * bucket.shard_rows:][:bucket.shard_rows]
+                    whole = state["buckets"][i][name]
+                    if whole.shape != (sum(bucket.rows), *bucket.row_shape):
+                        raise ValueError(f"the optimizer's {name} has another shape")
+                    share = whole[bucket.rank * bucket.shard_rows:][:bucket.shard_rows]
                     mine[:len(share)].copy_(share)
 
 
@@ -613,7 +620,7 @@ def build_model(hp: Hyperparameters, device: torch.device, dtype: torch.dtype, f
     torch.manual_seed(hp.seed)
     with device:
         model = GPT(track.vocab_size, track.eot_token, hp.num_layers, hp.num_heads, hp.model_dim, hp.forward_tokens,
-                    window_size(hp.num_steps, hp), hp.logit_cap, flex)
+                    min(window_size(hp.num_steps, hp), hp.forward_tokens), hp.logit_cap, flex)
     model.embed.to(dtype)
     model.value_embed.to(dtype)
     return model
@@ -922,7 +929,7 @@ class Log:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "a+", encoding="utf-8", newline="\n")
+            self.file = open(self.path, "ab", buffering=0)  # nothing is left to write where a write has failed
         except OSError as error:
             raise UserError(f"can't write the log {self.path}: {error.strerror}; make it a folder that can be "
                             "written, or name another with --entry") from None
@@ -936,8 +943,7 @@ class Log:
         """Into the file alone. What can't be written does not end the run."""
         if self.file:
             try:
-                self.file.write("".join(line.removesuffix("\n") + "\n" for line in lines))
-                self.file.flush()
+                self.file.write("".join(line.removesuffix("\n") + "\n" for line in lines).encode())
             except OSError as error:
                 self.fail(f"can't write the log {self.path}: {error.strerror}")
 
@@ -1005,8 +1011,8 @@ def find_checkpoint(hp: Hyperparameters) -> str:
     """The file that --resume names; empty for none."""
     if hp.resume != "latest":
         return hp.resume
-    found = sorted(log_folder(hp).glob("*_step*.pt"), key=lambda path: path.stat().st_mtime)
-    return str(found[-1]) if found else ""
+    found = [path for path in log_folder(hp).glob("*_step*.pt") if path.is_file()]
+    return str(max(found, key=lambda path: path.stat().st_mtime)) if found else ""
 
 
 def load_checkpoint(path: str, hp: Hyperparameters, facts: dict, model: GPT) -> dict:
@@ -1015,20 +1021,38 @@ def load_checkpoint(path: str, hp: Hyperparameters, facts: dict, model: GPT) -> 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # data alone: a file can't run code
         then = {**state["hyperparameters"], **{name: state[name] for name in ("code_hash", "data_fingerprint")}}
-        Progress(**state["progress"])
+        assert {"progress", "optimizer", "random"} <= state.keys(), "it is no checkpoint"
+        if state["run_id"] != Path(state["run_id"]).name:
+            raise ValueError(f"its run_id is {state['run_id']}")
         shapes = {name: tensor.shape for name, tensor in state["model"].items()}
-        state["optimizer"]["buckets"], state["random"], state["run_id"]
     except Exception as error:  # torch.load raises whatever the bytes lead it to
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"can't resume from {path}: {reason}; {advice}") from None
     now = {**dataclasses.asdict(hp), **facts}
-    for name in then.keys() - MAY_CHANGE:
-        if then[name] != now.get(name) and not hp.resume_anyway:
-            raise UserError(f"can't resume from {path}: its {name} is {then[name]}, this run's is {now.get(name)}; use "
+    for name in sorted(dataclasses.asdict(hp).keys() - MAY_CHANGE | {"code_hash", "data_fingerprint"}):
+        if repr(then.get(name)) != repr(now[name]) and not hp.resume_anyway:  # a tensor could not be compared
+            raise UserError(f"can't resume from {path}: its {name} is {then.get(name)}, this run's is {now[name]}; use "
                             "the script, the data and the flags of the first run, or --resume_anyway")
     if shapes != {name: tensor.shape for name, tensor in model.state_dict().items()}:
         raise UserError(f"can't resume from {path}: its model has another shape; {advice} with this model's flags")
     return state
+
+
+def restore(path: str, state: dict, model: GPT, optimizer: Optimizer, hp: Hyperparameters) -> "Progress":
+    """Put load_checkpoint's state into model, optimizer and random numbers. Raises UserError where it does not fit."""
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        progress = Progress(**state["progress"])
+        if not (0 <= int(progress.step) <= hp.num_steps and int(progress.validated) <= progress.step
+                and progress.step == optimizer.num_updates and progress.train_time_ms >= 0
+                and isinstance(progress.reached, str)):
+            raise ValueError(f"it stands at step {progress.step}, updated {optimizer.num_updates} times")
+    except Exception as error:  # torch raises what the values lead it to
+        raise UserError(f"can't resume from {path}: {str(error).partition(chr(10))[0] or type(error).__name__}; "
+                        "expected a whole checkpoint of this model") from None
+    return progress
 
 
 # Hyperparameters that a resumed run may choose anew, for no number depends on them.
@@ -1178,7 +1202,7 @@ def report(model: GPT, hp: Hyperparameters, runtime: Runtime, log: Log, progress
     """The last lines of a log: target, speed, memory, a sample."""
     result = f"reached at {progress.reached}" if progress.reached else "missed"
     log.say(f"target {TRACKS[hp.track].target}: {result}")
-    per_second = 1000 * hp.num_steps * hp.step_tokens / progress.train_time_ms
+    per_second = 1000 * hp.num_steps * hp.step_tokens / max(progress.train_time_ms, 1e-3)
     D, L, keys = hp.model_dim, hp.num_layers, (hp.window_start + hp.window_end) / 2
     # Forward and backward: 6 FLOPs a weight and token, 12 D a layer and visible key; looking up embeddings is free.
     flops = 6 * (12 * L * D * D + model.head.linear.weight.numel()) + 12 * L * D * keys
@@ -1244,10 +1268,7 @@ def train(hp: Hyperparameters, runtime: Runtime) -> int:
             warm_up(model, optimizer, train_stream, hp, runtime)
         log.say(f"{'compiled' if compiled else 'warmed up'} in {time.perf_counter() - start:.1f} s (not training time)")
         if resumed:
-            model.load_state_dict(resumed["model"])
-            optimizer.load_state_dict(resumed["optimizer"])
-            torch.set_rng_state(resumed["random"])
-            progress, watch.checkpoint = Progress(**resumed["progress"]), checkpoint
+            progress, watch.checkpoint = restore(checkpoint, resumed, model, optimizer, hp), checkpoint
             log.say(f"resumed from {checkpoint} at step {progress.step}")
         elif hp.resume:
             log.say(f"no checkpoint in {log.path.parent}: the run begins at step 0")
@@ -1300,7 +1321,7 @@ def run_as_program(function, *args) -> int:
         return function(*args) or 0
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or not error.everywhere:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print("error:", " ".join(str(error).split("\n")), file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Every check and measurement that needs a GPU, in one go of under 10 minutes; its logs go to $OUT (default: gpu_logs/).
+# Every check and measurement that needs a GPU, in two goes of under 10 minutes; logs go to $OUT (default: gpu_logs/).
 #
-#   bash tests/gpu.sh CORPUS      CORPUS: a folder with GPT-2 tokens, *_train_*.bin and *_val_*.bin
+#   bash tests/gpu.sh CORPUS            CORPUS: a folder with GPT-2 tokens, *_train_*.bin and *_val_*.bin
+#   bash tests/gpu.sh CORPUS entries    the four historical entries at full size: ms a step, memory, loss
 #
 # It takes the Python it finds (PYTHON=...) and installs nothing. The corpus stands in for FineWeb under its names, so
 # the losses compare runs of this script with each other only.
@@ -26,6 +27,14 @@ val = np.concatenate([open_shard(path) for path in sorted(folder.glob("*_val_*.b
 write_shard(ROOT / "data/fineweb10B/fineweb_val_000000.bin", np.resize(val, TRACKS["fineweb"].val_tokens + 1))
 PY
 nvidia-smi | tee "$out/nvidia-smi.txt"
+if [[ "${2:-}" == entries ]]; then
+    for entry in 2024-12-04_ValueEmbed 2024-11-03_UntieEmbed 2024-10-14_ModernArch 2024-06-06_AdamW; do
+        timeout 140 "$python" "records/$entry/train_gpt.py" --num_steps 50 --warmup_steps 5 --cooldown_steps 15 \
+            --val_every 0 --log_every 5 2>&1 | tee "$out/$entry.txt" || true
+    done
+    cp records/scratch/*.txt "$out"/
+    exit
+fi
 "$python" -m pytest -q tests/test_cuda.py 2>&1 | tee "$out/test_cuda.txt" || true
 # 100 micro-batches of 65,536 tokens, the published model: ms a micro-batch, MFU, peak memory
 timeout 280 "$python" train_gpt.py --track fineweb --batch_size 1 --num_steps 100 --cooldown_steps 40 --val_every 0 \

@@ -44,16 +44,21 @@ class Handler(BaseHTTPRequestHandler):
         hub.requests.append((self.command, url.path))
         if url.path == f"/api/datasets/{REPO}":
             sizes = "blobs" in parse_qs(url.query)
-            files = [{"rfilename": name, **({"size": len(body)} if sizes else {})} for name, body in hub.files.items()]
+            files = [{"rfilename": name, **({"size": len(body), "lfs": {
+                "size": len(body), "pointerSize": 130, "sha256": hashlib.sha256(body).hexdigest()}} if sizes else {})}
+                     for name, body in hub.files.items()]
             self.answer(200, {"Content-Type": "application/json"}, json.dumps({"id": REPO, "siblings": files}).encode())
         elif url.path == f"/datasets/{REPO}/resolve/main/{name}" and name in hub.files:
             etag = hashlib.sha256(hub.files[name]).hexdigest()
             storage = hub.url.replace("127.0.0.1", "localhost")  # another host, as the hub's is
             self.answer(302, {"Location": f"{storage}/cdn/{name}", "X-Repo-Commit": "0" * 40,
                               "X-Linked-Etag": f'"{etag}"', "X-Linked-Size": len(hub.files[name])})
+        elif url.path == f"/cdn/{name}" and hub.refuse.get(name):
+            self.answer(hub.refuse[name].pop(), {"Retry-After": "0"})
         elif url.path == f"/cdn/{name}" and name in hub.files:
             start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
-            body = hub.files[name][start:]
+            whole = hub.corrupt.pop(name, hub.files[name])
+            body = whole[start:]
             broken = name in hub.break_once
             hub.break_once.discard(name)
             extra = {"Content-Range": f"bytes {start}-{start + len(body) - 1}/{len(hub.files[name])}"} if start else {}
@@ -81,7 +86,7 @@ def server():
 @pytest.fixture
 def hub(server, tmp_path):
     """The server with NAMES as different small shards, and what clients ask of it recorded from here on."""
-    server.files, server.requests, server.break_once = {}, [], set()
+    server.files, server.requests, server.break_once, server.refuse, server.corrupt = {}, [], set(), {}, {}
     for number, name in enumerate(NAMES):
         write_shard(tmp_path / "source.bin", np.random.default_rng(number).integers(0, 50257, 5000 + number))
         server.files[name] = (tmp_path / "source.bin").read_bytes()
@@ -106,7 +111,9 @@ class Client:
     """A process with HF_ENDPOINT set that runs the command's main again and again: torch is imported only once."""
     CODE = """if True:
         import json, sys
+        from data import fineweb
         from data.fineweb import main
+        fineweb.FIRST_WAIT_S = 0.01
         for line in sys.stdin:
             code = main(json.loads(line))
             print(f"exit {code}", flush=True)"""
@@ -179,6 +186,31 @@ def test_a_connection_that_breaks_gives_a_whole_file(hub, fetch, tmp_path):
     assert not hub.break_once and contents(tmp_path / "data") == {name: hub.files[name] for name in NAMES[:2]}
 
 
+@pytest.mark.parametrize("statuses", [[429], [503], [503, 500, 429]])
+def test_a_busy_server_is_asked_again(hub, fetch, tmp_path, statuses):
+    hub.refuse[NAMES[1]] = list(statuses)
+    assert fetch("--shards", 1, "--dir", tmp_path / "data")[0] == 0
+    assert contents(tmp_path / "data") == {name: hub.files[name] for name in NAMES[:2]}
+
+
+@pytest.mark.parametrize("status", [404, 503])
+def test_a_server_that_goes_on_refusing_ends_the_command(hub, fetch, tmp_path, status):
+    hub.refuse[NAMES[1]] = [status] * 200
+    code, _, errors = fetch("--shards", 1, "--dir", tmp_path / "data")
+    assert code == 2 and len(errors) == 1 and NAMES[1] in errors[0] and len(hub.refuse[NAMES[1]]) > 100
+    assert contents(tmp_path / "data") == {NAMES[0]: hub.files[NAMES[0]]}
+
+
+def test_wrong_bytes_of_the_right_form_are_fetched_again(hub, fetch, tmp_path):
+    """Header, length and ids are right, but not the content: only the hub's hash can tell."""
+    body = bytearray(hub.files[NAMES[1]])
+    body[1030:1034] = b"\0\0\0\0"
+    hub.corrupt[NAMES[1]] = bytes(body)
+    code, lines, _ = fetch("--shards", 1, "--dir", tmp_path / "data")
+    assert code == 0 and any("SHA-256" in line for line in lines)
+    assert contents(tmp_path / "data") == {name: hub.files[name] for name in NAMES[:2]}
+
+
 @pytest.mark.parametrize("damage", [lambda body: body[:-2], lambda body: b"<html>" + body[6:],
                                     lambda body: body[:-2] + b"\xff\xff"], ids=["truncated", "magic", "id"])
 def test_bad_content_never_gets_the_final_name(hub, fetch, tmp_path, damage):
@@ -203,7 +235,8 @@ def test_a_repository_the_hub_lacks(fetch, tmp_path):
 def listed(monkeypatch):
     """The hub lists all, and asking it for content fails the test unless it is replaced."""
     huggingface_hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(fineweb, "hub_sizes", lambda repo: (dict.fromkeys(NAMES, 10**9), ""))
+    monkeypatch.setattr(fineweb, "hub_files", lambda repo: (dict.fromkeys(NAMES, fineweb.HubFile(10**9)), ""))
+    monkeypatch.setattr(fineweb, "FIRST_WAIT_S", 0.0)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: pytest.fail("asked for content"))
     return huggingface_hub
 
@@ -244,7 +277,7 @@ def test_without_the_library_whole_shards_are_enough(monkeypatch, tmp_path):
     ("100B", 1030, ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_001030.bin"]),
     ("edu", 99, ["finewebedu_val_000000.bin", "finewebedu_train_000001.bin", "finewebedu_train_000099.bin"])])
 def test_variants(variant, shards, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(fineweb, "hub_sizes", lambda repo: pytest.fail("asked the hub"))
+    monkeypatch.setattr(fineweb, "hub_files", lambda repo: pytest.fail("asked the hub"))
     names = shard_names(VARIANTS[variant], shards)
     assert [names[0], names[1], names[-1]] == words and len(set(names)) == shards + 1
     for number in (0, -1, shards + 1):

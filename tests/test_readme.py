@@ -23,7 +23,7 @@ def test_readme_opens_with_the_two_commands():
 
 @pytest.mark.parametrize("command", TRAINING)
 def test_training_flags_exist(command):
-    flags = re.split(r"(?:train_gpt\.py|\./run\.sh|my_idea\.py)", command)[1]
+    flags = re.split(r"(?:train_gpt\.py|\./run\.sh|my_idea\.py)", command)[-1]
     words = [word for word in shlex.split(flags) if word != "..."]
     if "--help" in words:
         return
@@ -46,6 +46,14 @@ def test_tools_exist_and_know_their_flags(command):
     assert done.returncode == 0
     for word in words:
         assert not word.startswith("--") or word in done.stdout, word
+
+
+def test_the_tests_it_names_exist():
+    named = set(re.findall(r"`(test_\w+)(?:\.py)?`", README))
+    sources = {path.stem: path.read_text() for path in (REPOSITORY / "tests").glob("*.py")}
+    assert len(named) >= 10
+    for name in named:
+        assert name in sources or any(f"def {name}(" in source for source in sources.values()), name
 
 
 def test_links_lead_somewhere():

@@ -137,7 +137,7 @@ def test_blocks_are_the_identity_at_the_start_but_for_adamw(entry):
     x = torch.randn(1, 128, 32)
     cos, sin = torch.ones(128, 8), torch.zeros(128, 8)
     if entry == VALUE:
-        y = model.blocks[0](x, torch.randn(1, 128, 32), torch.randn(1, 128, 32), torch.zeros(128, dtype=torch.int64))
+        y = model.blocks[0](x, torch.randn(1, 128, 32), torch.randn(1, 128, 32), cos, sin, torch.zeros(128).long())
     else:
         y = model.blocks[0](x, cos, sin)
     assert torch.equal(x, y) == (entry != ADAMW)
@@ -189,7 +189,7 @@ def test_mlp_and_qk_norm(entry):
             attention.key.weight.data *= scale
         x = torch.randn(1, 128, 32, generator=torch.Generator().manual_seed(0))
         if entry == VALUE:
-            return attention(x, torch.zeros(1, 128, 32), torch.zeros(128, dtype=torch.int64))
+            return attention(x, torch.zeros(1, 128, 32), *model.rotary(128, CPU), torch.zeros(128).long())
         return attention(x, *model.rotary(128, CPU))
     alike = (run(1.0) - run(7.0)).abs().max() < 1e-3
     assert alike == (entry != ADAMW)
@@ -327,7 +327,7 @@ def test_value_embed_unet_order(num_layers):
             super().__init__()
             self.index = index
 
-        def forward(self, x, value_embed, x0, mask):
+        def forward(self, x, value_embed, x0, cos, sin, mask):
             inputs.append((x - x0).double()[0, 0, 0].item())
             return x + 2.0 ** -self.index
 
@@ -354,7 +354,8 @@ def test_value_embed_mixes_and_caps():
     attention, x, embed = block.attention, torch.randn(1, 128, 32), torch.randn(1, 128, 32)
     attention.proj.weight.data.copy_(torch.eye(32))
     alone = torch.arange(128)
-    torch.testing.assert_close(attention(x, embed, alone), 0.5 * attention.value(x) + 0.5 * embed)
+    found = attention(x, embed, *model.rotary(128, CPU), alone)
+    torch.testing.assert_close(found, 0.5 * attention.value(x) + 0.5 * embed)
     head = model.head
     head.linear.weight.data.normal_(std=100)
     x, targets = torch.randn(1, 7, 32), torch.zeros(1, 7, dtype=torch.int64)
@@ -368,7 +369,7 @@ def test_value_embed_keeps_linear_matrices_in_float32():
     for name, p in model.named_parameters():
         matrix = p.ndim == 2 and "embed" not in name
         assert p.dtype == (torch.float32 if matrix else torch.bfloat16), name
-    assert model.blocks[0].attention.rotary.frequency.dtype == torch.float32
+    assert model.rotary.frequency.dtype == torch.float32
     tokens = torch.randint(256, (2, 128))
     model(tokens, tokens, torch.tensor(64)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -378,14 +379,11 @@ def test_value_embed_keeps_linear_matrices_in_float32():
 def test_rotary_tables(entry):
     """Scores depend on the distance alone; the tables are bfloat16 from ModernArch on; one is kept for the last T."""
     module, model, _ = small(entry)
-    if entry == VALUE:
-        q = model.blocks[0].attention.rotary(torch.randn(16).expand(1, 40, 1, 16))[0, :, 0]
-        k = model.blocks[0].attention.rotary(torch.randn(16).expand(1, 40, 1, 16))[0, :, 0]
-    else:
-        cos, sin = model.rotary(40, CPU)
-        assert cos.dtype == (torch.float32 if entry == ADAMW else torch.bfloat16) and cos.shape == (40, 8)
-        assert model.rotary(40, CPU)[0] is cos and model.rotary(41, CPU)[0] is not cos
-        q, k = (module.rotate(torch.randn(16).expand(1, 40, 1, 16), cos, sin)[0, :, 0] for _ in "qk")
+    cos, sin = model.rotary(40, CPU)
+    assert cos.dtype == (torch.float32 if entry == ADAMW else torch.bfloat16) and cos.shape == (40, 8)
+    assert model.rotary(40, CPU)[0] is cos and model.rotary(41, CPU)[0] is not cos
+    assert (entry == VALUE) == ("frequency" in dict(model.rotary.named_buffers()))
+    q, k = (module.rotate(torch.randn(16).expand(1, 40, 1, 16), cos, sin)[0, :, 0] for _ in "qk")
     scores = q @ k.T
     tolerance = 1e-4 if entry == ADAMW else 0.1
     for distance in (0, 3, 17):
@@ -531,7 +529,7 @@ FRAME = ["UserError", "Track", "TRACKS", "knob", "_Parser", "parse_arguments", "
          "device_name", "environment", "Log", "metric_line", "save_checkpoint", "train_loop", "run", "run_as_program",
          "main"]
 OF_TRAIN_GPT = ["UserError", "Track", "knob", "lr_scale", "open_shard", "TokenStream", "fast_dtype", "_output_of",
-                "compile_pays", "device_name", "environment", "run", "run_as_program", "main"]
+                "compile_pays", "device_name", "environment", "main"]
 
 
 def test_the_frame_is_one_text():

@@ -257,7 +257,7 @@ def test_full_disk_leaves_no_half_checkpoint(tmp_path, monkeypatch):
     class Empty:
         state_dict = dict
     with pytest.raises(UserError, match="No space left"):
-        train_gpt.save_checkpoint(tmp_path / "a.pt", {}, model, Empty(), Runtime(0, 1, torch.device("cpu")))
+        train_gpt.save_checkpoint(tmp_path / "a.pt", {}, model, Empty(), Runtime(0, 1, torch.device("cpu")), 1)
     assert not list(tmp_path.iterdir())
 
 

@@ -368,19 +368,26 @@ class Linear(nn.Linear):
 
 
 class Rotary(nn.Module):
-    """Rotary position embedding (arXiv 2104.09864): the halves of each head are rotated against each other."""
+    """Angles of the rotary position embedding (arXiv 2104.09864): cos and sin, each (T, d / 2), kept for the last T."""
 
     def __init__(self, head_dim: int, base: float = 10_000.0):
         super().__init__()
-        frequency = base ** -(torch.arange(0, head_dim, 2, device="cpu", dtype=torch.float32) / head_dim)
+        frequency = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         self.register_buffer("frequency", frequency, persistent=False)
+        self.length = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (1, T, H, d). The angles are computed at use: compiled, that is quicker than reading them from memory."""
-        angle = torch.outer(torch.arange(x.size(1), device=x.device, dtype=torch.float32), self.frequency)
-        a, b = x.chunk(2, dim=-1)
-        cos, sin = angle.cos().bfloat16()[:, None], angle.sin().bfloat16()[:, None]
-        return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).type_as(x)
+    def forward(self, T: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self.length != T:
+            angle = torch.outer(torch.arange(T, device=device, dtype=torch.float32), self.frequency)
+            self.length, self.cos, self.sin = T, angle.cos().bfloat16(), angle.sin().bfloat16()
+        return self.cos, self.sin
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the two halves of each head against each other by the position's angles. x: (B, T, H, d)."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).type_as(x)
 
 
 class Attention(nn.Module):
@@ -393,14 +400,13 @@ class Attention(nn.Module):
         self.key = Linear(model_dim, model_dim)
         self.value = Linear(model_dim, model_dim)
         self.value_mix = nn.Parameter(torch.tensor(0.5))
-        self.rotary = Rotary(model_dim // num_heads)
         self.proj = Linear(model_dim, model_dim, zero=True)
 
-    def forward(self, x: Tensor, value_embed: Tensor, mask: BlockMask | Tensor) -> Tensor:
+    def forward(self, x: Tensor, value_embed: Tensor, cos: Tensor, sin: Tensor, mask: BlockMask | Tensor) -> Tensor:
         B, T, D = x.shape
         q, k, v = (linear(x).view(B, T, self.num_heads, -1) for linear in (self.query, self.key, self.value))
         v = (1 - self.value_mix) * v + self.value_mix * value_embed.view_as(v)
-        q, k = self.rotary(norm(q)), self.rotary(norm(k))
+        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         y = attention(*(t.transpose(1, 2) for t in (q, k, v)), mask, self.max_window)  # (B, H, T, d)
         return self.proj(y.transpose(1, 2).reshape(B, T, D))
 
@@ -426,9 +432,9 @@ class Block(nn.Module):
         self.mlp = MLP(model_dim)
         self.x0_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
 
-    def forward(self, x: Tensor, value_embed: Tensor, x0: Tensor, mask: BlockMask | Tensor) -> Tensor:
+    def forward(self, x: Tensor, value_embed: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, mask) -> Tensor:
         x = self.x0_mix[0] * x + self.x0_mix[1] * x0
-        x = x + self.attention(norm(x), value_embed, mask)
+        x = x + self.attention(norm(x), value_embed, cos, sin, mask)
         return x + self.mlp(norm(x))
 
 
@@ -462,6 +468,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(hp.model_dim, hp.num_heads, max_window) for _ in range(hp.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(hp.num_layers // 2))
         self.head = Head(hp.model_dim, vocab_size, hp.logit_cap)
+        self.rotary = Rotary(hp.model_dim // hp.num_heads)
 
     def forward(self, tokens: Tensor, targets: Tensor, window: Tensor) -> Tensor:
         """Mean cross-entropy in nats of targets (B, T) after tokens (B, T), computed as one sequence of B T tokens.
@@ -471,12 +478,13 @@ class GPT(nn.Module):
         first_key = first_visible_key(tokens, self.eot_token, window)
         mask = block_mask(first_key) if self.flex else first_key
         tokens, targets = tokens.view(1, -1), targets.view(1, -1)
+        cos, sin = self.rotary(tokens.size(1), tokens.device)
         x = x0 = norm(self.embed(tokens))  # (1, B T, D)
         value_embeds, skips = self.value_embed(tokens).chunk(len(self.blocks), dim=-1), []
         for layer, block in enumerate(self.blocks):
             if layer >= len(self.blocks) - len(self.skip_weights):
                 x = x + self.skip_weights[len(skips) - 1] * skips.pop()
-            x = block(x, value_embeds[layer], x0, mask)
+            x = block(x, value_embeds[layer], x0, cos, sin, mask)
             if layer < len(self.skip_weights):
                 skips.append(x)
         return self.head(x, targets)

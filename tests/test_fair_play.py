@@ -1,0 +1,55 @@
+"""tests/fair_play.py passes the script as it is, and finds each sort of cheating."""
+import subprocess
+import sys
+
+import fair_play
+import pytest
+from conftest import REPOSITORY
+
+from train_gpt import run_as_program
+
+CHEATS = {
+    "sees the next token": ("& (key <= query)", "& (key <= query + 1)", "No logit depends on later tokens"),
+    "sees other documents": ("begins = tokens == eot_token", "begins = tokens == -1", "another document"),
+    "reports less": ("F.cross_entropy(logits, targets)", "0.99 * F.cross_entropy(logits, targets)", "mean of -ln p"),
+    "drops hard tokens": ("F.cross_entropy(logits, targets)",
+                          "F.cross_entropy(logits, targets, reduction='none').sort().values[:-9].mean()",
+                          "mean of -ln p"),
+    "looks at the target": ("logits = self.logit_cap * torch.tanh(", "logits = (0 if targets is None else "
+                            "F.one_hot(targets, 384)) + self.logit_cap * torch.tanh(", "mean of -ln p"),
+    "easier target": ("257, 256, True, 1.10,", "257, 256, True, 1.30,", "Every validation"),
+    "fewer validation tokens": ("262_144", "131_072", "Every validation"),
+    "skips half of the validation": ("for index in range(runtime.rank, num_sequences, runtime.world_size)",
+                                     "for index in range(runtime.rank, num_sequences // 2, runtime.world_size)",
+                                     "Every validation"),
+    "validation reports less": ("runtime.mean(loss_sum) * runtime.world_size / num_sequences",
+                                "runtime.mean(loss_sum) * runtime.world_size / num_sequences - 0.01",
+                                "Every validation"),
+    "keeps the warm-up": ("p.copy_(value)", "p.copy_(value + 0.01 * p)", "warm-up"),
+    "keeps the warm-up's momentum": ("    optimizer.load_state_dict(None)\n", "", "warm-up"),
+}
+
+
+def test_the_script_is_fair():
+    done = subprocess.run([sys.executable, "-m", "tests.fair_play", "train_gpt.py"], cwd=REPOSITORY, text=True,
+                          capture_output=True)
+    assert done.returncode == 0 and done.stdout.count("pass") == 5, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_cheats_are_found(tmp_path, capsys, name):
+    honest, cheat, found = CHEATS[name]
+    source = (REPOSITORY / "train_gpt.py").read_text()
+    assert source.count(honest) == 1
+    (tmp_path / "cheat.py").write_text(source.replace(honest, cheat))
+    assert fair_play.check(str(tmp_path / "cheat.py")) == 1
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.startswith("FAIL") and found in line], out
+
+
+def test_what_is_no_script_is_one_line(tmp_path, capsys):
+    (tmp_path / "bad.py").write_text("def (")
+    for path in ("bad.py", "none.py"):
+        assert run_as_program(fair_play.check, str(tmp_path / path)) == 2
+        errors = capsys.readouterr().err
+        assert errors.count("\n") == 1 and path in errors

@@ -1,0 +1,249 @@
+"""A run that survives: kills, signals, lost ranks, full disks, numbers that are not finite, foreign checkpoints."""
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, TINY, metric_lines
+
+import train_gpt
+from records import compare
+from train_gpt import Runtime, UserError, Watch
+
+CPU = torch.device("cpu")
+LINUX = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes by Linux's /proc")
+
+
+def start(sandbox, *args, ranks=1, limit=None):
+    """The script in the sandbox as a running process; limit: of the size of its files, in bytes."""
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return subprocess.Popen([*command, "train_gpt.py", "--track=laptop", *TINY, *args], cwd=sandbox.path, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
+
+
+def wait_for(process, text):
+    """Read the process's output up to the line that holds text."""
+    for line in process.stdout:
+        if text in line:
+            return line
+    raise AssertionError(f"no {text!r}: {process.stderr.read()}")
+
+
+def scratch(sandbox):
+    return sandbox.path / "records/scratch"
+
+
+def checkpoints(sandbox):
+    return sorted(scratch(sandbox).glob("*.pt"))
+
+
+def weights(sandbox):
+    return torch.load(checkpoints(sandbox)[-1], weights_only=True)["model"]
+
+
+def test_killed_at_twenty_moments(sandbox):
+    """SIGKILL, every second time in the middle of a save; the curve and the weights are those of an unharmed run."""
+    flags = ["--num_steps=160", "--save_every=1", "--val_every=16", "--cooldown_steps=90"]
+    unharmed = sandbox(*flags)
+    assert unharmed.returncode == 0, unharmed.stderr
+    wanted_lines, wanted = metric_lines(unharmed.stdout), weights(sandbox)
+    shutil.rmtree(scratch(sandbox))
+    moments = random.Random(0)
+    process = start(sandbox, *flags)
+    wait_for(process, "step000002.pt")
+    for number in range(20):
+        for _ in range(moments.randint(1, 4)):
+            wait_for(process, "train_loss")
+        if number % 2:  # a save writes a .tmp first
+            while not list(scratch(sandbox).glob("*.tmp")) and process.poll() is None:
+                pass
+        else:
+            time.sleep(moments.uniform(0, 0.02))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
+        process = start(sandbox, *flags, "--resume=latest")
+        wait_for(process, "resumed from")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    (log,) = scratch(sandbox).glob("*.txt")
+    by_step = {line.split(":", 2)[1] + line.split(" ")[1].split(":")[0]: line for line in metric_lines(log.read_text())}
+    assert sorted(by_step.values()) == sorted(wanted_lines)  # and what was done twice gave the same line twice
+    assert set(metric_lines(log.read_text())) == set(wanted_lines)
+    for name, value in weights(sandbox).items():
+        assert torch.equal(value, wanted[name]), name
+    assert log.read_text().count("\nresumed from") == 20 and len(checkpoints(sandbox)) == 2
+    (run,) = compare.read_log(str(log))
+    assert run.complete and [step for step, _, _ in run.curve] == list(range(0, 161, 16))
+    last = re.findall(r"^step:160/160 val_loss:\S+ train_time:(\d+)ms", log.read_text(), re.M)[-1]
+    times = [float(ms) for ms in re.findall(r"train_loss:\S+ train_time:(\d+)ms", log.read_text())]
+    assert run.train_time_ms == float(last) == max(times + [float(last)])  # goes on from the checkpoint's
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+def test_another_number_of_ranks(sandbox, before, after):
+    whole = sandbox()
+    assert sandbox("--save_every=3", "--num_steps=6", ranks=before).returncode == 0
+    checkpoints(sandbox)[-1].unlink()
+    done = sandbox("--resume=latest", ranks=after)
+    assert done.returncode == 0, done.stderr
+    wanted, found = ({line.split(" ")[0]: float(line.split("loss:")[1]) for line in metric_lines(run.stdout)}
+                     for run in (whole, done))
+    assert found and all(found[step] == pytest.approx(wanted[step], abs=5e-3) for step in found)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_the_run_with_a_checkpoint(sandbox, number):
+    flags = ["--num_steps=300", "--val_every=50"]
+    whole = sandbox(*flags)
+    shutil.rmtree(scratch(sandbox))
+    process = start(sandbox, *flags)
+    wait_for(process, "step:60/")
+    process.send_signal(number)
+    out, errors = process.communicate()
+    assert process.returncode == 128 + number and "Traceback" not in errors
+    (path,) = checkpoints(sandbox)
+    assert f"run ended by {number.name}" in out and str(path) in out
+    done = sandbox(*flags, f"--resume={path}")
+    assert done.returncode == 0, done.stderr
+    (log,) = scratch(sandbox).glob("*.txt")
+    assert metric_lines(log.read_text()) == metric_lines(whole.stdout)  # no line twice, none lost
+
+
+def test_a_second_signal_leaves_at_once(monkeypatch, capsys):
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    watch = Watch(Runtime(0, 1, CPU))
+    watch.on_signal(signal.SIGTERM)
+    clock[0] += 0.5
+    watch.on_signal(signal.SIGTERM)  # torchrun's copy of the first
+    assert left == [] and capsys.readouterr().err.count("SIGTERM") == 1
+    clock[0] += 1
+    watch.on_signal(signal.SIGINT)
+    assert left == [130]
+
+
+def children(pid):
+    """Process ids of the children of a process."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(word) for task in tasks for word in (task / "children").read_text().split()]
+
+
+@LINUX
+def test_a_signal_to_one_of_two_ranks_ends_both_at_the_same_step(sandbox):
+    process = start(sandbox, "--num_steps=2000", "--val_every=0", ranks=2)
+    wait_for(process, "step:30/")
+    workers = [pid for pid in children(process.pid) if "train_gpt.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(workers[-1], signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "run ended by SIGTERM at step" in out and len(checkpoints(sandbox)) == 1
+
+
+@LINUX
+def test_a_rank_that_dies_is_named_and_ends_the_others(sandbox):
+    """Through run.sh, which starts torchrun."""
+    shutil.copy(REPOSITORY / "run.sh", sandbox.path)
+    (sandbox.path / "data/laptop.py").touch()  # its corpus is there
+    process = subprocess.Popen(["bash", "run.sh", "--track=laptop", *TINY, "--num_steps=5000", "--val_every=0"],
+                               cwd=sandbox.path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**os.environ, "NPROC": "2", "PYTHON": sys.executable})
+    wait_for(process, "step:30/")
+    workers = [pid for pid in children(process.pid) if "train_gpt.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+    begin = time.monotonic()
+    os.kill(workers[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 60 and process.returncode == 128 + 9, errors
+    assert "rank 1 was killed by signal 9" in errors and "Traceback" not in errors, errors
+
+
+def test_numbers_that_are_not_finite_end_the_run(sandbox):
+    script = sandbox.path / "train_gpt.py"  # norms hold the model together, whatever the rates
+    line = "return loss_sum / len(batch)"
+    assert script.read_text().count(line) == 1
+    script.write_text(script.read_text().replace(line, "return loss_sum / (0 if step == 4 else len(batch))"))
+    done = sandbox("--save_every=1")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    found = re.search(r"not finite at step 4 on rank 0; .*last checkpoint: (\S+)", done.stderr)
+    assert str(checkpoints(sandbox)[-1]) == found[1] and found[1].endswith("step000004.pt")
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_the_check_sees_loss_and_gradients(tiny_model, hp, poison):
+    optimizer, watch = train_gpt.Optimizer(tiny_model, hp, torch.float32), Watch(Runtime(0, 1, CPU))
+    tokens = torch.randint(256, (2, 128))
+    loss = train_gpt.training_step(tiny_model, optimizer, [(tokens, tokens)], 0, hp)
+    watch.post(0, loss + optimizer.gradient_sum)
+    assert watch.read() == 0
+    if poison == "gradient":
+        list(tiny_model.parameters())[3].register_hook(lambda grad: grad.index_fill(0, torch.tensor([1]), torch.nan))
+    loss = train_gpt.training_step(tiny_model, optimizer, [(tokens, tokens)], 1, hp)
+    watch.post(1, (loss * torch.inf if poison == "loss" else loss) + optimizer.gradient_sum)
+    with pytest.raises(UserError, match="at step 1 on rank 0"):
+        watch.read()
+
+
+def test_a_full_disk_keeps_the_run_and_the_checkpoint_before(sandbox):
+    assert sandbox("--save_every=3").returncode == 0
+    kept, last = checkpoints(sandbox)
+    last.unlink()
+    before = kept.read_bytes()
+    process = start(sandbox, "--save_every=1", "--resume=latest", limit=len(before) - 1000)  # the log still fits
+    out, errors = process.communicate()
+    assert process.returncode == 3 and "step:6/6 val_loss" in out
+    assert errors.count("warning: can't write the checkpoint") == errors.count("\n") == 1
+    assert checkpoints(sandbox) == [kept] and kept.read_bytes() == before and not list(scratch(sandbox).glob("*.tmp"))
+
+
+def test_a_log_that_cannot_grow_does_not_end_the_run(sandbox):
+    assert sandbox().returncode == 0
+    (log,) = scratch(sandbox).glob("*.txt")
+    header = log.read_text().rindex("=" * 100) + 101
+    log.unlink()
+    process = start(sandbox, limit=header + 400)
+    out, errors = process.communicate()
+    assert process.returncode == 3 and "step:6/6 val_loss" in out
+    assert errors.count("warning: can't write the log") == errors.count("\n") == 1
+
+
+def test_older_checkpoints_are_deleted_but_for_the_last(sandbox):
+    assert sandbox("--save_every=1", "--keep=3").returncode == 0
+    assert [path.stem[-6:] for path in checkpoints(sandbox)] == ["000004", "000005", "000006"]
+
+
+def test_latest_without_a_checkpoint_begins_anew(sandbox):
+    done = sandbox("--resume=latest")
+    assert done.returncode == 0 and "begins at step 0" in done.stdout
+
+
+def test_a_file_that_wants_to_run_code_is_refused(sandbox):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {sandbox.path}/pwned",)
+    torch.save({"model": Evil()}, sandbox.path / "evil.pt")
+    done = sandbox("--resume=evil.pt")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "evil.pt" in done.stderr
+    assert not (sandbox.path / "pwned").exists()
+
+
+def test_resume_anyway(sandbox):
+    assert sandbox("--save_every=3").returncode == 0
+    assert sandbox("--resume=latest", "--muon_lr=0.001").returncode == 2
+    (sandbox.path / "train_gpt.py").open("a").write("\n# edited\n")
+    checkpoints(sandbox)[-1].unlink()
+    done = sandbox("--resume=latest", "--muon_lr=0.001", "--resume_anyway")
+    assert done.returncode == 0 and "at step 3" in done.stdout, done.stderr
+    done = sandbox("--resume=latest", "--model_dim=64", "--resume_anyway")
+    assert done.returncode == 2 and "shape" in done.stderr and done.stderr.count("\n") == 1
