@@ -439,18 +439,18 @@ def row_of(group: Group, target: float | None) -> dict:
                              "last_val_loss": finite(run.curve[-1][1]) if run.curve else None}
                             for run in group.incomplete],
         "duplicate_logs": [run.path for run in group.duplicates],
-        "tokens_to_target": finite(mean(to_target(group, target, 0))),
-        "train_time_ms_to_target": finite(mean(to_target(group, target, 1))),
+        "reached": len(first_at_target(group, target)),
+        "tokens_to_target": finite(mean([point[0] * run.step_tokens for run, point in first_at_target(group, target)
+                                         if run.step_tokens])),
+        "train_time_ms_to_target": finite(mean([point[2] for _, point in first_at_target(group, target)
+                                                if point[2] is not None])),
     }
 
 
-def to_target(group: Group, target: float, which: int) -> list[float]:
-    """Tokens (which 0) or training time in ms (1) at each run's first validation at the target or below, if known."""
-    firsts = [next((point for point in run.curve if point[1] <= target), None) for run in group.runs]
-    if which == 0:
-        return [point[0] * run.step_tokens for run, point in zip(group.runs, firsts, strict=True)
-                if point and run.step_tokens]
-    return [point[2] for point in firsts if point and point[2] is not None]
+def first_at_target(group: Group, target: float) -> list[tuple[Run, tuple]]:
+    """The runs that met the target, each with the point of its curve where it first did."""
+    firsts = [(run, next((point for point in run.curve if point[1] <= target), None)) for run in group.runs]
+    return [(run, point) for run, point in firsts if point]
 
 
 def seconds(ms: float | None, digits: int = 1) -> str:
@@ -470,7 +470,7 @@ def cells_of(row: dict) -> dict[str, str]:
         "target": f"{row['target']:g}", "p": number(row["p_value"], ".2g"),
         "training time": seconds(row["train_time_ms_mean"]) + ("" if time_sd is None else f" ± {time_sd / 1000:.1f}"),
         "step": "" if row["step_avg_ms"] is None else f"{row['step_avg_ms']:.2f} ms",
-        "to target": seconds(row["train_time_ms_to_target"]),
+        "met by": f"{row['reached']} of {row['runs']}", "to target": seconds(row["train_time_ms_to_target"]),
         "tokens to target": "" if row["tokens_to_target"] is None else f"{row['tokens_to_target'] / 1e6:.2f} M",
         "device": f"{row['world_size'] or '?'} x {row['gpu'] or '?'}", "torch": row["torch"] or "",
         "code": row["code_hash"] or "",

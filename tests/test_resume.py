@@ -105,11 +105,11 @@ def test_another_number_of_ranks(sandbox, before, after):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_the_run_with_a_checkpoint(sandbox, number):
-    flags = ["--num_steps=300", "--val_every=50"]
+    flags = ["--num_steps=120", "--val_every=30"]
     whole = sandbox(*flags)
     shutil.rmtree(scratch(sandbox))
     process = start(sandbox, *flags)
-    wait_for(process, "step:60/")
+    wait_for(process, "step:40/")
     process.send_signal(number)
     out, errors = process.communicate()
     assert process.returncode == 128 + number and "Traceback" not in errors
