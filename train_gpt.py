@@ -1020,7 +1020,7 @@ def load_checkpoint(path: str, hp: Hyperparameters, facts: dict, model: GPT) -> 
     advice = "expected a file that --save_every wrote"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # data alone: a file can't run code
-        then = {**state["hyperparameters"], **{name: state[name] for name in ("code_hash", "data_fingerprint")}}
+        then = {**state["hyperparameters"], **{name: state[name] for name in MUST_AGREE}}
         assert {"progress", "optimizer", "random"} <= state.keys(), "it is no checkpoint"
         if state["run_id"] != Path(state["run_id"]).name:
             raise ValueError(f"its run_id is {state['run_id']}")
@@ -1029,7 +1029,7 @@ def load_checkpoint(path: str, hp: Hyperparameters, facts: dict, model: GPT) -> 
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"can't resume from {path}: {reason}; {advice}") from None
     now = {**dataclasses.asdict(hp), **facts}
-    for name in sorted(dataclasses.asdict(hp).keys() - MAY_CHANGE | {"code_hash", "data_fingerprint"}):
+    for name in sorted(dataclasses.asdict(hp).keys() - MAY_CHANGE | MUST_AGREE):
         if repr(then.get(name)) != repr(now[name]) and not hp.resume_anyway:  # a tensor could not be compared
             raise UserError(f"can't resume from {path}: its {name} is {then.get(name)}, this run's is {now[name]}; use "
                             "the script, the data and the flags of the first run, or --resume_anyway")
@@ -1057,7 +1057,8 @@ def restore(path: str, state: dict, model: GPT, optimizer: Optimizer, hp: Hyperp
 
 # Hyperparameters that a resumed run may choose anew, for no number depends on them.
 MAY_CHANGE = {"val_every", "log_every", "save_every", "keep", "resume", "resume_anyway", "entry", "profile",
-              "sample_tokens"}
+              "sample_tokens", "dtype"}
+MUST_AGREE = {"code_hash", "data_fingerprint", "activations"}  # --dtype auto can choose otherwise on a busy machine
 
 
 # ---------------------------------------------------------------------------------------------------------------------

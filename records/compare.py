@@ -521,7 +521,8 @@ def differing_settings(groups: list[Group]) -> list[str]:
         configs = [group.any.config for group in same]
         names = [name for name in configs[0] if any(config.get(name) != configs[0].get(name) for config in configs)]
         if code and names:
-            notes += [f"code {code}: {len(group.runs)} runs at {common_path(group.runs or group.incomplete)} have "
+            notes += [f"code {code}: {len(group.runs + group.incomplete)} logs at "
+                      f"{common_path(group.runs or group.incomplete)} have "
                       + ", ".join(f"{name} {config.get(name)}" for name in names)
                       for group, config in zip(same, configs, strict=True)]
     return notes
@@ -658,7 +659,9 @@ def diff(args) -> int:
 
 def extract(args) -> int:
     """The embedded script."""
-    run = find_runs([args.log])[0][0]
+    run, *others = find_runs([args.log])[0]
+    if any(other.code_hash != run.code_hash for other in others):
+        print(f"note: {args.log} holds {len(others) + 1} runs; this is the script of the first", file=sys.stderr)
     Path(args.out).write_bytes(code_of(run))
     return 0
 
@@ -750,6 +753,8 @@ def print_runs_needed(args) -> int:
 
 def ab(args) -> int:
     """Runs two scripts in turn, with the seeds 0, 1, ... for both, goes on where it was interrupted, and verifies."""
+    if args.runs < 1:
+        raise UserError(f"--runs is {args.runs}, expected 1 or more")
     scripts = [Path(args.a).resolve(), Path(args.b).resolve()]
     for script in scripts:
         if not script.is_file():
@@ -839,8 +844,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     added.add_argument("--margin", type=float, required=True, help="how far the mean lies below the target")
     added.add_argument("--p", type=float, default=0.01)
     added = command("ab", ab, "run two scripts in turn, A B A B ..., then verify B against A")
-    added.add_argument("a", metavar="A")
-    added.add_argument("b", metavar="B")
+    added.add_argument("a", metavar="A", help="the baseline's script")
+    added.add_argument("b", metavar="B", help="the candidate's; what follows -- goes to both: -- --track laptop")
     added.add_argument("--runs", type=int, required=True, help="of each script; seeds 0, 1, ...")
     judging(added)
     words, _, rest = argv, None, []

@@ -225,6 +225,7 @@ def test_files_that_are_no_logs_are_named(tmp_path):
     (["bogus"], "bogus"), (["verify", "{}"], "--baseline"), (["extract", "{}/metrics.txt", "-o", "{}/x"], "no code"),
     (["extract", "{}/main.txt", "-o", "{}/none/x"], "none/x"), (["table"], "PATH"),
     (["table", "--jsom", "{}"], "--jsom"),
+    (["ab", "train_gpt.py", "train_gpt.py", "--runs", "0"], "--runs is 0"),
     (["runs-needed", "--sd", "0", "--margin", "1"], "--sd"), (["ab", "{}/a.py", "{}/b.py", "--runs", "1"], "a.py"),
     (["plot", "{}/main.txt", "-o", "{}/x.doc"], "doc")])
 def test_mistakes_end_in_one_line(tmp_path, words, named):
