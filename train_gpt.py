@@ -731,7 +731,7 @@ class BatchLoader:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Runtime: ranks, device, precision, timer
+# Runtime: ranks, device, precision, timer, signals
 
 @dataclass(frozen=True)
 class Runtime:
@@ -1015,32 +1015,35 @@ def find_checkpoint(hp: Hyperparameters) -> str:
     return str(max(found, key=lambda path: path.stat().st_mtime)) if found else ""
 
 
-def load_checkpoint(path: str, hp: Hyperparameters, facts: dict, model: GPT) -> dict:
+def load_checkpoint(path: str, hp: Hyperparameters, facts: dict) -> dict:
     """What save_checkpoint wrote, on the CPU. Raises UserError unless it belongs to this script, data and command."""
-    advice = "expected a file that --save_every wrote"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # data alone: a file can't run code
-        then = {**state["hyperparameters"], **{name: state[name] for name in MUST_AGREE}}
-        assert {"progress", "optimizer", "random"} <= state.keys(), "it is no checkpoint"
-        if state["run_id"] != Path(state["run_id"]).name:
-            raise ValueError(f"its run_id is {state['run_id']}")
-        shapes = {name: tensor.shape for name, tensor in state["model"].items()}
+        then = {**state["hyperparameters"], **{name: state[name] for name in ("code_hash", "data_fingerprint")}}
+        if not {"progress", "model", "optimizer", "random"} <= state.keys():
+            raise ValueError("it is no checkpoint")
+        if state["run_id"] != Path(state["run_id"]).name or state["activations"] not in ("bfloat16", "float32"):
+            raise ValueError(f"its run_id is {state['run_id']}, its activations are {state['activations']}")
     except Exception as error:  # torch.load raises whatever the bytes lead it to
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"can't resume from {path}: {reason}; {advice}") from None
+        raise UserError(f"can't resume from {path}: {reason}; expected a file that --save_every wrote") from None
     now = {**dataclasses.asdict(hp), **facts}
-    for name in sorted(dataclasses.asdict(hp).keys() - MAY_CHANGE | MUST_AGREE):
+    if hp.dtype != "auto" and hp.dtype != state["activations"]:
+        raise UserError(f"can't resume from {path}: its activations are {state['activations']}; use --dtype auto")
+    for name in sorted(dataclasses.asdict(hp).keys() - MAY_CHANGE | {"code_hash", "data_fingerprint"}):
         if repr(then.get(name)) != repr(now[name]) and not hp.resume_anyway:  # a tensor could not be compared
             raise UserError(f"can't resume from {path}: its {name} is {then.get(name)}, this run's is {now[name]}; use "
                             "the script, the data and the flags of the first run, or --resume_anyway")
-    if shapes != {name: tensor.shape for name, tensor in model.state_dict().items()}:
-        raise UserError(f"can't resume from {path}: its model has another shape; {advice} with this model's flags")
     return state
 
 
 def restore(path: str, state: dict, model: GPT, optimizer: Optimizer, hp: Hyperparameters) -> "Progress":
     """Put load_checkpoint's state into model, optimizer and random numbers. Raises UserError where it does not fit."""
     try:
+        shapes, saved = ({name: t.shape for name, t in tensors.items()}
+                         for tensors in (model.state_dict(), state["model"]))
+        if shapes != saved:
+            raise ValueError("its model has another shape")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
@@ -1055,10 +1058,9 @@ def restore(path: str, state: dict, model: GPT, optimizer: Optimizer, hp: Hyperp
     return progress
 
 
-# Hyperparameters that a resumed run may choose anew, for no number depends on them.
+# Hyperparameters that a resumed run may choose anew, for no number depends on them (dtype is compared by itself).
 MAY_CHANGE = {"val_every", "log_every", "save_every", "keep", "resume", "resume_anyway", "entry", "profile",
               "sample_tokens", "dtype"}
-MUST_AGREE = {"code_hash", "data_fingerprint", "activations"}  # --dtype auto can choose otherwise on a busy machine
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1240,12 +1242,13 @@ def train(hp: Hyperparameters, runtime: Runtime) -> int:
     train_stream = TokenStream(track.train_files, track.vocab_size, hp.step_tokens + 1, track.get_data)
     val_stream = TokenStream(track.val_files, track.vocab_size, track.val_tokens + 1, track.get_data)
     facts = describe(hp, runtime, train_stream, val_stream)
+    checkpoint = runtime.agree(find_checkpoint(hp))
+    resumed = load_checkpoint(checkpoint, hp, facts) if checkpoint else {}
+    # A run goes on in its log, and in its precision: a busy machine may measure, and choose, another.
+    facts |= {name: resumed[name] for name in ("run_id", "activations") if resumed}
     dtype, compiled = getattr(torch, facts["activations"]), facts["compiled"]
     model = build_model(hp, device, dtype, flex=compiled and device.type == "cuda")
     optimizer = Optimizer(model, hp, dtype, runtime.rank, runtime.world_size)
-    checkpoint = runtime.agree(find_checkpoint(hp))
-    resumed = load_checkpoint(checkpoint, hp, facts, model) if checkpoint else {}
-    facts["run_id"] = resumed.get("run_id", facts["run_id"])
     log = Log(hp, runtime, facts)
 
     def save():

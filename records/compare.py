@@ -39,8 +39,8 @@ RUNNING = re.compile(r"Running PyTorch (\S+?),?(?: on (.+) with world_size (\d+)
 GPU_ROW = re.compile(r"\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|")  # of nvidia-smi's table
 CODE_BEGINS = re.compile(rb'(import |from |#!|"""|\'\'\')')
 # Hyperparameters on which no result depends: runs that differ in these alone are comparable.
-HARMLESS = {"seed", "entry", "resume", "val_every", "log_every", "save_every", "profile", "sample_tokens", "device",
-            "compile", "dtype"}
+HARMLESS = {"seed", "entry", "resume", "resume_anyway", "keep", "val_every", "log_every", "save_every", "profile",
+            "sample_tokens", "device", "compile", "dtype"}
 
 
 class UserError(Exception):
@@ -146,7 +146,7 @@ class Metrics:
         run = self.runs[-1]
         if self.resumed_at is not None:  # what the interrupted run did beyond its checkpoint is done again
             run.curve = [point for point in run.curve if point[0] <= self.resumed_at]
-            self.resumed_at = None
+            self.resumed_at = self.last_line_ms = None  # nor does the time begin again where it goes back with the step
         run.last_step = step
         ms = milliseconds(fields.get(b"train_time"))
         if ms is not None:
@@ -365,6 +365,7 @@ def group_runs(runs: list[Run]) -> list[Group]:
 
 
 def mean(values: list[float]) -> float | None:
+    """None for no values."""
     return statistics.fmean(values) if values else None
 
 
@@ -418,6 +419,7 @@ def finite(value: float | None) -> float | None:
 
 
 def common_path(runs: list[Run]) -> str:
+    """The log, or the folder that holds all logs, relative to where the command is run."""
     return os.path.relpath(os.path.commonpath([os.path.abspath(run.path) for run in runs]))
 
 
@@ -454,6 +456,7 @@ def first_at_target(group: Group, target: float) -> list[tuple[Run, tuple]]:
 
 
 def seconds(ms: float | None, digits: int = 1) -> str:
+    """Milliseconds for people, in seconds; empty where unknown."""
     return "" if ms is None else f"{ms / 1000:.{digits}f} s"
 
 
@@ -509,6 +512,7 @@ def table(args) -> int:
 
 
 def why_incomplete(run: Run) -> str:
+    """How far a run came that was not validated after its last step."""
     last = f"step {run.curve[-1][0]}, val loss {run.curve[-1][1]:.4f}" if run.curve else "none"
     return f"last step {run.last_step} of {run.steps or 'an unknown number'}, last validation: {last}"
 
@@ -552,6 +556,7 @@ def the_group(paths: list[str], who: str) -> tuple[Group, Rule]:
 
 
 def rule_of_seeds(group: Group, who: str) -> Rule:
+    """Logs with equal losses are one run; who: candidate or baseline, for the rule's name."""
     by_curve: dict[tuple, list[str]] = {}
     for run in group.runs + group.duplicates:
         by_curve.setdefault(run.losses, []).append(run.path)
@@ -596,8 +601,13 @@ def judge(new: Group, old: Group, target: float | None, p: float, systems_only: 
 
 def verify(args) -> int:
     """Applies the rules; 0 where all hold, else 1."""
-    new, new_whole = the_group([args.candidate], "candidate")
-    old, old_whole = the_group([args.baseline], "baseline")
+    return verdict([args.candidate], [args.baseline], args)
+
+
+def verdict(candidate: list[str], baseline: list[str], args) -> int:
+    """Prints each rule on the logs below two lists of paths; returns the exit code."""
+    new, new_whole = the_group(candidate, "candidate")
+    old, old_whole = the_group(baseline, "baseline")
     rules = [new_whole, old_whole]
     if new.runs and old.runs:
         rules += judge(new, old, args.target, args.p, args.systems_only)
@@ -766,7 +776,7 @@ def ab(args) -> int:
     done = json.loads(state_path.read_text()) if state_path.exists() else {}
     for seed, (which, script) in itertools.product(range(args.runs), zip("AB", scripts, strict=True)):
         key = f"{which}{seed}"
-        if key in done and any(run.complete for run in read_log(done[key])):
+        if os.path.exists(done.get(key, "")) and any(run.complete for run in read_log(done[key])):
             continue
         print(f"--- {which}, seed {seed}: {script} {' '.join(args.args)}", flush=True)
         command = [sys.executable, str(script), *args.args, f"--seed={seed}"]
@@ -782,23 +792,17 @@ def ab(args) -> int:
         done[key] = log
         state_path.with_suffix(".tmp").write_text(json.dumps(done, indent=1))
         os.replace(state_path.with_suffix(".tmp"), state_path)
-    folders = []
-    for which in "AB":  # links, so that each script's runs are a folder
-        folders.append(state_path.parent / which)
-        folders[-1].mkdir(exist_ok=True)
-        for seed in range(args.runs):
-            link = folders[-1] / Path(done[f"{which}{seed}"]).name
-            if not link.exists():
-                link.symlink_to(done[f"{which}{seed}"])
-    print(f"--- logs: {folders[0]} (A, the baseline) and {folders[1]} (B, the candidate)")
-    args.baseline, args.candidate = map(str, folders)
-    return verify(args)
+    logs = {which: [done[f"{which}{seed}"] for seed in range(args.runs)] for which in "AB"}
+    print("--- logs of A, the baseline, and B, the candidate:", *logs["A"], *logs["B"], sep="\n")
+    return verdict(logs["B"], logs["A"], args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 class Parser(argparse.ArgumentParser):
+    """Without argparse's usage before the one line that matters."""
+
     def error(self, message):
         raise UserError(f"{message}; python records/compare.py --help shows the commands")
 
@@ -848,10 +852,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     added.add_argument("b", metavar="B", help="the candidate's; what follows -- goes to both: -- --track laptop")
     added.add_argument("--runs", type=int, required=True, help="of each script; seeds 0, 1, ...")
     judging(added)
-    words, _, rest = argv, None, []
-    if "--" in argv:
-        words, rest = argv[:argv.index("--")], argv[argv.index("--") + 1:]
-    args = parser.parse_args(words)
+    end = argv.index("--") if "--" in argv else len(argv)
+    args, rest = parser.parse_args(argv[:end]), argv[end + 1:]
     if rest and args.command != "ab":
         raise UserError(f"unexpected arguments after --: {' '.join(rest)}")
     args.args = rest

@@ -408,6 +408,14 @@ def test_ab_goes_on_where_it_was_interrupted(sandbox):
     next(p for p in logs if p.read_text().endswith("\n") and '"seed": 1' in p.read_text()).write_text("cut")
     again = start(flags)
     assert len(re.findall(r"^--- [AB], seed 1", again.stdout, re.M)) == 1 and "seed 0" not in again.stdout
+    assert len(re.findall("^pass +complete runs", again.stdout, re.M)) == 2  # what was cut is not counted
+    next(p for p in logs if p.exists() and '"seed": 0' in p.read_text()).unlink()
+    assert len(re.findall(r"^--- [AB], seed 0", start(flags).stdout, re.M)) == 1
+
+
+def test_what_changes_no_number_splits_no_group():
+    from train_gpt import MAY_CHANGE
+    assert MAY_CHANGE <= compare.HARMLESS
 
 
 def test_imports_no_torch_and_starts_fast(tmp_path):

@@ -85,7 +85,7 @@ def test_killed_at_twenty_moments(sandbox):
         assert torch.equal(value, wanted[name]), name
     assert log.read_text().count("\nresumed from") == 20 and len(checkpoints(sandbox)) == 2
     (run,) = compare.read_log(str(log))
-    assert run.complete and [step for step, _, _ in run.curve] == list(range(0, 161, 16))
+    assert run.complete and run.restart_step == 0 and [step for step, _, _ in run.curve] == list(range(0, 161, 16))
     last = re.findall(r"^step:160/160 val_loss:\S+ train_time:(\d+)ms", log.read_text(), re.M)[-1]
     times = [float(ms) for ms in re.findall(r"train_loss:\S+ train_time:(\d+)ms", log.read_text())]
     assert run.train_time_ms == float(last) == max(times + [float(last)])  # goes on from the checkpoint's
@@ -242,6 +242,11 @@ def test_resume_anyway(sandbox):
     assert sandbox("--save_every=3").returncode == 0
     done = sandbox("--resume=latest", "--dtype=bfloat16")  # as --dtype auto may choose on a busy machine
     assert done.returncode == 2 and "activations" in done.stderr
+    source, line = (sandbox.path / "train_gpt.py").read_text(), '    if device.type == "cuda":\n        return torch.bfloat16 if'
+    assert line in source
+    (sandbox.path / "train_gpt.py").write_text(source.replace(line, "    return torch.bfloat16\n" + line))
+    done = sandbox("--resume=latest", "--dtype=auto", "--resume_anyway")  # measures bfloat16, goes on in float32
+    assert done.returncode == 0 and ", float32, 1 x" in done.stdout, done.stderr
     assert sandbox("--resume=latest", "--muon_lr=0.001").returncode == 2
     (sandbox.path / "train_gpt.py").open("a").write("\n# edited\n")
     checkpoints(sandbox)[-1].unlink()
