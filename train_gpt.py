@@ -10,8 +10,9 @@
 vocabulary and the target; everything else is yours to change. A run writes its own source, its environment and its
 losses into one log, records/scratch/<run_id>.txt.
 
-The system is the ValueEmbed record of 2024-12-04 (published: 3.2751 after 264.6 s on 8 H100s). README.md has what this
-file reaches on the laptop track, with its log; on GPUs it has not been measured yet.
+The system is the ValueEmbed record of 2024-12-04 (published: 3.2751 after 264.6 s on 8 H100s) plus hashed n-gram
+embeddings, merged QKV, shared value embeddings and fewer bytes between the ranks. records/2026-11-22_NGramEmbed has its
+figures on the laptop track, with logs; on GPUs it has not been measured yet.
 
 Shapes in comments: T tokens of a sequence, D model width, H heads, V vocabulary, L layers, W ranks (world size).
 """
@@ -28,12 +29,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -48,17 +48,18 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 # The repository: data/ and records/ lie there, also for a copy of this script inside records/<entry>/.
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "run.sh").exists()), Path(__file__).resolve().parent)
 
-
 class UserError(Exception):
     """A mistake the user can mend: shown as one line on stderr, exit code 2.
 
     everywhere: all ranks meet the same mistake, so that rank 0 alone needs to say it.
     """
-
     def __init__(self, message: str, everywhere: bool = True):
         super().__init__(message)
         self.everywhere = everywhere
 
+def first_line(error: BaseException) -> str:
+    """Of what an exception says, or its name where it says nothing."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tracks and hyperparameters
@@ -75,7 +76,6 @@ class Track:
     target: float        # validation loss to reach, nats a token
     get_data: str        # the command that fetches or builds the data
 
-
 TRACKS = {
     "fineweb": Track("data/fineweb10B/fineweb_train_*.bin", "data/fineweb10B/fineweb_val_*.bin", 10_485_760,
                      50_257, 50_256, False, 3.28, "python -m data.fineweb --shards 9"),
@@ -83,38 +83,40 @@ TRACKS = {
                     257, 256, True, 1.10, "python -m data.laptop"),
 }
 
-
-def knob(default, help: str, choices: tuple | None = None):
+def knob(default, help: str, choices: tuple | None = None, least: float = 0, most: float = 10**12):
     """A field of Hyperparameters: its default, its help text with the unit, its permitted values."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
-
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, least=least, most=most))
 
 @dataclass(frozen=True)
 class Hyperparameters:
     """One run. Each field is a command-line flag; the defaults are those of fineweb, PRESETS has the other tracks'."""
     track: str = knob("fineweb", "which data and target", tuple(TRACKS))
-    seed: int = knob(0, "of the initial weights; the order of the data never changes")
+    seed: int = knob(0, "of the initial weights; the order of the data never changes", most=2**63 - 1)
     # work
-    num_steps: int = knob(1530, "optimizer steps")
-    batch_size: int = knob(8, "sequences a step, over all ranks; fewer ranks take several one after the other")
-    sequence_length: int = knob(65_536, "tokens a sequence")
-    micro_batch: int = knob(1, "sequences that a rank computes at once, at most; it takes a larger share in parts")
+    num_steps: int = knob(1530, "optimizer steps", least=1)
+    batch_size: int = knob(8, "sequences a step, over all ranks; fewer ranks take several one after the other", least=1)
+    sequence_length: int = knob(65_536, "tokens a sequence", least=128)
+    micro_batch: int = knob(1, "sequences that a rank computes at once, at most; it takes more in parts", least=1)
     # model
-    num_layers: int = knob(12, "transformer blocks")
-    num_heads: int = knob(6, "attention heads")
-    model_dim: int = knob(768, "width of the residual stream")
-    logit_cap: float = knob(30.0, "logits are squashed into (-cap, cap)")
-    window_start: int = knob(64, "tokens a query sees at step 0, itself included")
-    window_end: int = knob(1792, "tokens a query sees at the end, itself included")
+    num_layers: int = knob(12, "transformer blocks", least=1, most=1000)
+    num_heads: int = knob(6, "attention heads", least=1)
+    model_dim: int = knob(768, "width of the residual stream", least=1, most=2**16)
+    value_layers: int = knob(2, "so many of the first layers, and of the last ones, share value embeddings")
+    ngrams: int = knob(2, "longest n: each token brings embeddings of the 2-, 3-, ... n-grams that end at it", most=64)
+    ngram_rows: int = knob(24_571, "rows of each n's table, into which n-grams are hashed", least=1, most=2**31)
+    logit_cap: float = knob(30.0, "logits are squashed into (-cap, cap)", least=1e-3)
+    window_start: int = knob(64, "tokens a query sees at step 0, itself included", least=64)
+    window_end: int = knob(1792, "tokens a query sees at the end, itself included", least=64)
     # optimizers
     embed_lr: float = knob(0.6, "Adam learning rate of the embedding and the value embeddings")
+    ngram_lr: float = knob(0.6, "Adam learning rate of the n-gram embeddings")
     head_lr: float = knob(0.008, "Adam learning rate of the head")
     scalar_lr: float = knob(0.04, "Adam learning rate of the learned scalars")
-    adam_beta1: float = knob(0.8, "decay of Adam's first moment, a step")
-    adam_beta2: float = knob(0.95, "decay of Adam's second moment, a step")
+    adam_beta1: float = knob(0.8, "decay of Adam's first moment, a step", most=0.999999)
+    adam_beta2: float = knob(0.95, "decay of Adam's second moment, a step", most=0.999999)
     muon_lr: float = knob(0.05, "Muon learning rate of the matrices of the blocks")
-    momentum_start: float = knob(0.85, "Muon's momentum at step 0")
-    momentum_end: float = knob(0.95, "Muon's momentum after its warmup")
+    momentum_start: float = knob(0.85, "Muon's momentum at step 0", most=0.999999)
+    momentum_end: float = knob(0.95, "Muon's momentum after its warmup", most=0.999999)
     momentum_warmup_steps: int = knob(300, "steps over which Muon's momentum rises")
     warmup_steps: int = knob(0, "steps over which the learning rates rise from zero")
     cooldown_steps: int = knob(600, "steps over which the learning rates fall to zero at the end")
@@ -122,7 +124,7 @@ class Hyperparameters:
     val_every: int = knob(125, "steps between validations; 0: only at the end")
     log_every: int = knob(10, "steps between lines with the training loss; 0: none")
     save_every: int = knob(0, "steps between checkpoints; 0: only when a signal ends the run")
-    keep: int = knob(2, "checkpoints of a run that stay, the last ones")
+    keep: int = knob(2, "checkpoints of a run that stay, the last ones", least=1)
     resume: str = knob("", "checkpoint file to continue from; latest: the newest where the log goes, if there is one")
     resume_anyway: bool = knob(False, "continue though script, data or hyperparameters have changed")
     entry: str = knob("", "write the log into records/<entry>/ instead of records/scratch/")
@@ -142,19 +144,21 @@ class Hyperparameters:
         """Tokens of the longest forward pass; validation reads the text in pieces of this length."""
         return self.micro_batch * self.sequence_length
 
-
 PRESETS = {
     "fineweb": {},
-    "laptop": dict(num_steps=1000, batch_size=8, sequence_length=256, micro_batch=8, num_layers=4, num_heads=2,
-                   model_dim=128, window_end=191, embed_lr=0.05, head_lr=0.005, muon_lr=0.03, momentum_warmup_steps=100,
-                   cooldown_steps=600, val_every=200, log_every=50),
+    "laptop": dict(num_steps=480, batch_size=8, sequence_length=256, micro_batch=8, num_layers=4, num_heads=2,
+                   model_dim=128, ngrams=6, ngram_rows=65_521, logit_cap=15.0, window_end=191, embed_lr=2.4,
+                   ngram_lr=1.0, head_lr=0.012, scalar_lr=0.04, muon_lr=0.035, momentum_warmup_steps=100,
+                   cooldown_steps=240, val_every=80, log_every=40),
 }
 
+# What a resumed run may choose anew, for no number depends on it (the activations' precision is compared by itself).
+MAY_CHANGE = {"val_every", "log_every", "save_every", "keep", "resume", "resume_anyway", "entry", "profile",
+              "sample_tokens", "dtype"}
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print its whole usage before the one line that matters
         raise UserError(f"{message}; python train_gpt.py --help lists every flag")
-
 
 def parse_arguments(argv: list[str] | None = None) -> Hyperparameters:
     """Hyperparameters from command-line words (default: sys.argv). Raises UserError on an unknown flag or bad value."""
@@ -169,31 +173,28 @@ def parse_arguments(argv: list[str] | None = None) -> Hyperparameters:
         parser.add_argument(f"--{f.name}", default=default, help=f"{f.metadata['help']} ({default})", **kind)
     return Hyperparameters(**vars(parser.parse_args(argv)))
 
-
 def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
     """Raises UserError, with the flag to change, where hp can't be run on world_size ranks."""
-    least = {**dict.fromkeys(("num_steps", "batch_size", "sequence_length", "micro_batch", "num_layers", "num_heads",
-                              "model_dim", "keep"), 1), "window_start": 64, "window_end": hp.window_start,
-             "logit_cap": 1e-3}
-    most = {**dict.fromkeys(("adam_beta1", "adam_beta2", "momentum_start", "momentum_end"), 0.999999),
-            "num_layers": 1000, "model_dim": 2**16, "seed": 2**63 - 1}
     for f in dataclasses.fields(hp):
-        value, low, high = getattr(hp, f.name), least.get(f.name, 0), most.get(f.name, 10**12)
+        value, low, high = getattr(hp, f.name), f.metadata["least"], f.metadata["most"]
         if f.type in (int, float) and not low <= value <= high:  # nor NaN
             raise UserError(f"--{f.name} is {value}, expected from {low:,} to {high:,}")
-    if hp.batch_size % world_size:
-        raise UserError(f"{hp.batch_size} sequences a step can't be divided over {world_size} ranks; "
-                        f"use --batch_size {world_size * math.ceil(hp.batch_size / world_size)} or another NPROC")
-    if hp.sequence_length % 128:
-        raise UserError(f"--sequence_length is {hp.sequence_length}, expected a multiple of 128 (the attention block)")
-    if TRACKS[hp.track].val_tokens % hp.forward_tokens:
-        raise UserError(f"the {TRACKS[hp.track].val_tokens:,} validation tokens of track {hp.track} are no multiple of "
-                        f"--micro_batch {hp.micro_batch} * --sequence_length {hp.sequence_length}; use powers of two")
-    if not (ROOT / "records" / hp.entry).resolve().is_relative_to((ROOT / "records").resolve()):
-        raise UserError(f"--entry is {hp.entry!r}, expected the name of a folder below records/")
-    if hp.model_dim % (2 * hp.num_heads):
-        raise UserError(f"--model_dim {hp.model_dim} does not give --num_heads {hp.num_heads} heads of an even width")
-
+    val_tokens, records = TRACKS[hp.track].val_tokens, (ROOT / "records").resolve()
+    for wrong, message in (
+        (hp.window_end < hp.window_start, f"--window_end is {hp.window_end}, expected at least --window_start"),
+        (hp.batch_size % world_size, f"{hp.batch_size} sequences a step can't be divided over {world_size} ranks; use "
+         f"--batch_size {world_size * math.ceil(hp.batch_size / world_size)} or another NPROC"),
+        (hp.sequence_length % 128, f"--sequence_length is {hp.sequence_length}, expected a multiple of 128 (the "
+         "attention block)"),
+        (val_tokens % hp.forward_tokens, f"the {val_tokens:,} validation tokens of track {hp.track} are no multiple of "
+         f"--micro_batch {hp.micro_batch} * --sequence_length {hp.sequence_length}; use powers of two"),
+        (not (records / hp.entry).resolve().is_relative_to(records),
+         f"--entry is {hp.entry!r}, expected the name of a folder below records/"),
+        (hp.model_dim % (2 * hp.num_heads), f"--model_dim {hp.model_dim} does not give --num_heads {hp.num_heads} "
+         "heads of an even width"),
+    ):
+        if wrong:
+            raise UserError(message)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Schedules: pure functions of the step, so that a resumed run can't differ
@@ -204,18 +205,15 @@ def lr_scale(step: int, hp: Hyperparameters) -> float:
     cooldown = (hp.num_steps - step) / hp.cooldown_steps if hp.num_steps - step < hp.cooldown_steps else 1.0
     return min(warmup, cooldown)
 
-
 def muon_momentum(step: int, hp: Hyperparameters) -> float:
     """Muon's momentum at step: linear from momentum_start to momentum_end, then flat."""
     done = min(step / hp.momentum_warmup_steps, 1.0) if hp.momentum_warmup_steps else 1.0
     return (1 - done) * hp.momentum_start + done * hp.momentum_end
 
-
 def window_size(step: int, hp: Hyperparameters) -> int:
     """Tokens a query sees at step, itself included: grows linearly, rounded down to 64 (record 2024-12-04)."""
     grown = hp.window_start + step / hp.num_steps * (hp.window_end - hp.window_start)
     return 64 * int(grown // 64)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimizers: the update mathematics, then one class that divides the work over the ranks
@@ -237,145 +235,180 @@ def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
     x = x.view(*matrices.shape[:-2], *x.shape[-2:])
     return x.mT if tall else x
 
-
-def muon_update(param: Tensor, grad: Tensor, buffer: Tensor, lr: float, momentum: float, dtype: torch.dtype) -> None:
-    """One Muon step (record 2024-10-14) in place on a stack of equal matrices: param, grad (K, rows, columns).
+def muon_direction(grad: Tensor, momentum_buffer: Tensor, momentum: float, dtype: torch.dtype) -> Tensor:
+    """Where Muon (record 2024-10-14) goes from a stack of matrices with the gradients grad (K, rows, columns).
 
     Nesterov momentum, then the direction is orthogonalised, so that every singular direction learns at one rate.
     sqrt(max(1, rows / columns)) keeps the change of the output's size alike for tall and wide matrices.
     """
-    buffer.mul_(momentum).add_(grad)
-    direction = newton_schulz((grad + momentum * buffer).to(dtype))
-    param.add_(direction.to(param.dtype), alpha=-lr * max(1.0, param.size(-2) / param.size(-1)) ** 0.5)
+    momentum_buffer.mul_(momentum).add_(grad)
+    direction = newton_schulz((grad + momentum * momentum_buffer).to(dtype))
+    return direction * max(1.0, grad.size(-2) / grad.size(-1)) ** 0.5
 
+def adam_direction(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, bias1: Tensor, bias2: Tensor, beta1: float,
+                   beta2: float, touched_rows: bool = False, eps: float = 1e-8) -> Tensor:
+    """Where Adam (arXiv 1412.6980) goes, in float32; updates its moments. bias1, bias2: 1 - beta^t, 0-dim tensors.
 
-def adam_update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: Tensor, bias1: Tensor,
-                bias2: Tensor, beta1: float, beta2: float, eps: float = 1e-8) -> None:
-    """One Adam step (arXiv 1412.6980) in place, in float32 whatever the precision of param. bias1, bias2: 1 - beta^t.
-
-    lr and the bias corrections are 0-dim tensors, for a compiled version must not depend on their values.
+    touched_rows: rows whose gradient is zero rest, moments included: an n-gram that did not occur says nothing.
     """
     grad = grad.float()
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.lerp_(grad.square(), 1 - beta2)
-    param.copy_(param.float() - lr * (exp_avg / bias1) / ((exp_avg_sq / bias2).sqrt() + eps))
-
+    weight = (grad != 0).any(-1, keepdim=True).float() if touched_rows else torch.ones((), device=grad.device)
+    exp_avg.lerp_(grad, (1 - beta1) * weight)
+    exp_avg_sq.lerp_(grad.square(), (1 - beta2) * weight)
+    return weight * (exp_avg / bias1) / ((exp_avg_sq / bias2).sqrt() + eps)
 
 # torch 2.13 renamed the two collectives and warns on the old names, which are the only ones in 2.11.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 _all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
-
 class Bucket:
-    """Parameters with one update rule, seen as one tensor of W * shard_rows rows; each rank owns shard_rows of them.
+    """Parameters with one update rule, as one tensor `values` of W * shard_rows rows; each rank owns shard_rows.
 
     A table is its own bucket; matrices of equal shape are stacked (a row is a matrix); scalars are joined end to end.
+    The parameters and their gradients become views of `values` and `grads`, which the collectives take as they lie. A
+    table with sparse gradients (on one rank of a CPU) has no `grads`.
     """
+    def __init__(self, kind: str, lr: float, params: list[nn.Parameter], sparse: bool, dtype: torch.dtype, rank: int,
+                 world_size: int):
+        """dtype: of what travels between the ranks."""
+        self.kind, self.lr, self.params, self.dtype = kind, lr, params, dtype
+        self.rank, self.world_size = rank, world_size
+        row_shape = params[0].shape[-2:] if kind == "muon" else params[0].shape[1:][-1:]
+        sizes = [p.numel() for p in params]
+        self.rows = sum(sizes) // math.prod(row_shape)
+        self.shard_rows = math.ceil(self.rows / world_size)
+        self.values = params[0].new_zeros(world_size * self.shard_rows, *row_shape)
+        self.grads = None if sparse else torch.zeros_like(self.values)
+        for p, part in zip(params, self.values.view(-1)[:sum(sizes)].split(sizes), strict=True):
+            p.data = part.copy_(p.detach().flatten()).view_as(p)
+        if not sparse:
+            for p, part in zip(params, self.grads.view(-1)[:sum(sizes)].split(sizes), strict=True):
+                p.grad = part.view_as(p)
+        self.state = {name: torch.zeros_like(self.shard(self.values), dtype=torch.float32)
+                      for name in (("momentum",) if kind == "muon" else ("exp_avg", "exp_avg_sq"))}
+        self.awaited, self.mean, self.sent, self.work = 0, None, None, None
 
-    def __init__(self, kind: str, lr: float, params: list[nn.Parameter], rank: int, world_size: int):
-        self.kind, self.lr, self.params, self.rank, self.world_size = kind, lr, params, rank, world_size
-        self.row_shape = params[0].shape if kind == "muon" else params[0].shape[1:]
-        self.rows = [p.numel() // math.prod(self.row_shape) for p in params]
-        self.shard_rows = math.ceil(sum(self.rows) / world_size)
-        names = ("momentum",) if kind == "muon" else ("exp_avg", "exp_avg_sq")
-        self.state = {name: torch.zeros(self.shard_rows, *self.row_shape, device=params[0].device) for name in names}
+    def shard(self, tensor: Tensor) -> Tensor:
+        """This rank's rows of a tensor like values, (shard_rows, *row_shape), as a view."""
+        return tensor.narrow(0, self.rank * self.shard_rows, self.shard_rows)
 
-    def pack(self, tensors: list[Tensor]) -> Tensor:
-        """The tensors' rows as one (W * shard_rows, *row_shape): a view where nothing must be joined or padded."""
-        parts = [t.detach().reshape(-1, *self.row_shape) for t in tensors]
-        padding = self.world_size * self.shard_rows - sum(self.rows)
-        if len(parts) == 1 and not padding:
-            return parts[0]
-        return torch.cat([*parts, parts[0].new_zeros(padding, *self.row_shape)])
+    def arrived(self, param: Tensor | None = None) -> None:
+        """A gradient is complete: with the last one the exchange begins, while backward goes on to other buckets."""
+        self.awaited -= 1
+        if self.awaited == 0:
+            self.reduce()
 
-    def unpack(self, packed: Tensor) -> None:
-        """Write the rows of packed back into the parameters."""
-        for param, part in zip(self.params, packed[:sum(self.rows)].split(self.rows), strict=True):
-            if param.data_ptr() != part.data_ptr():
-                param.copy_(part.view_as(param))
-
-    def shard(self, packed: Tensor) -> Tensor:
-        """This rank's rows, (shard_rows, *row_shape), as a view."""
-        return packed.narrow(0, self.rank * self.shard_rows, self.shard_rows)
-
-    def reduce(self) -> tuple[Tensor, dist.Work | None]:
-        """Free the gradients; this rank's rows of their mean over the ranks, and what to wait for before reading it."""
-        packed = self.pack([p.grad for p in self.params])
-        for p in self.params:
-            p.grad = None
-        if self.world_size == 1:
-            return packed, None
-        mine = torch.empty_like(self.shard(packed))
-        return mine, _reduce_scatter(mine, packed, op=dist.ReduceOp.AVG, async_op=True)
-
-    def gather(self, packed: Tensor, mine: Tensor) -> dist.Work | None:
-        """Fill packed with every rank's rows; returns what to wait for before reading it."""
+    def reduce(self) -> None:
+        """Begin to receive this rank's rows of the gradients' mean over the ranks, into self.mean. Collective."""
+        self.mean = self.grads
         if self.world_size > 1:
-            return _all_gather(packed, mine.clone(), async_op=True)
-        if packed.data_ptr() != mine.data_ptr():
-            packed.copy_(mine)
-        return None
+            self.sent = self.grads.to(self.dtype)
+            self.mean = torch.empty_like(self.shard(self.sent))
+            self.work = _reduce_scatter(self.mean, self.sent, op=dist.ReduceOp.AVG, async_op=True)
 
+    def collect(self) -> tuple[Tensor, list[Tensor]]:
+        """This rank's rows of the mean gradient and of the state; of a sparse table those that occurred."""
+        if self.grads is None:
+            gradient = self.params[0].grad.coalesce()
+            self.occurred, self.params[0].grad = gradient.indices()[0], None
+            return gradient.values(), [moment[self.occurred] for moment in self.state.values()]
+        if self.mean is None:
+            self.reduce()
+        self.wait()
+        return self.mean, list(self.state.values())
+
+    def gather(self, mine: Tensor) -> Tensor:
+        """Begin to receive every rank's rows; the result is to be read after wait(). Collective."""
+        if self.world_size == 1:
+            return mine
+        self.sent, whole = mine, mine.new_empty(self.values.shape)
+        self.work = _all_gather(whole, mine, async_op=True)
+        return whole
+
+    def wait(self) -> None:
+        """Until what was begun is received."""
+        if self.work:
+            self.work.wait()
+        self.work = self.sent = None
+
+    def move(self, directions: Tensor, state: list[Tensor], lr: float) -> None:
+        """Go lr along the gathered directions; they and state are of collect()'s rows. Then the gradients are zero."""
+        self.wait()
+        if self.grads is None:
+            self.values.index_add_(0, self.occurred, directions.to(self.values.dtype), alpha=-lr)
+            for moment, part in zip(self.state.values(), state, strict=True):
+                moment[self.occurred] = part
+        else:
+            self.values.add_(directions, alpha=-lr)
+            self.grads.zero_()
+        self.mean = None
 
 class Optimizer:
-    """Muon for the matrices of the blocks, Adam for all else; each rank holds the state of, and updates, its share.
+    """Muon for the matrices of the blocks, Adam for all else; each rank holds the state of, and computes, its share.
 
-    Gradients travel by reduce-scatter, new parameters by all-gather; one rank skips both. Every parameter is in
-    exactly one bucket, asserted. The padding rows of a bucket are zeros and stay zeros.
+    Gradients travel by reduce-scatter, begun as soon as a bucket has them all; where the parameters shall go, by
+    all-gather; every rank then takes the same step. One rank skips both. Every parameter is in exactly one bucket,
+    asserted. The padding rows of a bucket are zeros and stay zeros.
     """
-
     def __init__(self, model: "GPT", hp: Hyperparameters, dtype: torch.dtype, rank: int = 0, world_size: int = 1):
-        self.hp, self.dtype, self.num_updates, self.adam_update = hp, dtype, 0, adam_update
+        self.hp, self.dtype, self.num_updates, self.adam_direction = hp, dtype, 0, adam_direction
         self.gradient_sum = torch.zeros(())  # of the last step, of this rank's share: not finite if one gradient is not
+        sparse = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse}
         groups: dict[tuple, list[nn.Parameter]] = {}
         for name, p in model.named_parameters():
             if p.ndim < 2:
-                key = ("adam", hp.scalar_lr, "scalars")
+                key = ("adam", hp.scalar_lr, "scalars", torch.float32)
             elif name.startswith("blocks."):
-                key = ("muon", hp.muon_lr, tuple(p.shape))
+                key = ("muon", hp.muon_lr, p.shape[-2:], dtype)
+            elif name.startswith("ngram"):
+                key = ("rows", hp.ngram_lr, name, dtype)
             else:
-                key = ("adam", hp.head_lr if name.startswith("head.") else hp.embed_lr, name)
+                key = ("adam", hp.head_lr if name.startswith("head.") else hp.embed_lr, name, dtype)
             groups.setdefault(key, []).append(p)
-        self.buckets = [Bucket(kind, lr, params, rank, world_size) for (kind, lr, _), params in groups.items()]
-        placed = [id(p) for bucket in self.buckets for p in bucket.params]
+        placed = [id(p) for params in groups.values() for p in params]
         assert sorted(placed) == sorted(id(p) for p in model.parameters()), "a parameter is in no bucket, or in two"
+        self.buckets = [Bucket(kind, lr, params, id(params[0]) in sparse, wire, rank, world_size)
+                        for (kind, lr, _, wire), params in groups.items()]
+        if world_size > 1:
+            for bucket in self.buckets:
+                for p in bucket.params:
+                    p.register_post_accumulate_grad_hook(bucket.arrived)
+
+    def expect(self, num_backwards: int) -> None:
+        """Before a step's first backward: how many are to come until the gradients are whole."""
+        for bucket in self.buckets:
+            bucket.awaited = num_backwards * len(bucket.params)
 
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float) -> None:
-        """One update from the gradients in .grad, which are freed. Collective: all ranks call it together."""
+        """One update from the gradients, which are then zero again. Collective: all ranks call it together."""
         self.num_updates += 1
-        gathers, sums = [], []
-        for bucket, (grad, reduction) in [(bucket, bucket.reduce()) for bucket in self.buckets]:
-            if reduction:
-                reduction.wait()
+        moves, sums = [], []
+        for bucket in self.buckets:
+            grad, state = bucket.collect()
             sums.append(grad.sum(dtype=torch.float32))
-            packed = bucket.pack(bucket.params)
-            self._update(bucket, bucket.shard(packed), grad, lr_scale, momentum)
-            gathers.append((bucket, packed, bucket.gather(packed, bucket.shard(packed))))
+            direction = self._direction(bucket.kind, grad, state, momentum)
+            moves.append((bucket, bucket.gather(direction.to(bucket.dtype)), state))
         self.gradient_sum = torch.stack(sums).sum()
-        for bucket, packed, gather in gathers:
-            if gather:
-                gather.wait()
-            bucket.unpack(packed)
+        for bucket, directions, state in moves:
+            bucket.move(directions, state, lr_scale * bucket.lr)
 
-    def _update(self, bucket: Bucket, param: Tensor, grad: Tensor, lr_scale: float, momentum: float) -> None:
-        if bucket.kind == "muon":
-            return muon_update(param, grad, bucket.state["momentum"], lr_scale * bucket.lr, momentum, self.dtype)
+    def _direction(self, kind: str, grad: Tensor, state: list[Tensor], momentum: float) -> Tensor:
+        if kind == "muon":
+            return muon_direction(grad.float(), *state, momentum, self.dtype)
         betas = self.hp.adam_beta1, self.hp.adam_beta2
-        bias1, bias2 = (1 - beta ** self.num_updates for beta in betas)
-        values = (torch.tensor(x) for x in (lr_scale * bucket.lr, bias1, bias2))
-        self.adam_update(param, grad, bucket.state["exp_avg"], bucket.state["exp_avg_sq"], *values, *betas)
+        corrections = (torch.tensor(1 - beta ** self.num_updates) for beta in betas)
+        return self.adam_direction(grad, *state, *corrections, *betas, kind == "rows")
 
     def state_dict(self) -> dict:
         """The whole state on every rank, without padding, so that any number of ranks can load it. Collective."""
         buckets = []
         for bucket in self.buckets:
-            whole = {name: mine.new_empty(bucket.world_size * bucket.shard_rows, *bucket.row_shape)
-                     for name, mine in bucket.state.items()}
+            buckets.append({})
             for name, mine in bucket.state.items():
-                if gather := bucket.gather(whole[name], mine):
-                    gather.wait()
-            buckets.append({name: packed[:sum(bucket.rows)] for name, packed in whole.items()})
+                whole = bucket.gather(mine)
+                bucket.wait()
+                buckets[-1][name] = whole[:bucket.rows]
         return {"num_updates": self.num_updates, "buckets": buckets}
 
     @torch.no_grad()
@@ -387,33 +420,32 @@ class Optimizer:
                 mine.zero_()
                 if state:
                     whole = state["buckets"][i][name]
-                    if whole.shape != (sum(bucket.rows), *bucket.row_shape):
+                    if whole.shape != (bucket.rows, *mine.shape[1:]):
                         raise ValueError(f"the optimizer's {name} has another shape")
                     share = whole[bucket.rank * bucket.shard_rows:][:bucket.shard_rows]
                     mine[:len(share)].copy_(share)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention: one definition of what is visible, two kernels
 
-def first_visible_key(tokens: Tensor, eot_token: int, window: Tensor) -> Tensor:
-    """Position of the earliest key each query sees, (S T,): of its sequence, its document and its last `window` tokens.
-
-    tokens: (S, T), S sequences that are computed as one, end to end. window: 0-dim integer tensor, so that its growth
-    compiles nothing again. So a query sees an interval that ends at itself, and its start never moves back from one
-    query to the next.
-    """
+def document_start(tokens: Tensor, eot_token: int) -> Tensor:
+    """Position where each token's document, or its sequence, begins: (S T,), for S sequences (S, T) end to end."""
     position = torch.arange(tokens.numel(), device=tokens.device)
     begins = tokens == eot_token
     begins[:, 0] = True
-    document_start = torch.where(begins.flatten(), position, 0).cummax(0).values
-    return torch.maximum(document_start, position - window + 1)
+    return torch.where(begins.flatten(), position, 0).cummax(0).values
 
+def first_visible_key(start: Tensor, window: Tensor) -> Tensor:
+    """Position of the earliest key each query sees, (S T,): of its document and of its last `window` tokens.
+
+    start: document_start's. window: 0-dim integer tensor, so that its growth compiles nothing again. So a query sees an
+    interval that ends at itself, and its start never moves back from one query to the next.
+    """
+    return torch.maximum(start, torch.arange(len(start), device=start.device) - window + 1)
 
 def visible(query: Tensor, key: Tensor, first_key: Tensor) -> Tensor:
     """THE mask: may the query at a position see the key at a position? first_key is the query's. Broadcasts; bool."""
     return (first_key <= key) & (key <= query)
-
 
 def block_mask(first_key: Tensor, block: int = 128) -> BlockMask:
     """FlexAttention's mask from first_visible_key's (T,), T a multiple of block, without looking at T x T positions.
@@ -422,12 +454,10 @@ def block_mask(first_key: Tensor, block: int = 128) -> BlockMask:
     its first query to its own block. Those that all of its queries see whole need no mask: from the first key of its
     last query (rounded up) to the block before its own.
     """
-    blocks = torch.arange(len(first_key) // block, device=first_key.device)
-    seen_from = first_key[::block] // block
-    whole_from = (first_key[block - 1::block] + block - 1) // block
-    key_block = blocks[None, :]
-    seen = (seen_from[:, None] <= key_block) & (key_block <= blocks[:, None])
-    whole = (whole_from[:, None] <= key_block) & (key_block < blocks[:, None])
+    query_block = torch.arange(len(first_key) // block, device=first_key.device)[:, None]
+    key_block = query_block.T
+    seen = (first_key[::block, None] // block <= key_block) & (key_block <= query_block)
+    whole = ((first_key[block - 1::block, None] + block - 1) // block <= key_block) & (key_block < query_block)
 
     def ordered(dense):  # (blocks, blocks) bool -> how many, and which ones first, as (1, 1, ...) int32
         which = dense.int().argsort(dim=-1, descending=True, stable=True).int()
@@ -437,7 +467,6 @@ def block_mask(first_key: Tensor, block: int = 128) -> BlockMask:
         return visible(query, key, first_key[query])
 
     return BlockMask.from_kv_blocks(*ordered(seen & ~whole), *ordered(whole), BLOCK_SIZE=block, mask_mod=mask_mod)
-
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, max_window: int) -> Tensor:
     """Sliding-window attention by batched matrix products; no window is longer than max_window. q, k, v: (1, H, T, d).
@@ -463,7 +492,6 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, max_wi
     y = scores.softmax(dim=-1).to(v.dtype) @ with_two_chunks_before(v)
     return y.view(1, H, N * C, d)[:, :, :T]
 
-
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, max_window: int) -> Tensor:
     """softmax(q k^T / sqrt(d)) v over visible keys; q, k, v and the result (1, H, T, d).
 
@@ -473,7 +501,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, max_win
         return flex_attention(q, k, v, block_mask=mask)
     return chunked_attention(q, k, v, mask, max_window)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 
@@ -481,18 +508,18 @@ def norm(x: Tensor) -> Tensor:
     """RMSNorm over the last dimension, without a learned scale."""
     return F.rms_norm(x, (x.size(-1),))
 
+class Linear(nn.Module):
+    """`parts` maps without bias, one float32 (parts, out, in), cast to the activations' precision at use.
 
-class Linear(nn.Linear):
-    """Without bias; the float32 weight is cast to the activations' precision at use, so that small updates add up."""
-
-    def __init__(self, in_features: int, out_features: int, zero: bool = False):
-        super().__init__(in_features, out_features, bias=False)
-        if zero:
-            nn.init.zeros_(self.weight)
+    So small updates add up, one product computes all parts, and Muon orthogonalises each. zero: at the start.
+    """
+    def __init__(self, in_features: int, out_features: int, parts: int = 1, zero: bool = False):
+        super().__init__()
+        bound = 0.0 if zero else in_features ** -0.5
+        self.weight = nn.Parameter(torch.empty(parts, out_features, in_features).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
-
+        return F.linear(x, self.weight.flatten(0, 1).to(x.dtype))  # (..., parts * out)
 
 def rotary_tables(T: int, head_dim: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary position embedding (arXiv 2104.09864), each (T, head_dim / 2) float32."""
@@ -500,34 +527,51 @@ def rotary_tables(T: int, head_dim: int, base: float = 10_000.0) -> tuple[Tensor
     angle = torch.outer(torch.arange(T, dtype=torch.float32), frequency)
     return angle.cos(), angle.sin()
 
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the two halves of each head against each other by the position's angles. x: (..., T, H, d)."""
     a, b = x.float().chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x.dtype)
 
+class NGramEmbed(nn.Module):
+    """The sum of embeddings of the 2-, 3-, ... N-grams that end at each token, from hashed tables that begin at zero.
+
+    What a word's pieces mean together is looked up at once, where the first layers would have to learn to put it
+    together (hashed n-grams of bytes: arXiv 2412.09871). A row is shared by all n-grams with its hash. An n-gram that
+    would reach back beyond the start of the document, or of the sequence, is cut there.
+    """
+    def __init__(self, longest: int, rows: int, model_dim: int, sparse: bool):
+        super().__init__()
+        self.rows = rows
+        self.tables = nn.ModuleList(nn.Embedding(rows, model_dim, sparse=sparse) for _ in range(2, longest + 1))
+        for table in self.tables:
+            nn.init.zeros_(table.weight)
+
+    def forward(self, tokens: Tensor, start: Tensor) -> Tensor:
+        """tokens (T,), start: document_start's; (T, D)."""
+        age, code, total = torch.arange(len(tokens), device=tokens.device) - start, tokens + 1, 0
+        for back, table in enumerate(self.tables, 1):
+            code = (code * 1_000_003 + torch.where(age >= back, tokens.roll(back) + 1, 0)) % 2**40
+            total = total + table(code % self.rows)
+        return total
 
 class Attention(nn.Module):
     """Causal self-attention with QK-norm (arXiv 2010.04245), rotary, and value embeddings mixed into the values."""
 
-    def __init__(self, model_dim: int, num_heads: int, max_window: int):
+    def __init__(self, model_dim: int, num_heads: int, max_window: int, has_value_embed: bool):
         super().__init__()
         self.num_heads, self.max_window = num_heads, max_window
-        self.query = Linear(model_dim, model_dim)
-        self.key = Linear(model_dim, model_dim)
-        self.value = Linear(model_dim, model_dim)
-        self.value_mix = nn.Parameter(torch.tensor(0.5))
+        self.qkv = Linear(model_dim, model_dim, parts=3)
+        self.value_mix = nn.Parameter(torch.tensor(0.5)) if has_value_embed else None
         self.proj = Linear(model_dim, model_dim, zero=True)
 
-    def forward(self, x: Tensor, value_embed: Tensor, cos: Tensor, sin: Tensor, mask: BlockMask | Tensor) -> Tensor:
-        T, D = x.shape
-        q, k, v = (linear(x).view(1, T, self.num_heads, -1) for linear in (self.query, self.key, self.value))
-        v = (1 - self.value_mix) * v + self.value_mix * value_embed.view_as(v)
+    def forward(self, x: Tensor, value_embed: Tensor | None, cos: Tensor, sin: Tensor, mask) -> Tensor:
+        q, k, v = self.qkv(x).view(1, len(x), 3, self.num_heads, -1).unbind(2)  # (1, T, H, d) each
+        if value_embed is not None:
+            v = (1 - self.value_mix) * v + self.value_mix * value_embed.view_as(v)
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         y = attention(*(t.transpose(1, 2) for t in (q, k, v)), mask, self.max_window)  # (1, H, T, d)
-        return self.proj(y.transpose(1, 2).reshape(T, D))
-
+        return self.proj(y.transpose(1, 2).reshape(x.shape))
 
 class MLP(nn.Module):
     """Width 4 D, ReLU squared (arXiv 2109.08668)."""
@@ -540,21 +584,19 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(F.relu(self.fc(x)).square())
 
-
 class Block(nn.Module):
     """One layer: mix the normed embedding x0 back in (record 2024-12-04), then attention and MLP on a residual path."""
 
-    def __init__(self, model_dim: int, num_heads: int, max_window: int):
+    def __init__(self, model_dim: int, num_heads: int, max_window: int, has_value_embed: bool):
         super().__init__()
-        self.attention = Attention(model_dim, num_heads, max_window)
+        self.attention = Attention(model_dim, num_heads, max_window, has_value_embed)
         self.mlp = MLP(model_dim)
         self.x0_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
 
-    def forward(self, x: Tensor, value_embed: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, mask) -> Tensor:
+    def forward(self, x: Tensor, value_embed: Tensor | None, x0: Tensor, cos: Tensor, sin: Tensor, mask) -> Tensor:
         x = self.x0_mix[0] * x + self.x0_mix[1] * x0
         x = x + self.attention(norm(x), value_embed, cos, sin, mask)
         return x + self.mlp(norm(x))
-
 
 class Head(nn.Module):
     """Untied output matrix, zero at the start: the first loss is ln V. Logits are softcapped (arXiv 2408.00118)."""
@@ -569,23 +611,26 @@ class Head(nn.Module):
         logits = self.logit_cap * torch.tanh(self.linear(norm(x)).float() / self.logit_cap)
         return logits if targets is None else F.cross_entropy(logits, targets)
 
-
 class GPT(nn.Module):
-    """The ValueEmbed system, for up to max_length tokens at a time: sequences of any number of documents.
+    """The model, for up to max_length tokens at a time: sequences of any number of documents.
 
-    Topology is data: layer num_layers - 1 - i takes in the output of layer i with a learned weight (U-net skips), and
-    one table holds every layer's value embedding, num_layers * model_dim wide. flex: FlexAttention instead of the
-    chunked path. The vocabulary is padded to a multiple of 128, the padding never being a target.
+    Topology is data: value_table names the value embedding of each layer (None: it has none), and layer L - 1 - i takes
+    in the output of layer i with a learned weight (U-net skips). flex: FlexAttention instead of the chunked path;
+    sparse: gradients of the n-gram tables. The vocabulary is padded to a multiple of 128, never a target.
     """
-
     def __init__(self, vocab_size: int, eot_token: int, num_layers: int, num_heads: int, model_dim: int,
-                 max_length: int, max_window: int, logit_cap: float = 30.0, flex: bool = False):
+                 max_length: int, max_window: int, value_layers: int = 1, ngrams: int = 3, ngram_rows: int = 1021,
+                 logit_cap: float = 30.0, flex: bool = False, sparse: bool = False):
         super().__init__()
         self.eot_token, self.flex = eot_token, flex
         padded_vocab_size = 128 * math.ceil(vocab_size / 128)
         self.embed = nn.Embedding(padded_vocab_size, model_dim)
-        self.value_embed = nn.Embedding(padded_vocab_size, num_layers * model_dim)
-        self.blocks = nn.ModuleList(Block(model_dim, num_heads, max_window) for _ in range(num_layers))
+        self.ngram = NGramEmbed(ngrams, ngram_rows, model_dim, sparse) if ngrams > 1 else None
+        ends = min(value_layers, num_layers // 2)
+        self.value_table = [*range(ends), *[None] * (num_layers - 2 * ends), *range(ends)]
+        self.value_embed = nn.Embedding(padded_vocab_size, ends * model_dim) if ends else None
+        self.blocks = nn.ModuleList(Block(model_dim, num_heads, max_window, table is not None)
+                                    for table in self.value_table)
         self.skip_source = {num_layers - 1 - i: i for i in range(num_layers // 2)}
         self.skip_weights = nn.Parameter(torch.ones(num_layers // 2))
         self.head = Head(model_dim, padded_vocab_size, logit_cap)
@@ -598,39 +643,41 @@ class GPT(nn.Module):
 
         S sequences are computed as one of S T tokens. window: 0-dim tensor, tokens a query sees, at most max_window.
         """
-        first_key = first_visible_key(tokens, self.eot_token, window)
+        start = document_start(tokens, self.eot_token)
+        first_key = first_visible_key(start, window)
         mask = block_mask(first_key) if self.flex else first_key
         tokens = tokens.flatten()
         cos, sin = self.rotary_cos[:len(tokens)], self.rotary_sin[:len(tokens)]
-        x = x0 = norm(self.embed(tokens))
-        value_embeds = self.value_embed(tokens).chunk(len(self.blocks), dim=-1)
+        x = self.embed(tokens)
+        x = x0 = norm(x if self.ngram is None else x + self.ngram(tokens, start))
+        value_embeds = () if self.value_embed is None else self.value_embed(tokens).split(x.size(-1), dim=-1)
         outputs = []
         for layer, block in enumerate(self.blocks):
             if layer in self.skip_source:
                 source = self.skip_source[layer]
                 x = x + self.skip_weights[source] * outputs[source]
-            x = block(x, value_embeds[layer], x0, cos, sin, mask)
+            table = self.value_table[layer]
+            x = block(x, None if table is None else value_embeds[table], x0, cos, sin, mask)
             outputs.append(x)
         return self.head(x, None if targets is None else targets.flatten())
 
-
-def build_model(hp: Hyperparameters, device: torch.device, dtype: torch.dtype, flex: bool) -> GPT:
+def build_model(hp: Hyperparameters, device: torch.device, dtype: torch.dtype, flex: bool, sparse: bool = False) -> GPT:
     """The model of hp: embeddings in the activations' precision, everything else in float32."""
     track = TRACKS[hp.track]
     torch.manual_seed(hp.seed)
     with device:
         model = GPT(track.vocab_size, track.eot_token, hp.num_layers, hp.num_heads, hp.model_dim, hp.forward_tokens,
-                    min(window_size(hp.num_steps, hp), hp.forward_tokens), hp.logit_cap, flex)
-    model.embed.to(dtype)
-    model.value_embed.to(dtype)
+                    min(window_size(hp.num_steps, hp), hp.forward_tokens), hp.value_layers, hp.ngrams, hp.ngram_rows,
+                    hp.logit_cap, flex, sparse)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.to(dtype)
     return model
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
-
 
 def open_shard(path: str | Path, advice: str = "delete it and fetch or build it again") -> np.ndarray:
     """The tokens of a .bin shard as a read-only memory map, (num_tokens,) little-endian uint16.
@@ -646,13 +693,12 @@ def open_shard(path: str | Path, advice: str = "delete it and fetch or build it 
     except OSError as error:
         raise UserError(f"can't read the shard {path}: {error.strerror}") from None
     magic, version, count = (int(x) for x in header[:3])
-    expected = header_bytes + 2 * max(count, 0)
     for what, got, wanted in (("magic number", magic, SHARD_MAGIC), ("version", version, SHARD_VERSION),
-                              ("number of tokens", count, max(count, 0)), ("size in bytes", size, expected)):
+                              ("number of tokens", count, max(count, 0)),
+                              ("size in bytes", size, header_bytes + 2 * max(count, 0))):
         if got != wanted:
             raise UserError(f"{path} is no whole shard: its {what} is {got}, expected {wanted}; {advice}")
     return np.memmap(path, "<u2", "r", header_bytes, (count,)) if count else np.zeros(0, "<u2")
-
 
 class TokenStream:
     """All shards that match a pattern, in the order of their names, as one stream of tokens that never ends."""
@@ -661,7 +707,7 @@ class TokenStream:
         """pattern: a glob below the repository. Raises UserError on a bad shard or fewer tokens than minimum."""
         self.vocab_size, self.get_data, self.paths = vocab_size, get_data, sorted(glob.glob(str(ROOT / pattern)))
         self.shards = [open_shard(path, f"delete it and run: {get_data}") for path in self.paths]
-        self.ends = np.cumsum([len(shard) for shard in self.shards], dtype=np.int64)
+        self.ends = np.cumsum([0, *map(len, self.shards)], dtype=np.int64)[1:]
         if not self.paths or len(self) < minimum:
             raise UserError(f"{ROOT / pattern} holds {len(self):,} tokens in {len(self.paths)} shards, expected at "
                             f"least {minimum:,}; run: {get_data}")
@@ -697,14 +743,12 @@ class TokenStream:
             count -= min(count, len(shard))
         return digest.hexdigest()[:12]
 
-
 class BatchLoader:
     """This rank's micro-batches of each step, the next step's being read by a thread while the present one runs.
 
     Step s takes sequences s * batch_size to (s + 1) * batch_size of the track's order, whatever the number of ranks:
     rank r takes those that are r modulo W. So the position is the step, and a resumed run can't read wrong tokens.
     """
-
     def __init__(self, stream: TokenStream, hp: Hyperparameters, runtime: "Runtime", step: int = 0):
         self.stream, self.hp, self.runtime, self.step, self.pool = stream, hp, runtime, step, ThreadPoolExecutor(1)
         num_sequences = (len(stream) - 1) // hp.sequence_length
@@ -729,7 +773,6 @@ class BatchLoader:
         self.future = self.pool.submit(self._read, self.step)
         return [(a.to(device, non_blocking=True), b.to(device, non_blocking=True)) for a, b in batch]
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Runtime: ranks, device, precision, timer, signals
 
@@ -753,7 +796,6 @@ class Runtime:
             return box[0]
         return value
 
-
 def start_runtime(hp: Hyperparameters) -> Runtime:
     """Join the other ranks, if torchrun (or Slurm with the same variables) started several. Raises UserError."""
     rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
@@ -772,7 +814,6 @@ def start_runtime(hp: Hyperparameters) -> Runtime:
         dist.init_process_group("nccl" if use_cuda else "gloo", device_id=device if use_cuda else None)
     return Runtime(rank, world_size, device)
 
-
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where its matrix products are fast, else float32. A CPU is asked by measuring, about 20 ms."""
     if device.type == "cuda":
@@ -785,44 +826,37 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
     return torch.bfloat16 if seconds(torch.bfloat16) < 0.7 * seconds(torch.float32) else torch.float32
 
-
 def compile_pays(hp: Hyperparameters, device: torch.device) -> bool:
     """Whether torch.compile saves more than it costs: with Triton always, on a CPU from 2 million tokens on."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (7, 0)
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    return bool(compiler) and hp.num_steps * hp.step_tokens >= 2_000_000
-
+    return bool(compiler) and hp.num_steps * hp.step_tokens >= 500_000
 
 class Timer:
     """Training time in milliseconds: counts between start and stop, each of which waits for the device's work."""
 
     def __init__(self, device: torch.device, elapsed_ms: float = 0.0):
-        self.device, self.elapsed_ms, self.started = device, elapsed_ms, None
+        self.synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self.elapsed_ms, self.started = elapsed_ms, None
 
     def start(self) -> None:
-        self._synchronize()
+        self.synchronize()
         self.started = time.perf_counter()
 
     def stop(self) -> None:
-        self._synchronize()
+        self.synchronize()
         self.elapsed_ms, self.started = self.now(), None
 
     def now(self) -> float:
         """Milliseconds so far; does not wait for the device."""
         return self.elapsed_ms + (1000 * (time.perf_counter() - self.started) if self.started else 0.0)
 
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
 class Watch:
     """What the ranks must agree on after each step: is a number of one of them not finite, shall the run end?
 
     On a GPU a step's answer is read two steps later, when it has long arrived, so that no step waits for it.
     """
-
     def __init__(self, runtime: Runtime):
         self.runtime, self.lag, self.pending = runtime, 2 if runtime.device.type == "cuda" else 0, deque()
         self.signal, self.signalled_at, self.agreed, self.checkpoint = 0, 0.0, 0, ""
@@ -866,7 +900,6 @@ class Watch:
             self.agreed = max(self.agreed, int(number))
         return self.agreed
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Log
 
@@ -877,14 +910,12 @@ PEAK_FLOPS = {  # dense bfloat16 FLOP/s of the makers' data sheets, by what the 
     "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }
 
-
 def _output_of(*command: str) -> str:
     """What a command prints, or nothing where it can't be run."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-
 
 def device_name(device: torch.device) -> str:
     """The GPU's or the CPU's model."""
@@ -893,7 +924,6 @@ def device_name(device: torch.device) -> str:
     if Path("/proc/cpuinfo").exists() and "model name" in (text := Path("/proc/cpuinfo").read_text()):
         return text.split("model name", 1)[1].split("\n", 1)[0].strip("\t :")
     return _output_of("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
-
 
 def environment(hp: Hyperparameters, runtime: Runtime, facts: dict) -> str:
     """The log's second section: versions, one JSON object of everything a reader must know, nvidia-smi's table."""
@@ -910,18 +940,15 @@ def environment(hp: Hyperparameters, runtime: Runtime, facts: dict) -> str:
                       f"Running PyTorch {torch.__version__} on {name} with world_size {runtime.world_size}",
                       json.dumps(told, indent=1), *([_output_of("nvidia-smi")] if cuda else [])])
 
-
 def log_folder(hp: Hyperparameters) -> Path:
     """Where logs and checkpoints go."""
     return ROOT / "records" / (hp.entry or "scratch")
-
 
 class Log:
     """The log file and the console of rank 0; the other ranks write nothing.
 
     The file is the script's source, SEPARATOR, the environment, SEPARATOR, then a line each time something is said.
     """
-
     def __init__(self, hp: Hyperparameters, runtime: Runtime, facts: dict):
         """Raises UserError where the log can't be written, before any work is done."""
         self.path, self.file, self.failed = log_folder(hp) / f"{facts['run_id']}.txt", None, False
@@ -959,26 +986,10 @@ class Log:
         if self.file:
             print(*lines, sep="\n", flush=True)
 
-    @contextmanager
-    def phase(self, name: str):
-        """Show on the console that something silent goes on: a running clock on a terminal, else a plain line."""
-        done, start = threading.Event(), time.perf_counter()
-
-        def clock():
-            while not done.wait(0.5):
-                print(f"\r{name} ... {time.perf_counter() - start:.0f} s\x1b[K", end="", flush=True)
-            print("\r\x1b[K", end="", flush=True)
-
-        thread = threading.Thread(target=clock if sys.stdout.isatty() else lambda: print(f"{name} ...", flush=True))
+    def begin(self, name: str) -> None:
+        """Say on the console alone that something silent goes on; on a terminal the next line covers it."""
         if self.file:
-            thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            if self.file:
-                thread.join()
-
+            print(f"{name} ...", end="\r" if sys.stdout.isatty() else "\n", flush=True)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
@@ -1001,11 +1012,10 @@ def save_checkpoint(path: Path, run: dict, model: GPT, optimizer: Optimizer, run
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
         temporary.unlink(missing_ok=True)
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"can't write the checkpoint {path}: {reason}; free disk space", everywhere=False) from None
+        raise UserError(f"can't write the checkpoint {path}: {first_line(error)}; free disk space",
+                        everywhere=False) from None
     for old in sorted(path.parent.glob(f"{run['run_id']}_step*.pt"))[:-keep]:
         old.unlink(missing_ok=True)
-
 
 def find_checkpoint(hp: Hyperparameters) -> str:
     """The file that --resume names; empty for none."""
@@ -1013,7 +1023,6 @@ def find_checkpoint(hp: Hyperparameters) -> str:
         return hp.resume
     found = [path for path in log_folder(hp).glob("*_step*.pt") if path.is_file()]
     return str(max(found, key=lambda path: path.stat().st_mtime)) if found else ""
-
 
 def load_checkpoint(path: str, hp: Hyperparameters, facts: dict) -> dict:
     """What save_checkpoint wrote, on the CPU. Raises UserError unless it belongs to this script, data and command."""
@@ -1025,8 +1034,8 @@ def load_checkpoint(path: str, hp: Hyperparameters, facts: dict) -> dict:
         if state["run_id"] != Path(state["run_id"]).name or state["activations"] not in ("bfloat16", "float32"):
             raise ValueError(f"its run_id is {state['run_id']}, its activations are {state['activations']}")
     except Exception as error:  # torch.load raises whatever the bytes lead it to
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"can't resume from {path}: {reason}; expected a file that --save_every wrote") from None
+        raise UserError(f"can't resume from {path}: {first_line(error)}; expected a file that --save_every "
+                        "wrote") from None
     now = {**dataclasses.asdict(hp), **facts}
     if hp.dtype != "auto" and hp.dtype != state["activations"]:
         raise UserError(f"can't resume from {path}: its activations are {state['activations']}; use --dtype auto")
@@ -1035,7 +1044,6 @@ def load_checkpoint(path: str, hp: Hyperparameters, facts: dict) -> dict:
             raise UserError(f"can't resume from {path}: its {name} is {then.get(name)}, this run's is {now[name]}; use "
                             "the script, the data and the flags of the first run, or --resume_anyway")
     return state
-
 
 def restore(path: str, state: dict, model: GPT, optimizer: Optimizer, hp: Hyperparameters) -> "Progress":
     """Put load_checkpoint's state into model, optimizer and random numbers. Raises UserError where it does not fit."""
@@ -1053,15 +1061,9 @@ def restore(path: str, state: dict, model: GPT, optimizer: Optimizer, hp: Hyperp
                 and isinstance(progress.reached, str)):
             raise ValueError(f"it stands at step {progress.step}, updated {optimizer.num_updates} times")
     except Exception as error:  # torch raises what the values lead it to
-        raise UserError(f"can't resume from {path}: {str(error).partition(chr(10))[0] or type(error).__name__}; "
-                        "expected a whole checkpoint of this model") from None
+        raise UserError(f"can't resume from {path}: {first_line(error)}; expected a whole checkpoint of this "
+                        "model") from None
     return progress
-
-
-# Hyperparameters that a resumed run may choose anew, for no number depends on them (dtype is compared by itself).
-MAY_CHANGE = {"val_every", "log_every", "save_every", "keep", "resume", "resume_anyway", "entry", "profile",
-              "sample_tokens", "dtype"}
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
@@ -1071,20 +1073,19 @@ def compile_parts(model: GPT, optimizer: Optimizer, device: torch.device) -> Non
     for part in [*model.blocks, model.head]:
         part.compile(dynamic=False)
     if device.type == "cuda":  # fuses Adam's ten passes over the embedding tables; the CPU's tables are small
-        optimizer.adam_update = torch.compile(adam_update, dynamic=False)
-
+        optimizer.adam_direction = torch.compile(adam_direction, dynamic=False)
 
 def training_step(model: GPT, optimizer: Optimizer, batch: list[tuple[Tensor, Tensor]], step: int,
                   hp: Hyperparameters) -> Tensor:
     """One update by the gradient of the loss over all ranks' micro-batches. Returns this rank's mean loss, 0-dim."""
     loss_sum = torch.zeros((), device=batch[0][0].device)
+    optimizer.expect(len(batch))
     for tokens, targets in batch:
         loss = model(tokens, targets, torch.full((), window_size(step, hp), device=tokens.device))
         (loss / len(batch)).backward()
         loss_sum += loss.detach()
     optimizer.step(lr_scale(step, hp), muon_momentum(step, hp))
     return loss_sum / len(batch)
-
 
 @torch.no_grad()
 def validate(model: GPT, stream: TokenStream, step: int, hp: Hyperparameters, runtime: Runtime) -> float:
@@ -1095,7 +1096,6 @@ def validate(model: GPT, stream: TokenStream, step: int, hp: Hyperparameters, ru
     for index in range(runtime.rank, num_sequences, runtime.world_size):
         loss_sum += model(*(t[None].to(runtime.device) for t in stream.sequence(index, hp.forward_tokens)), window)
     return runtime.mean(loss_sum) * runtime.world_size / num_sequences
-
 
 def warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperparameters, runtime: Runtime) -> None:
     """Compile and load every kernel on random tokens, then put model, optimizer and random state back as they were."""
@@ -1114,7 +1114,6 @@ def warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperpara
             p.copy_(value)
     optimizer.load_state_dict(None)
     torch.set_rng_state(random_state)
-
 
 @torch.no_grad()
 def write_sample(model: GPT, hp: Hyperparameters, device: torch.device) -> str:
@@ -1135,16 +1134,6 @@ def write_sample(model: GPT, hp: Hyperparameters, device: torch.device) -> str:
     model.flex = flex
     return decode(tokens[1:i + 2].tolist())
 
-
-def profiler(hp: Hyperparameters, runtime: Runtime, log: Log):
-    """A context for the loop; with --profile it writes a Chrome trace of three steps beside the log."""
-    if not hp.profile or runtime.rank:
-        return nullcontext()
-    return torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1),
-        on_trace_ready=lambda trace: trace.export_chrome_trace(str(log.path.with_suffix(".trace.json"))))
-
-
 @dataclass
 class Progress:
     """Where the loop is: part of each checkpoint, and of the line that says how a run failed."""
@@ -1153,12 +1142,10 @@ class Progress:
     reached: str = ""  # the first validation that met the target
     validated: int = -1  # the last step at which a validation was made
 
-
 def metric_line(step: int, hp: Hyperparameters, name: str, value: float, train_time_ms: float) -> str:
     """One line of the public log format, e.g. step:125/1530 val_loss:4.1234 train_time:21345ms step_avg:170.76ms."""
     return (f"step:{step}/{hp.num_steps} {name}:{value:.4f} train_time:{train_time_ms:.0f}ms "
             f"step_avg:{train_time_ms / max(step, 1):.2f}ms")
-
 
 def train_loop(model: GPT, optimizer: Optimizer, train_stream: TokenStream, val_stream: TokenStream,
                hp: Hyperparameters, runtime: Runtime, log: Log, progress: Progress, watch: Watch, save, trace) -> int:
@@ -1179,8 +1166,8 @@ def train_loop(model: GPT, optimizer: Optimizer, train_stream: TokenStream, val_
             progress.train_time_ms = timer.elapsed_ms
             watch.read(lag=0)  # what is not finite must not be saved
             if val_due:
-                with log.phase(f"validating on {track.val_tokens:,} tokens"):
-                    val_loss = validate(model, val_stream, step, hp, runtime)
+                log.begin(f"validating on {track.val_tokens:,} tokens")
+                val_loss = validate(model, val_stream, step, hp, runtime)
                 log.say(line := metric_line(step, hp, "val_loss", val_loss, timer.elapsed_ms))
                 progress.reached = progress.reached or (line if val_loss <= track.target else "")
                 progress.validated = step
@@ -1200,15 +1187,15 @@ def train_loop(model: GPT, optimizer: Optimizer, train_stream: TokenStream, val_
     loader.pool.shutdown(cancel_futures=True)
     return stop
 
-
 def report(model: GPT, hp: Hyperparameters, runtime: Runtime, log: Log, progress: Progress) -> None:
     """The last lines of a log: target, speed, memory, a sample."""
     result = f"reached at {progress.reached}" if progress.reached else "missed"
     log.say(f"target {TRACKS[hp.track].target}: {result}")
     per_second = 1000 * hp.num_steps * hp.step_tokens / max(progress.train_time_ms, 1e-3)
-    D, L, keys = hp.model_dim, hp.num_layers, (hp.window_start + hp.window_end) / 2
+    keys = (hp.window_start + hp.window_end) / 2
     # Forward and backward: 6 FLOPs a weight and token, 12 D a layer and visible key; looking up embeddings is free.
-    flops = 6 * (12 * L * D * D + model.head.linear.weight.numel()) + 12 * L * D * keys
+    weights = sum(p.numel() for name, p in model.named_parameters() if name.endswith("weight") and p.ndim == 3)
+    flops = 6 * weights + 12 * hp.num_layers * hp.model_dim * keys
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in device_name(runtime.device)), None)
     mfu = f" mfu:{flops * per_second / peak / runtime.world_size:.1%}" if peak and runtime.device.type == "cuda" else ""
     if runtime.device.type == "cuda":
@@ -1218,12 +1205,11 @@ def report(model: GPT, hp: Hyperparameters, runtime: Runtime, log: Log, progress
     log.say(f"tokens_per_second:{per_second:.0f} peak_memory_per_rank:{memory / 2**20:.0f}MiB{mfu}")
     if hp.sample_tokens and runtime.rank == 0:
         try:
-            with log.phase("writing a sample"):
-                text = write_sample(model, hp, runtime.device)
+            log.begin("writing a sample")
+            text = write_sample(model, hp, runtime.device)
         except Exception as error:  # the result stands: no missing vocabulary may spoil it
-            text = f"none: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            text = f"none: {type(error).__name__}: {first_line(error)}"
         log.say("sample:", *("| " + line for line in text.split("\n")))
-
 
 def describe(hp: Hyperparameters, runtime: Runtime, train_stream: TokenStream, val_stream: TokenStream) -> dict:
     """What the log tells beyond the hyperparameters, equal on all ranks: target, run_id, choices made, hashes."""
@@ -1235,7 +1221,6 @@ def describe(hp: Hyperparameters, runtime: Runtime, train_stream: TokenStream, v
     return runtime.agree({"target": track.target, "run_id": run_id, "activations": dtype, "compiled": compiled,
                           "code_hash": code_hash, "data_fingerprint": fingerprint})
 
-
 def train(hp: Hyperparameters, runtime: Runtime) -> int:
     """The whole run; returns the exit code. Raises UserError for what the user can mend."""
     track, device, progress, watch = TRACKS[hp.track], runtime.device, Progress(), Watch(runtime)
@@ -1246,8 +1231,8 @@ def train(hp: Hyperparameters, runtime: Runtime) -> int:
     resumed = load_checkpoint(checkpoint, hp, facts) if checkpoint else {}
     # A run goes on in its log, and in its precision: a busy machine may measure, and choose, another.
     facts |= {name: resumed[name] for name in ("run_id", "activations") if resumed}
-    dtype, compiled = getattr(torch, facts["activations"]), facts["compiled"]
-    model = build_model(hp, device, dtype, flex=compiled and device.type == "cuda")
+    dtype, compiled, cuda = getattr(torch, facts["activations"]), facts["compiled"], device.type == "cuda"
+    model = build_model(hp, device, dtype, flex=compiled and cuda, sparse=not cuda and runtime.world_size == 1)
     optimizer = Optimizer(model, hp, dtype, runtime.rank, runtime.world_size)
     log = Log(hp, runtime, facts)
 
@@ -1268,15 +1253,18 @@ def train(hp: Hyperparameters, runtime: Runtime) -> int:
         if compiled:
             compile_parts(model, optimizer, device)
         start = time.perf_counter()
-        with log.phase("compiling, about a minute the first time" if compiled else "warming up"):
-            warm_up(model, optimizer, train_stream, hp, runtime)
+        log.begin("compiling, about a minute the first time" if compiled else "warming up")
+        warm_up(model, optimizer, train_stream, hp, runtime)
         log.say(f"{'compiled' if compiled else 'warmed up'} in {time.perf_counter() - start:.1f} s (not training time)")
         if resumed:
             progress, watch.checkpoint = restore(checkpoint, resumed, model, optimizer, hp), checkpoint
             log.say(f"resumed from {checkpoint} at step {progress.step}")
         elif hp.resume:
             log.say(f"no checkpoint in {log.path.parent}: the run begins at step 0")
-        with profiler(hp, runtime, log) as trace:
+        trace = torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1),
+            on_trace_ready=lambda trace: trace.export_chrome_trace(str(log.path.with_suffix(".trace.json"))))
+        with trace if hp.profile and runtime.rank == 0 else nullcontext() as trace:
             stop = train_loop(model, optimizer, train_stream, val_stream, hp, runtime, log, progress, watch, save,
                               trace)
         if stop:
@@ -1292,7 +1280,6 @@ def train(hp: Hyperparameters, runtime: Runtime) -> int:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Main
 
@@ -1307,7 +1294,7 @@ def run(argv: list[str] | None = None) -> int:
     except (RuntimeError, MemoryError) as error:
         if runtime.world_size > 1 and ("Connection" in str(error) or isinstance(error, dist.DistBackendError)):
             raise UserError(f"rank {runtime.rank} has lost another rank, which ended first; go on with --resume latest "
-                            f"({str(error).partition(chr(10))[0][-120:]})", everywhere=False) from None
+                            f"({first_line(error)[-120:]})", everywhere=False) from None
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
         less = (f"--micro_batch {hp.micro_batch // 2}" if hp.micro_batch > 1 else f"--sequence_length "
@@ -1318,24 +1305,23 @@ def run(argv: list[str] | None = None) -> int:
         dist.destroy_process_group()
     return code
 
-
 def run_as_program(function, *args) -> int:
     """function(*args) as a command: its int result or 0; 2 after a UserError, 130 after Ctrl-C, each said in a line."""
     try:
         return function(*args) or 0
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or not error.everywhere:
+        if not error.everywhere or os.environ.get("RANK", "0") == "0":
             print("error:", " ".join(str(error).split("\n")), file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # torchrun ends all ranks when the first one fails: let rank 0 speak before
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
 
-
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     return run_as_program(run, argv)
-
 
 if __name__ == "__main__":
     sys.exit(main())

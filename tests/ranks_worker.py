@@ -14,6 +14,7 @@ def gradients_and_steps(root: Path, rank: int, world_size: int) -> dict:
     torch.set_num_threads(1)
     hp = train_gpt.Hyperparameters(track="laptop", batch_size=int((root / "batch_size").read_text()), num_steps=3,
                                    sequence_length=128, num_layers=3, num_heads=2, model_dim=24, window_end=64,
+                                   ngrams=3, ngram_rows=211,
                                    cooldown_steps=0)
     runtime = train_gpt.Runtime(rank, world_size, torch.device("cpu"))
     stream = train_gpt.TokenStream("x_*.bin", 257, 1, "")
@@ -25,17 +26,17 @@ def gradients_and_steps(root: Path, rank: int, world_size: int) -> dict:
     optimizer = train_gpt.Optimizer(model, hp, torch.float32, rank, world_size)
     loader = train_gpt.BatchLoader(stream, hp, runtime)
     batch = loader.next()
+    optimizer.expect(len(batch))
     for tokens, targets in batch:
         (model(tokens, targets, torch.tensor(64)) / len(batch)).backward()
     gradients = []
     for bucket in optimizer.buckets:
-        mine, work = bucket.reduce()
-        if work:
-            work.wait()
-        whole = mine.new_empty(world_size * bucket.shard_rows, *bucket.row_shape)
-        if work := bucket.gather(whole, mine):
-            work.wait()
-        gradients.append(whole[:sum(bucket.rows)])
+        assert world_size == 1 or bucket.work is not None, "the exchange did not begin during backward"
+        mine, _ = bucket.collect()
+        whole = bucket.gather(mine)
+        bucket.wait()
+        gradients.append(whole[:bucket.rows].clone())
+        bucket.move(torch.zeros_like(bucket.values), [], 0.0)
     loader = train_gpt.BatchLoader(stream, hp, runtime)
     losses = [runtime.mean(train_gpt.training_step(model, optimizer, loader.next(), step, hp)) for step in range(3)]
     val_loss = train_gpt.validate(model, stream, 3, hp, runtime)

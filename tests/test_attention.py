@@ -4,9 +4,14 @@ import math
 import pytest
 import torch
 
-from train_gpt import attention, block_mask, chunked_attention, first_visible_key, rotary_tables, rotate, visible
+import train_gpt
+from train_gpt import attention, block_mask, chunked_attention, document_start, rotary_tables, rotate, visible
 
 EOT = 9
+
+
+def first_visible_key(tokens, eot_token, window):
+    return train_gpt.first_visible_key(document_start(tokens, eot_token), window)
 
 
 def random_documents(T: int, seed: int, rarity: int = 40) -> torch.Tensor:

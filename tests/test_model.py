@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from train_gpt import GPT, TRACKS, Hyperparameters, Linear, build_model, norm
+from train_gpt import GPT, TRACKS, Hyperparameters, Linear, NGramEmbed, build_model, document_start, norm
 
 WINDOW = torch.tensor(64)
 
@@ -88,7 +88,7 @@ def test_u_net_order(num_layers, monkeypatch):
         block.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     tokens = torch.arange(64)
     model(tokens[None], None, WINDOW)
-    x0 = norm(model.embed(tokens))
+    x0 = norm(model.embed(tokens))  # n-gram tables begin at zero
     size, outputs = 1.0, []
     for layer in range(num_layers):
         if layer >= num_layers - num_layers // 2:
@@ -97,14 +97,35 @@ def test_u_net_order(num_layers, monkeypatch):
         torch.testing.assert_close(seen[layer], size * x0)
 
 
-def test_value_embeddings_reach_only_their_layer(tiny_model, hp):
-    tokens = tokens_of(hp)
+@pytest.mark.parametrize("num_layers, value_layers, table_of_layer", [
+    (5, 2, [0, 1, None, 0, 1]), (4, 2, [0, 1, 0, 1]), (12, 3, [0, 1, 2, *[None] * 6, 0, 1, 2]), (3, 9, [0, None, 0]),
+    (1, 2, [None]), (4, 0, [None] * 4)])
+def test_value_embeddings_are_shared_by_the_first_and_the_last_layers(num_layers, value_layers, table_of_layer):
+    model = GPT(256, 0, num_layers, 1, 32, 64, 64, value_layers)
     values = []
-    for block in tiny_model.blocks:
+    for block in model.blocks:
         block.register_forward_pre_hook(lambda module, args: values.append(args[1]))
-    tiny_model(tokens[None], None, WINDOW)
-    table = tiny_model.value_embed(tokens)
-    assert torch.equal(torch.cat(values, dim=-1), table) and all(v.shape == (256, 32) for v in values)
+    tokens = torch.arange(64)
+    model(tokens[None], None, WINDOW)
+    for block, value, table in zip(model.blocks, values, table_of_layer, strict=True):
+        assert (value is None) == (table is None) == (block.attention.value_mix is None)
+        if table is not None:
+            assert torch.equal(value, model.value_embed(tokens)[:, 32 * table:32 * (table + 1)])
+
+
+def test_n_grams_are_those_that_end_here_and_begin_in_the_document():
+    """Two positions have the same 2- to 4-grams iff they have the same rows, for tables without collisions."""
+    tokens = torch.randint(3, (2, 60), generator=torch.Generator().manual_seed(0))
+    tokens[0, 20] = 9  # a document begins here; sequences begin at 0 and 60
+    embed = NGramEmbed(4, 999_983, 8, sparse=False)
+    rows = []
+    for table in embed.tables:
+        table.register_forward_pre_hook(lambda module, args: rows.append(args[0]))
+    assert not embed(tokens.flatten(), document_start(tokens, 9)).any()  # tables begin at zero
+    flat, starts = tokens.flatten().tolist(), [0] * 20 + [20] * 40 + [60] * 60
+    for n, row in zip((2, 3, 4), rows, strict=True):
+        grams = [tuple(flat[max(start, i + 1 - n):i + 1]) for i, start in enumerate(starts)]
+        assert len(set(grams)) == len(set(row.tolist())) == len(set(zip(grams, row.tolist(), strict=True))) > 9
 
 
 def test_weights_stay_float32_and_activations_do_not(hp):
@@ -122,12 +143,12 @@ def test_fineweb_size():
     hp = Hyperparameters()
     model = build_model(hp, torch.device("meta"), torch.bfloat16, flex=True)
     parameters = {name: p.numel() for name, p in model.named_parameters()}
-    assert sum(parameters.values()) == pytest.approx(626e6, rel=0.002)
-    assert parameters["value_embed.weight"] == 50_304 * 12 * 768
+    assert parameters["value_embed.weight"] == 50_304 * 2 * 768
+    assert parameters["ngram.tables.0.weight"] == 24_571 * 768
     # of the tables one row each is active a token
-    tables = ("embed.weight", "value_embed.weight")
-    active = sum(n for name, n in parameters.items() if name not in tables) + 13 * 768
-    assert active == pytest.approx(124e6, rel=0.01)
+    tables = {name for name in parameters if name.startswith(("embed.", "value_embed.", "ngram.tables."))}
+    assert len(tables) == 3 and sum(parameters.values()) == pytest.approx(258e6, rel=0.002)
+    assert sum(n for name, n in parameters.items() if name not in tables) == pytest.approx(124e6, rel=0.01)
     assert TRACKS["fineweb"].vocab_size == 50_257
 
 

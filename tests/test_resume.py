@@ -195,6 +195,36 @@ def test_the_check_sees_loss_and_gradients(tiny_model, hp, poison):
         watch.read()
 
 
+def test_the_check_costs_less_than_half_a_percent(capsys):
+    """On the laptop track's model: its two parts by themselves, against a step that holds them."""
+    hp = train_gpt.parse_arguments(["--track=laptop"])
+    model = train_gpt.build_model(hp, CPU, torch.float32, flex=False, sparse=True)
+    optimizer, watch = train_gpt.Optimizer(model, hp, torch.float32), Watch(Runtime(0, 1, CPU))
+    tokens = torch.randint(256, (8, 256))
+
+    def check():
+        sums = [bucket.grads.sum(dtype=torch.float32) for bucket in optimizer.buckets if bucket.grads is not None]
+        watch.post(0, torch.stack(sums).sum())
+        watch.read()
+
+    def milliseconds(function, repeats):
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            function()
+            times.append(1000 * (time.perf_counter() - start))
+        return sorted(times)[repeats // 2]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads that wait for each other on a busy machine would be measured instead
+    step = milliseconds(lambda: train_gpt.training_step(model, optimizer, [(tokens, tokens)], 0, hp), 5)
+    cost = milliseconds(check, 50)
+    torch.set_num_threads(threads)
+    with capsys.disabled():
+        print(f"[the check: {cost:.2f} of {step:.0f} ms a step] ", end="")
+    assert cost < 0.005 * step
+
+
 def test_a_full_disk_keeps_the_run_and_the_checkpoint_before(sandbox):
     assert sandbox("--save_every=3").returncode == 0
     kept, last = checkpoints(sandbox)
@@ -242,7 +272,8 @@ def test_resume_anyway(sandbox):
     assert sandbox("--save_every=3").returncode == 0
     done = sandbox("--resume=latest", "--dtype=bfloat16")  # as --dtype auto may choose on a busy machine
     assert done.returncode == 2 and "activations" in done.stderr
-    source, line = (sandbox.path / "train_gpt.py").read_text(), '    if device.type == "cuda":\n        return torch.bfloat16 if'
+    source = (sandbox.path / "train_gpt.py").read_text()
+    line = '    if device.type == "cuda":\n        return torch.bfloat16 if'
     assert line in source
     (sandbox.path / "train_gpt.py").write_text(source.replace(line, "    return torch.bfloat16\n" + line))
     done = sandbox("--resume=latest", "--dtype=auto", "--resume_anyway")  # measures bfloat16, goes on in float32

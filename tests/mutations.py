@@ -1,0 +1,84 @@
+"""Take each protection away, in a copy of the repository, and see that its test fails.
+
+    python -m tests.mutations            # about 5 minutes on a quiet machine; exit code 1 if a test does not notice
+"""
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TRAIN, FETCH, RESUME = "train_gpt.py", "data/fineweb.py", "tests/test_resume.py"
+MUTATIONS = [  # protection; file, the code that protects, what stands in its place; the test that must fail
+    ("1 atomic checkpoints", TRAIN, "temporary = path.with_suffix(\".tmp\")", "temporary = path", f"{RESUME} -k "
+     "killed_at_twenty"),
+    ("1 weights_only", TRAIN, "weights_only=True)  # data", "weights_only=False)  # data", f"{RESUME} -k run_code"),
+    ("1 code hash compared", TRAIN, '- MAY_CHANGE | {"code_hash", "data_fingerprint"}):', '- MAY_CHANGE):',
+     "tests/test_runs.py -k does_not_belong"),
+    ("1 state of all ranks", TRAIN, "buckets[-1][name] = whole[:bucket.rows]",
+     "buckets[-1][name] = torch.cat([mine] * bucket.world_size)[:bucket.rows]", f"{RESUME} -k another_number"),
+    ("2 momentum is restored", TRAIN, "mine[:len(share)].copy_(share)", "pass", "tests/test_runs.py -k bit_for_bit"),
+    ("2 the loader's position", TRAIN, "BatchLoader(train_stream, hp, runtime, first_step)",
+     "BatchLoader(train_stream, hp, runtime)", "tests/test_runs.py -k bit_for_bit"),
+    ("3 signals are heeded", TRAIN, "marks[W] = self.signal", "pass", f"{RESUME} -k 'signals_end and 15'"),
+    ("3 all ranks agree", TRAIN, "dist.all_reduce(marks, op=dist.ReduceOp.MAX)", "pass", f"{RESUME} -k to_one_of_two"),
+    ("3 second signal", TRAIN, "os._exit(128 + number)", "pass", f"{RESUME} -k second_signal"),
+    ("3 the dead rank is named", "run.sh", "was killed by signal", "ended with", f"{RESUME} -k dies"),
+    ("4 finite loss", TRAIN, "~value.isfinite()", "False", f"{RESUME} -k 'not_finite'"),
+    ("4 finite gradients", TRAIN, "self.gradient_sum = torch.stack(sums).sum()", "pass",
+     f"{RESUME} -k 'the_check_sees'"),
+    ("5 full disk", TRAIN, "except (OSError, RuntimeError) as error:  # torch turns",
+     "except KeyError as error:  #",
+     f"{RESUME} -k 'full_disk'"),
+    ("5 log that cannot grow", TRAIN, "except OSError as error:\n                self.fail(",
+     "except KeyError as error:\n                self.fail(", f"{RESUME} -k 'cannot_grow'"),
+    ("6 size of a shard", TRAIN, '("size in bytes", size, header_bytes + 2 * max(count, 0))', '("size in bytes", 0, 0)',
+     "tests/test_fuzz.py -k shards"),
+    ("6 ids beyond the vocabulary", TRAIN, "if part.max() >= self.vocab_size:", "if False:",
+     "tests/test_fuzz.py -k shards"),
+    ("6 foreign checkpoints", TRAIN, "    except Exception as error:  # torch raises what the values lead it to",
+     "    except KeyError as error:", "tests/test_fuzz.py -k checkpoints"),
+    ("6 ranges of flags", TRAIN, "not low <= value <= high:  # nor NaN", "False:",
+     "tests/test_fuzz.py -k hyperparameters"),
+    ("7 tries again", FETCH, "range(TRIES)", "range(1)", "tests/test_fineweb.py -k 'busy or breaks'"),
+    ("7 compares SHA-256", FETCH, 'if sha256 in (None, found) else', 'if True else',
+     "tests/test_fineweb.py -k wrong_bytes"),
+    ("7 checks before the final name", FETCH, "problem = wrong_content(path, sha256)", 'problem = ""',
+     "tests/test_fineweb.py -k bad_content"),
+    ("8 fair play: the mask", "tests/fair_play.py", "[:position].abs().max() > TOLERANCE", "[:0].numel() > 0",
+     "tests/test_fair_play.py -k 'cheats and next'"),
+    ("8 fair play: the loss", "tests/fair_play.py", "/ 512 - loss) > TOLERANCE", "/ 512 - loss) > 1e9",
+     "tests/test_fair_play.py -k 'cheats and less'"),
+    ("8 fair play: the warm-up", "tests/fair_play.py", "if not torch.equal(value, weights[name]):", "if False:",
+     "tests/test_fair_play.py -k 'cheats and keeps'"),
+]
+
+
+def survives(file: str, protection: str, replacement: str, test: str) -> bool:
+    """Whether the test passes though the protection is gone."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(".git", ".venv*", ".cache", "*.bin", "scratch"))
+        source = (copy / file).read_text()
+        assert source.count(protection) == 1, f"{file} has {source.count(protection)} times: {protection}"
+        (copy / file).write_text(source.replace(protection, replacement))
+        done = subprocess.run(f"{sys.executable} -m pytest -q -x {test}", shell=True, cwd=copy, capture_output=True,
+                              text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode in (0, 1) and "no tests ran" not in done.stdout, done.stdout[-2000:]
+        return done.returncode == 0
+
+
+def main() -> int:
+    """Prints a line a protection; 1 if a test did not notice that it is gone."""
+    unnoticed = 0
+    for name, *mutation in MUTATIONS:
+        alive = survives(*mutation)
+        unnoticed += alive
+        print(f"{'NOT NOTICED' if alive else 'noticed':12} {name:32} {mutation[-1]}", flush=True)
+    return 1 if unnoticed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
