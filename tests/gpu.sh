@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Every check and measurement that needs a GPU, in two goes of under 10 minutes; logs go to $OUT (default: gpu_logs/).
+# Every check and measurement that needs a GPU, in three goes of under 10 minutes; logs go to $OUT (default: gpu_logs/).
 #
 #   bash tests/gpu.sh CORPUS            CORPUS: a folder with GPT-2 tokens, *_train_*.bin and *_val_*.bin
 #   bash tests/gpu.sh CORPUS entries    the four historical entries at full size: ms a step, memory, loss
+#   bash tests/gpu.sh CORPUS ab         ValueEmbed and train_gpt.py in turn, 65,536 tokens a step: loss at equal tokens
 #
 # It takes the Python it finds (PYTHON=...) and installs nothing. The corpus stands in for FineWeb under its names, so
 # the losses compare runs of this script with each other only.
@@ -31,6 +32,14 @@ if [[ "${2:-}" == entries ]]; then
     for entry in 2024-12-04_ValueEmbed 2024-11-03_UntieEmbed 2024-10-14_ModernArch 2024-06-06_AdamW; do
         timeout 140 "$python" "records/$entry/train_gpt.py" --num_steps 50 --warmup_steps 5 --cooldown_steps 15 \
             --val_every 0 --log_every 5 2>&1 | tee "$out/$entry.txt" || true
+    done
+    cp records/scratch/*.txt "$out"/
+    exit
+fi
+if [[ "${2:-}" == ab ]]; then
+    for script in records/2024-12-04_ValueEmbed/train_gpt.py train_gpt.py; do
+        timeout 280 "$python" "$script" --track fineweb --batch_size 1 --num_steps 300 --cooldown_steps 120 \
+            --val_every 150 --log_every 10 2>&1 | tee "$out/ab_$(basename "$(dirname "$script")").txt" || true
     done
     cp records/scratch/*.txt "$out"/
     exit

@@ -25,6 +25,9 @@ CHEATS = {
     "validation reports less": ("runtime.mean(loss_sum) * runtime.world_size / num_sequences",
                                 "runtime.mean(loss_sum) * runtime.world_size / num_sequences - 0.01",
                                 "Every validation"),
+    "n-grams of other documents": ("torch.where(age >= back, tokens.roll(back) + 1, 0)", "tokens.roll(back) + 1",
+                                   "another document"),
+    "n-grams of later tokens": ("tokens.roll(back) + 1", "tokens.roll(-1) + 1", "No logit depends on later tokens"),
     "keeps the warm-up": ("p.copy_(value)", "p.copy_(value + 0.01 * p)", "warm-up"),
     "keeps the warm-up's momentum": ("    optimizer.load_state_dict(None)\n", "", "warm-up"),
 }

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from conftest import REPOSITORY, TINY, metric_lines
 from torch.optim.optimizer import Optimizer
 
+import train_gpt
+
 RECORDS = REPOSITORY / "records"
 ENTRIES = ["2024-06-06_AdamW", "2024-10-14_ModernArch", "2024-11-03_UntieEmbed", "2024-12-04_ValueEmbed"]
 ADAMW, MODERN, UNTIE, VALUE = ENTRIES
@@ -529,8 +531,7 @@ FRAME = ["UserError", "Track", "TRACKS", "knob", "_Parser", "parse_arguments", "
          "TokenStream", "BatchLoader", "start_runtime", "fast_dtype", "compile_pays", "Timer", "_output_of",
          "device_name", "environment", "Log", "metric_line", "save_checkpoint", "train_loop", "run", "run_as_program",
          "main"]
-OF_TRAIN_GPT = ["UserError", "Track", "knob", "lr_scale", "open_shard", "TokenStream", "fast_dtype", "_output_of",
-                "compile_pays", "device_name", "environment", "main"]
+OF_TRAIN_GPT = ["Track", "fast_dtype", "_output_of", "device_name", "environment", "main"]
 
 
 def test_the_frame_is_one_text():
@@ -544,8 +545,21 @@ def test_the_frame_is_one_text():
     today = definitions((REPOSITORY / "train_gpt.py").read_text())
     for name in OF_TRAIN_GPT:
         assert texts[0][name] == today[name], name
-    for name in ("first_visible_key", "visible", "block_mask", "chunked_attention", "attention"):
-        assert texts[3][name] == today[name], name  # tests/test_attention.py holds for both
+    for name in ("visible", "chunked_attention", "attention", "lr_scale", "muon_momentum"):
+        assert texts[3][name] == today[name], name  # their tests hold for both
+
+
+@pytest.mark.parametrize("window", [64, 200])
+def test_value_embed_has_the_mask_of_today(window):
+    """Against which tests/test_attention.py holds the brute-force mask."""
+    module = load(VALUE)
+    tokens = torch.randint(40, (2, 512), generator=torch.Generator().manual_seed(window))
+    ours = train_gpt.first_visible_key(train_gpt.document_start(tokens, 0), torch.tensor(window))
+    theirs = module.first_visible_key(tokens, 0, torch.tensor(window))
+    assert torch.equal(ours, theirs)
+    a, b = train_gpt.block_mask(ours), module.block_mask(theirs)
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "kv_indices", "full_kv_indices"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
 def test_diff_sizes_in_the_readme():
