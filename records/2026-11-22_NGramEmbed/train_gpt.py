@@ -252,7 +252,7 @@ def adam_direction(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, bias1: Ten
     touched_rows: rows whose gradient is zero rest, moments included: an n-gram that did not occur says nothing.
     """
     grad = grad.float()
-    weight = (grad != 0).any(-1, keepdim=True).float() if touched_rows else torch.ones((), device=grad.device)
+    weight = (grad != 0).any(-1, keepdim=True).float() if touched_rows else 1.0
     exp_avg.lerp_(grad, (1 - beta1) * weight)
     exp_avg_sq.lerp_(grad.square(), (1 - beta2) * weight)
     return weight * (exp_avg / bias1) / ((exp_avg_sq / bias2).sqrt() + eps)
@@ -286,34 +286,33 @@ class Bucket:
                 p.grad = part.view_as(p)
         self.state = {name: torch.zeros_like(self.shard(self.values), dtype=torch.float32)
                       for name in (("momentum",) if kind == "muon" else ("exp_avg", "exp_avg_sq"))}
-        self.awaited, self.mean, self.sent, self.work = 0, None, None, None
+        self.mean = self.sent = self.work = None
 
     def shard(self, tensor: Tensor) -> Tensor:
         """This rank's rows of a tensor like values, (shard_rows, *row_shape), as a view."""
         return tensor.narrow(0, self.rank * self.shard_rows, self.shard_rows)
 
-    def arrived(self, param: Tensor | None = None) -> None:
-        """A gradient is complete: with the last one the exchange begins, while backward goes on to other buckets."""
-        self.awaited -= 1
-        if self.awaited == 0:
-            self.reduce()
+    def reduce(self) -> Tensor:
+        """Begin to receive this rank's rows of the gradients' mean over the ranks. Collective.
 
-    def reduce(self) -> None:
-        """Begin to receive this rank's rows of the gradients' mean over the ranks, into self.mean. Collective."""
+        Returns the sum of this rank's own gradients, which is not finite if one of them is not.
+        """
+        if self.grads is None:
+            self.params[0].grad = self.params[0].grad.coalesce()
+            return self.params[0].grad.values().sum(dtype=torch.float32)
         self.mean = self.grads
         if self.world_size > 1:
             self.sent = self.grads.to(self.dtype)
             self.mean = torch.empty_like(self.shard(self.sent))
             self.work = _reduce_scatter(self.mean, self.sent, op=dist.ReduceOp.AVG, async_op=True)
+        return self.grads.sum(dtype=torch.float32)
 
     def collect(self) -> tuple[Tensor, list[Tensor]]:
         """This rank's rows of the mean gradient and of the state; of a sparse table those that occurred."""
         if self.grads is None:
-            gradient = self.params[0].grad.coalesce()
+            gradient = self.params[0].grad
             self.occurred, self.params[0].grad = gradient.indices()[0], None
             return gradient.values(), [moment[self.occurred] for moment in self.state.values()]
-        if self.mean is None:
-            self.reduce()
         self.wait()
         return self.mean, list(self.state.values())
 
@@ -321,8 +320,8 @@ class Bucket:
         """Begin to receive every rank's rows; the result is to be read after wait(). Collective."""
         if self.world_size == 1:
             return mine
-        self.sent, whole = mine, mine.new_empty(self.values.shape)
-        self.work = _all_gather(whole, mine, async_op=True)
+        self.sent, whole = mine.contiguous(), mine.new_empty(self.values.shape)  # NCCL takes no transposed matrices
+        self.work = _all_gather(whole, self.sent, async_op=True)
         return whole
 
     def wait(self) -> None:
@@ -341,18 +340,17 @@ class Bucket:
         else:
             self.values.add_(directions, alpha=-lr)
             self.grads.zero_()
-        self.mean = None
 
 class Optimizer:
     """Muon for the matrices of the blocks, Adam for all else; each rank holds the state of, and computes, its share.
 
-    Gradients travel by reduce-scatter, begun as soon as a bucket has them all; where the parameters shall go, by
-    all-gather; every rank then takes the same step. One rank skips both. Every parameter is in exactly one bucket,
-    asserted. The padding rows of a bucket are zeros and stay zeros.
+    Gradients travel by reduce-scatter; where the parameters shall go, by all-gather; every rank then takes the same
+    step. While one bucket is computed, the others travel. One rank skips both. Every parameter is in exactly one
+    bucket, asserted. The padding rows of a bucket are zeros and stay zeros.
     """
     def __init__(self, model: "GPT", hp: Hyperparameters, dtype: torch.dtype, rank: int = 0, world_size: int = 1):
         self.hp, self.dtype, self.num_updates, self.adam_direction = hp, dtype, 0, adam_direction
-        self.gradient_sum = torch.zeros(())  # of the last step, of this rank's share: not finite if one gradient is not
+        self.gradient_sum = torch.zeros(())  # of this rank's last gradients: not finite if one of them is not
         sparse = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse}
         groups: dict[tuple, list[nn.Parameter]] = {}
         for name, p in model.named_parameters():
@@ -367,29 +365,20 @@ class Optimizer:
             groups.setdefault(key, []).append(p)
         placed = [id(p) for params in groups.values() for p in params]
         assert sorted(placed) == sorted(id(p) for p in model.parameters()), "a parameter is in no bucket, or in two"
+        groups = dict(sorted(groups.items(), key=lambda group: group[0][0] != "muon"))  # Muon computes longest: first
         self.buckets = [Bucket(kind, lr, params, id(params[0]) in sparse, wire, rank, world_size)
                         for (kind, lr, _, wire), params in groups.items()]
-        if world_size > 1:
-            for bucket in self.buckets:
-                for p in bucket.params:
-                    p.register_post_accumulate_grad_hook(bucket.arrived)
-
-    def expect(self, num_backwards: int) -> None:
-        """Before a step's first backward: how many are to come until the gradients are whole."""
-        for bucket in self.buckets:
-            bucket.awaited = num_backwards * len(bucket.params)
 
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float) -> None:
         """One update from the gradients, which are then zero again. Collective: all ranks call it together."""
         self.num_updates += 1
-        moves, sums = [], []
+        moves = []
+        self.gradient_sum = torch.stack([bucket.reduce() for bucket in self.buckets]).sum()
         for bucket in self.buckets:
             grad, state = bucket.collect()
-            sums.append(grad.sum(dtype=torch.float32))
             direction = self._direction(bucket.kind, grad, state, momentum)
             moves.append((bucket, bucket.gather(direction.to(bucket.dtype)), state))
-        self.gradient_sum = torch.stack(sums).sum()
         for bucket, directions, state in moves:
             bucket.move(directions, state, lr_scale * bucket.lr)
 
@@ -649,7 +638,8 @@ class GPT(nn.Module):
         tokens = tokens.flatten()
         cos, sin = self.rotary_cos[:len(tokens)], self.rotary_sin[:len(tokens)]
         x = self.embed(tokens)
-        x = x0 = norm(x if self.ngram is None else x + self.ngram(tokens, start))
+        x0 = norm(x if self.ngram is None else x + self.ngram(tokens, start))
+        x = x0.view_as(x0)  # were it x0 itself, the first block would be compiled apart from the others
         value_embeds = () if self.value_embed is None else self.value_embed(tokens).split(x.size(-1), dim=-1)
         outputs = []
         for layer, block in enumerate(self.blocks):
@@ -906,7 +896,7 @@ class Watch:
 SEPARATOR = "=" * 100
 NOT_KEPT = 3  # exit code of a run that is whole, but for its log or a checkpoint, which could not be written
 PEAK_FLOPS = {  # dense bfloat16 FLOP/s of the makers' data sheets, by what the device's name holds; first match counts
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
     "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }
 
@@ -1069,7 +1059,7 @@ def restore(path: str, state: dict, model: GPT, optimizer: Optimizer, hp: Hyperp
 # Training
 
 def compile_parts(model: GPT, optimizer: Optimizer, device: torch.device) -> None:
-    """torch.compile each block and the head by itself: the blocks are alike, so one compilation serves them all."""
+    """torch.compile each block and the head by itself: one compilation serves all blocks of a kind."""
     for part in [*model.blocks, model.head]:
         part.compile(dynamic=False)
     if device.type == "cuda":  # fuses Adam's ten passes over the embedding tables; the CPU's tables are small
@@ -1079,7 +1069,6 @@ def training_step(model: GPT, optimizer: Optimizer, batch: list[tuple[Tensor, Te
                   hp: Hyperparameters) -> Tensor:
     """One update by the gradient of the loss over all ranks' micro-batches. Returns this rank's mean loss, 0-dim."""
     loss_sum = torch.zeros((), device=batch[0][0].device)
-    optimizer.expect(len(batch))
     for tokens, targets in batch:
         loss = model(tokens, targets, torch.full((), window_size(step, hp), device=tokens.device))
         (loss / len(batch)).backward()
@@ -1114,6 +1103,8 @@ def warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperpara
             p.copy_(value)
     optimizer.load_state_dict(None)
     torch.set_rng_state(random_state)
+    if runtime.device.type == "cuda":  # the copies above are no part of what training needs
+        torch.cuda.reset_peak_memory_stats()
 
 @torch.no_grad()
 def write_sample(model: GPT, hp: Hyperparameters, device: torch.device) -> str:
@@ -1259,6 +1250,7 @@ def train(hp: Hyperparameters, runtime: Runtime) -> int:
         if resumed:
             progress, watch.checkpoint = restore(checkpoint, resumed, model, optimizer, hp), checkpoint
             log.say(f"resumed from {checkpoint} at step {progress.step}")
+            resumed.clear()  # twice the model's size, on every rank
         elif hp.resume:
             log.say(f"no checkpoint in {log.path.parent}: the run begins at step 0")
         trace = torch.profiler.profile(
