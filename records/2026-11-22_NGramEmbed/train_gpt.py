@@ -146,10 +146,10 @@ class Hyperparameters:
 
 PRESETS = {
     "fineweb": {},
-    "laptop": dict(num_steps=400, batch_size=8, sequence_length=256, micro_batch=8, num_layers=3, num_heads=2,
+    "laptop": dict(num_steps=450, batch_size=8, sequence_length=256, micro_batch=8, num_layers=3, num_heads=2,
                    model_dim=128, ngrams=6, ngram_rows=65_521, logit_cap=15.0, window_end=191, embed_lr=2.4,
                    ngram_lr=1.0, head_lr=0.012, scalar_lr=0.04, muon_lr=0.035, momentum_warmup_steps=100,
-                   cooldown_steps=200, val_every=50, log_every=50),
+                   cooldown_steps=225, val_every=50, log_every=50),
 }
 
 # What a resumed run may choose anew, for no number depends on it (the activations' precision is compared by itself).
