@@ -120,7 +120,7 @@ def checkpoint_mutations(right, state):
     cases = {}
     for path in [(key,) for key in state] + [("progress", key) for key in state["progress"]] + [
             ("optimizer", "buckets"), ("optimizer", "num_updates"), ("optimizer", "buckets", 0),
-            ("optimizer", "buckets", 1, "exp_avg"), ("model", "embed.weight"), ("hyperparameters", "seed")]:
+            ("optimizer", "buckets", -1, "exp_avg"), ("model", "embed.weight"), ("hyperparameters", "seed")]:
         for value in ("text", None, -1, [], {}, float("nan"), torch.zeros(3), "missing"):
             copy = torch.load(io.BytesIO(right), weights_only=True)
             place = copy
