@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 VAL_TOKENS = 16_384  # the sandbox's copy of the script validates on so many instead of the laptop track's
 TINY = ("--device=cpu --dtype=float32 --compile=off --num_steps=6 --batch_size=2 --micro_batch=2 "
         "--sequence_length=256 --num_layers=2 --num_heads=2 --model_dim=32 --window_start=64 --window_end=128 "
-        "--cooldown_steps=3 --val_every=3 --log_every=1 --sample_tokens=0 "
+        "--cooldown_steps=3 --val_every=3 --log_every=1 --sample_tokens=0 --muon_lr=0.035 --ngram_lr=1 "
         "--ngrams=3 --ngram_rows=1021").split()
 
 

@@ -2,6 +2,7 @@
 
 In one process and through main(), as the command line would; the number of cases is printed.
 """
+import dataclasses
 import io
 import random
 import shutil
@@ -24,7 +25,7 @@ def home(tmp_path, monkeypatch):
     """A repository with small shards; the script runs in it, in this process, on few validation tokens."""
     monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
     track = train_gpt.TRACKS["laptop"]
-    monkeypatch.setitem(train_gpt.TRACKS, "laptop", train_gpt.dataclasses.replace(track, val_tokens=1024))
+    monkeypatch.setitem(train_gpt.TRACKS, "laptop", dataclasses.replace(track, val_tokens=1024))
     monkeypatch.setattr(train_gpt, "_output_of", lambda *command: "")  # git takes longer than the run
     write_shard(tmp_path / "data/laptop/laptop_val_000000.bin", words(1025, seed=1))
     for number in (1, 2):
@@ -168,7 +169,7 @@ def test_checkpoints(home, capsys):
 def test_hyperparameters(home, capsys):
     number = 0
     endless = {"num_steps": ("1000000000000000000000",), "sample_tokens": ("1000000000000000000000",)}
-    for f in train_gpt.dataclasses.fields(train_gpt.Hyperparameters):
+    for f in dataclasses.fields(train_gpt.Hyperparameters):
         values = ["", "abc", "-1", "1e400", "0x10", "１２", "None", "nan", "inf", "-0", "0", "3", "1.5",
                   "99999999999999999999"]
         if f.type is bool:

@@ -81,7 +81,6 @@ def test_blocks_are_the_identity_at_the_start(hp):
 def test_u_net_order(num_layers, monkeypatch):
     """The last layer takes in the first one's output, the one before it the second's (last in, first out)."""
     model = GPT(256, 0, num_layers, 1, 32, 64, 64)
-    assert model.skip_source == {num_layers - 1 - i: i for i in range(num_layers // 2)}
     assert torch.equal(model.skip_weights, torch.ones(num_layers // 2))
     seen = []
     for block in model.blocks:  # each block adds nothing, so its input is a sum of the outputs before
