@@ -28,8 +28,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 from train_gpt import TRACKS, TokenStream  # noqa: E402
 
-SPEEDRUN = ("--num_steps=200 --cooldown_steps=120 --sequence_length=128 --window_end=100 --embed_lr=0.15 "
-            "--head_lr=0.01 --muon_lr=0.04 --compile=on").split()
+SPEEDRUN = "--num_steps=48 --cooldown_steps=34 --momentum_warmup_steps=20 --compile=on".split()
 LAYERS, HEADS, WIDTH, CONTEXT, BATCH, STEPS = 4, 4, 128, 64, 12, 2000
 
 

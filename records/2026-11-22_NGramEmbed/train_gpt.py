@@ -7,8 +7,8 @@
     python train_gpt.py --help                                               # every knob, with its unit
 
 (`./run.sh` does the same and first sets up Python and the data.) A track fixes the data, the validation tokens, the
-vocabulary and the target; everything else is yours to change. A run writes its own source, its environment and its
-losses into one log, records/scratch/<run_id>.txt.
+vocabulary and the target; everything else is yours to change. A run's one log, records/scratch/<run_id>.txt, holds
+this source, the environment and the losses.
 
 The system is the ValueEmbed record of 2024-12-04 (published: 3.2751 after 264.6 s on 8 H100s) plus hashed n-gram
 embeddings, merged QKV, shared value embeddings and fewer bytes between the ranks. records/2026-11-22_NGramEmbed has its
@@ -31,7 +31,6 @@ import subprocess
 import sys
 import time
 import uuid
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -49,20 +48,16 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "run.sh").exists()), Path(__file__).resolve().parent)
 
 class UserError(Exception):
-    """A mistake the user can mend: shown as one line on stderr, exit code 2.
+    """A mistake the user can mend: one line on stderr, exit code 2. All ranks meet the same one, so rank 0 says it."""
 
-    everywhere: all ranks meet the same mistake, so that rank 0 alone needs to say it.
-    """
-    def __init__(self, message: str, everywhere: bool = True):
-        super().__init__(message)
-        self.everywhere = everywhere
+class RankError(UserError):
+    """A UserError that this rank may be alone with, so that it says it itself."""
 
 def first_line(error: BaseException) -> str:
     """Of what an exception says, or its name where it says nothing."""
     return str(error).partition("\n")[0] or type(error).__name__
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tracks and hyperparameters
+# --- Tracks and hyperparameters ---------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Track:
@@ -134,24 +129,17 @@ class Hyperparameters:
     profile: bool = knob(False, "write a Chrome trace of steps 3 to 5 beside the log")
     sample_tokens: int = knob(300, "tokens the model writes at the end of the run; 0: none")
 
-    @property
-    def step_tokens(self) -> int:
-        """Tokens a step, over all ranks."""
-        return self.batch_size * self.sequence_length
-
-    @property
-    def forward_tokens(self) -> int:
-        """Tokens of the longest forward pass; validation reads the text in pieces of this length."""
-        return self.micro_batch * self.sequence_length
+    # Tokens a step, over all ranks, and tokens of the longest forward pass: validation reads pieces of this length.
+    step_tokens = property(lambda self: self.batch_size * self.sequence_length)
+    forward_tokens = property(lambda self: self.micro_batch * self.sequence_length)
 
 PRESETS = {
     "fineweb": {},
-    "laptop": dict(num_steps=450, batch_size=8, sequence_length=256, micro_batch=8, num_layers=3, num_heads=2,
-                   model_dim=128, ngrams=6, ngram_rows=65_521, logit_cap=15.0, window_end=191, embed_lr=2.4,
-                   ngram_lr=1.0, head_lr=0.012, scalar_lr=0.04, muon_lr=0.035, momentum_warmup_steps=100,
-                   cooldown_steps=225, val_every=50, log_every=50),
+    "laptop": dict(num_steps=390, batch_size=8, sequence_length=256, micro_batch=8, num_layers=3, num_heads=2,
+                   model_dim=128, ngrams=6, ngram_rows=65_521, logit_cap=15.0, window_start=128, window_end=128,
+                   embed_lr=2.4, ngram_lr=1.5, head_lr=0.012, scalar_lr=0.04, muon_lr=0.045, momentum_warmup_steps=100,
+                   cooldown_steps=195, val_every=50, log_every=50),
 }
-
 # What a resumed run may choose anew, for no number depends on it (the activations' precision is compared by itself).
 MAY_CHANGE = {"val_every", "log_every", "save_every", "keep", "resume", "resume_anyway", "entry", "profile",
               "sample_tokens", "dtype"}
@@ -184,8 +172,7 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
         (hp.window_end < hp.window_start, f"--window_end is {hp.window_end}, expected at least --window_start"),
         (hp.batch_size % world_size, f"{hp.batch_size} sequences a step can't be divided over {world_size} ranks; use "
          f"--batch_size {world_size * math.ceil(hp.batch_size / world_size)} or another NPROC"),
-        (hp.sequence_length % 128, f"--sequence_length is {hp.sequence_length}, expected a multiple of 128 (the "
-         "attention block)"),
+        (hp.sequence_length % 128, f"--sequence_length is {hp.sequence_length}, expected a multiple of 128"),
         (val_tokens % hp.forward_tokens, f"the {val_tokens:,} validation tokens of track {hp.track} are no multiple of "
          f"--micro_batch {hp.micro_batch} * --sequence_length {hp.sequence_length}; use powers of two"),
         (not (records / hp.entry).resolve().is_relative_to(records),
@@ -196,8 +183,7 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
         if wrong:
             raise UserError(message)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Schedules: pure functions of the step, so that a resumed run can't differ
+# --- Schedules: pure functions of the step, so that a resumed run can't differ ----------------------------------------
 
 def lr_scale(step: int, hp: Hyperparameters) -> float:
     """Trapezoid (arXiv 2405.18392): what the learning rates are multiplied by at step; linear up, flat, linear to 0."""
@@ -212,11 +198,9 @@ def muon_momentum(step: int, hp: Hyperparameters) -> float:
 
 def window_size(step: int, hp: Hyperparameters) -> int:
     """Tokens a query sees at step, itself included: grows linearly, rounded down to 64 (record 2024-12-04)."""
-    grown = hp.window_start + step / hp.num_steps * (hp.window_end - hp.window_start)
-    return 64 * int(grown // 64)
+    return 64 * int((hp.window_start + step / hp.num_steps * (hp.window_end - hp.window_start)) // 64)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizers: the update mathematics, then one class that divides the work over the ranks
+# --- Optimizers: the update mathematics, then the classes that divide the work over the ranks -------------------------
 
 def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrix U V^T of each matrix U S V^T, roughly: singular values land in (0.7, 1.2).
@@ -232,8 +216,7 @@ def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
         gram = torch.bmm(x, x.mT)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    x = x.view(*matrices.shape[:-2], *x.shape[-2:])
-    return x.mT if tall else x
+    return (x.mT if tall else x).view(matrices.shape)
 
 def muon_direction(grad: Tensor, momentum_buffer: Tensor, momentum: float, dtype: torch.dtype) -> Tensor:
     """Where Muon (record 2024-10-14) goes from a stack of matrices with the gradients grad (K, rows, columns).
@@ -262,35 +245,29 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, 
 _all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 class Bucket:
-    """Parameters with one update rule, as one tensor `values` of W * shard_rows rows; each rank owns shard_rows.
+    """Parameters with one update rule, as one tensor `values` of W * shard_rows rows; each rank owns its rows `mine`.
 
     A table is its own bucket; matrices of equal shape are stacked (a row is a matrix); scalars are joined end to end.
     The parameters and their gradients become views of `values` and `grads`, which the collectives take as they lie. A
-    table with sparse gradients (on one rank of a CPU) has no `grads`.
+    table with sparse gradients (on one rank of a CPU) has no `grads`. dtype: of what travels between the ranks.
     """
     def __init__(self, kind: str, lr: float, params: list[nn.Parameter], sparse: bool, dtype: torch.dtype, rank: int,
                  world_size: int):
-        """dtype: of what travels between the ranks."""
-        self.kind, self.lr, self.params, self.dtype = kind, lr, params, dtype
-        self.rank, self.world_size = rank, world_size
+        self.kind, self.lr, self.params, self.dtype, self.world_size = kind, lr, params, dtype, world_size
         row_shape = params[0].shape[-2:] if kind == "muon" else params[0].shape[1:][-1:]
         sizes = [p.numel() for p in params]
         self.rows = sum(sizes) // math.prod(row_shape)
-        self.shard_rows = math.ceil(self.rows / world_size)
-        self.values = params[0].new_zeros(world_size * self.shard_rows, *row_shape)
+        shard_rows = math.ceil(self.rows / world_size)
+        self.mine = slice(rank * shard_rows, (rank + 1) * shard_rows)
+        self.values = params[0].new_zeros(world_size * shard_rows, *row_shape)
         self.grads = None if sparse else torch.zeros_like(self.values)
-        for p, part in zip(params, self.values.view(-1)[:sum(sizes)].split(sizes), strict=True):
-            p.data = part.copy_(p.detach().flatten()).view_as(p)
-        if not sparse:
-            for p, part in zip(params, self.grads.view(-1)[:sum(sizes)].split(sizes), strict=True):
-                p.grad = part.view_as(p)
-        self.state = {name: torch.zeros_like(self.shard(self.values), dtype=torch.float32)
+        for i, p in enumerate(params):
+            values, grads = (None if whole is None else whole.view(-1)[:sum(sizes)].split(sizes)[i].view_as(p)
+                             for whole in (self.values, self.grads))
+            p.data, p.grad = values.copy_(p.detach()), grads
+        self.state = {name: torch.zeros_like(self.values[self.mine], dtype=torch.float32)
                       for name in (("momentum",) if kind == "muon" else ("exp_avg", "exp_avg_sq"))}
         self.mean = self.sent = self.work = None
-
-    def shard(self, tensor: Tensor) -> Tensor:
-        """This rank's rows of a tensor like values, (shard_rows, *row_shape), as a view."""
-        return tensor.narrow(0, self.rank * self.shard_rows, self.shard_rows)
 
     def reduce(self) -> Tensor:
         """Begin to receive this rank's rows of the gradients' mean over the ranks. Collective.
@@ -298,21 +275,20 @@ class Bucket:
         Returns the sum of this rank's own gradients, which is not finite if one of them is not.
         """
         if self.grads is None:
-            self.params[0].grad = self.params[0].grad.coalesce()
-            return self.params[0].grad.values().sum(dtype=torch.float32)
+            self.mean, self.params[0].grad = self.params[0].grad.coalesce(), None
+            return self.mean.values().sum(dtype=torch.float32)
         self.mean = self.grads
         if self.world_size > 1:
             self.sent = self.grads.to(self.dtype)
-            self.mean = torch.empty_like(self.shard(self.sent))
+            self.mean = torch.empty_like(self.sent[self.mine])
             self.work = _reduce_scatter(self.mean, self.sent, op=dist.ReduceOp.AVG, async_op=True)
         return self.grads.sum(dtype=torch.float32)
 
     def collect(self) -> tuple[Tensor, list[Tensor]]:
         """This rank's rows of the mean gradient and of the state; of a sparse table those that occurred."""
         if self.grads is None:
-            gradient = self.params[0].grad
-            self.occurred, self.params[0].grad = gradient.indices()[0], None
-            return gradient.values(), [moment[self.occurred] for moment in self.state.values()]
+            self.occurred = self.mean.indices()[0]
+            return self.mean.values(), [moment[self.occurred] for moment in self.state.values()]
         self.wait()
         return self.mean, list(self.state.values())
 
@@ -363,11 +339,11 @@ class Optimizer:
             else:
                 key = ("adam", hp.head_lr if name.startswith("head.") else hp.embed_lr, name, dtype)
             groups.setdefault(key, []).append(p)
-        placed = [id(p) for params in groups.values() for p in params]
-        assert sorted(placed) == sorted(id(p) for p in model.parameters()), "a parameter is in no bucket, or in two"
         groups = dict(sorted(groups.items(), key=lambda group: group[0][0] != "muon"))  # Muon computes longest: first
         self.buckets = [Bucket(kind, lr, params, id(params[0]) in sparse, wire, rank, world_size)
                         for (kind, lr, _, wire), params in groups.items()]
+        placed = sorted(id(p) for bucket in self.buckets for p in bucket.params)
+        assert placed == sorted(map(id, model.parameters())), "a parameter is in no bucket, or in two"
 
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float) -> None:
@@ -411,11 +387,10 @@ class Optimizer:
                     whole = state["buckets"][i][name]
                     if whole.shape != (bucket.rows, *mine.shape[1:]):
                         raise ValueError(f"the optimizer's {name} has another shape")
-                    share = whole[bucket.rank * bucket.shard_rows:][:bucket.shard_rows]
+                    share = whole[bucket.mine]
                     mine[:len(share)].copy_(share)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention: one definition of what is visible, two kernels
+# --- Attention: one definition of what is visible, two kernels --------------------------------------------------------
 
 def document_start(tokens: Tensor, eot_token: int) -> Tensor:
     """Position where each token's document, or its sequence, begins: (S T,), for S sequences (S, T) end to end."""
@@ -452,10 +427,8 @@ def block_mask(first_key: Tensor, block: int = 128) -> BlockMask:
         which = dense.int().argsort(dim=-1, descending=True, stable=True).int()
         return dense.sum(-1, dtype=torch.int32)[None, None], which[None, None].contiguous()
 
-    def mask_mod(batch, head, query, key):
-        return visible(query, key, first_key[query])
-
-    return BlockMask.from_kv_blocks(*ordered(seen & ~whole), *ordered(whole), BLOCK_SIZE=block, mask_mod=mask_mod)
+    return BlockMask.from_kv_blocks(*ordered(seen & ~whole), *ordered(whole), BLOCK_SIZE=block, mask_mod=lambda batch,
+                                    head, query, key: visible(query, key, first_key[query]))
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, max_window: int) -> Tensor:
     """Sliding-window attention by batched matrix products; no window is longer than max_window. q, k, v: (1, H, T, d).
@@ -490,8 +463,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, max_win
         return flex_attention(q, k, v, block_mask=mask)
     return chunked_attention(q, k, v, mask, max_window)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Model
+# --- Model ------------------------------------------------------------------------------------------------------------
 
 def norm(x: Tensor) -> Tensor:
     """RMSNorm over the last dimension, without a learned scale."""
@@ -518,8 +490,7 @@ def rotary_tables(T: int, head_dim: int, base: float = 10_000.0) -> tuple[Tensor
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the two halves of each head against each other by the position's angles. x: (..., T, H, d)."""
-    a, b = x.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
+    (a, b), cos, sin = x.float().chunk(2, dim=-1), cos[:, None], sin[:, None]
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x.dtype)
 
 class NGramEmbed(nn.Module):
@@ -546,7 +517,6 @@ class NGramEmbed(nn.Module):
 
 class Attention(nn.Module):
     """Causal self-attention with QK-norm (arXiv 2010.04245), rotary, and value embeddings mixed into the values."""
-
     def __init__(self, model_dim: int, num_heads: int, max_window: int, has_value_embed: bool):
         super().__init__()
         self.num_heads, self.max_window = num_heads, max_window
@@ -564,7 +534,6 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """Width 4 D, ReLU squared (arXiv 2109.08668)."""
-
     def __init__(self, model_dim: int):
         super().__init__()
         self.fc = Linear(model_dim, 4 * model_dim)
@@ -575,7 +544,6 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """One layer: mix the normed embedding x0 back in (record 2024-12-04), then attention and MLP on a residual path."""
-
     def __init__(self, model_dim: int, num_heads: int, max_window: int, has_value_embed: bool):
         super().__init__()
         self.attention = Attention(model_dim, num_heads, max_window, has_value_embed)
@@ -589,11 +557,9 @@ class Block(nn.Module):
 
 class Head(nn.Module):
     """Untied output matrix, zero at the start: the first loss is ln V. Logits are softcapped (arXiv 2408.00118)."""
-
     def __init__(self, model_dim: int, vocab_size: int, logit_cap: float):
         super().__init__()
-        self.logit_cap = logit_cap
-        self.linear = Linear(model_dim, vocab_size, zero=True)
+        self.logit_cap, self.linear = logit_cap, Linear(model_dim, vocab_size, zero=True)
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """Float32 logits (T, V), or with targets (T,) their mean cross-entropy in nats."""
@@ -620,12 +586,10 @@ class GPT(nn.Module):
         self.value_embed = nn.Embedding(padded_vocab_size, ends * model_dim) if ends else None
         self.blocks = nn.ModuleList(Block(model_dim, num_heads, max_window, table is not None)
                                     for table in self.value_table)
-        self.skip_source = {num_layers - 1 - i: i for i in range(num_layers // 2)}
         self.skip_weights = nn.Parameter(torch.ones(num_layers // 2))
         self.head = Head(model_dim, padded_vocab_size, logit_cap)
-        cos, sin = rotary_tables(max_length, model_dim // num_heads)
-        self.register_buffer("rotary_cos", cos, persistent=False)
-        self.register_buffer("rotary_sin", sin, persistent=False)
+        for name, table in zip(("cos", "sin"), rotary_tables(max_length, model_dim // num_heads), strict=True):
+            self.register_buffer(f"rotary_{name}", table, persistent=False)
 
     def forward(self, tokens: Tensor, targets: Tensor | None, window: Tensor) -> Tensor:
         """Mean cross-entropy in nats of targets (S, T) after tokens (S, T), or without targets float32 logits (S T, V).
@@ -642,11 +606,10 @@ class GPT(nn.Module):
         x = x0.view_as(x0)  # were it x0 itself, the first block would be compiled apart from the others
         value_embeds = () if self.value_embed is None else self.value_embed(tokens).split(x.size(-1), dim=-1)
         outputs = []
-        for layer, block in enumerate(self.blocks):
-            if layer in self.skip_source:
-                source = self.skip_source[layer]
+        for layer, (block, table) in enumerate(zip(self.blocks, self.value_table, strict=True)):
+            source = len(self.blocks) - 1 - layer
+            if source < layer:
                 x = x + self.skip_weights[source] * outputs[source]
-            table = self.value_table[layer]
             x = block(x, None if table is None else value_embeds[table], x0, cos, sin, mask)
             outputs.append(x)
         return self.head(x, None if targets is None else targets.flatten())
@@ -664,8 +627,7 @@ def build_model(hp: Hyperparameters, device: torch.device, dtype: torch.dtype, f
             module.to(dtype)
     return model
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
+# --- Data -------------------------------------------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 
@@ -692,30 +654,27 @@ def open_shard(path: str | Path, advice: str = "delete it and fetch or build it 
 
 class TokenStream:
     """All shards that match a pattern, in the order of their names, as one stream of tokens that never ends."""
-
     def __init__(self, pattern: str, vocab_size: int, minimum: int, get_data: str):
         """pattern: a glob below the repository. Raises UserError on a bad shard or fewer tokens than minimum."""
         self.vocab_size, self.get_data, self.paths = vocab_size, get_data, sorted(glob.glob(str(ROOT / pattern)))
         self.shards = [open_shard(path, f"delete it and run: {get_data}") for path in self.paths]
-        self.ends = np.cumsum([0, *map(len, self.shards)], dtype=np.int64)[1:]
+        self.ends = np.cumsum([0, *map(len, self.shards)])  # [0], then where each shard ends
         if not self.paths or len(self) < minimum:
             raise UserError(f"{ROOT / pattern} holds {len(self):,} tokens in {len(self.paths)} shards, expected at "
                             f"least {minimum:,}; run: {get_data}")
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if self.paths else 0
+        return int(self.ends[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start to start + count of the endless stream, (count,) int64. Raises UserError on an impossible id."""
         parts = []
         while count > 0:
-            start %= len(self)
-            shard = int(np.searchsorted(self.ends, start, side="right"))
-            offset = start - (int(self.ends[shard]) - len(self.shards[shard]))
-            part = self.shards[shard][offset:offset + count]
+            shard = int(np.searchsorted(self.ends, start % len(self), side="right")) - 1
+            part = self.shards[shard][start % len(self) - int(self.ends[shard]):][:count]
             if part.max() >= self.vocab_size:
-                raise UserError(f"{self.paths[shard]} holds the token id {part.max()}, expected ids below "
-                                f"{self.vocab_size}: another tokenizer's data; run: {self.get_data}", everywhere=False)
+                raise RankError(f"{self.paths[shard]} holds the token id {part.max()}, expected ids below "
+                                f"{self.vocab_size}: another tokenizer's data; run: {self.get_data}")
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts).astype(np.int64)
@@ -763,8 +722,7 @@ class BatchLoader:
         self.future = self.pool.submit(self._read, self.step)
         return [(a.to(device, non_blocking=True), b.to(device, non_blocking=True)) for a, b in batch]
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Runtime: ranks, device, precision, timer, signals
+# --- Runtime: ranks, device, precision, signals -----------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Runtime:
@@ -772,6 +730,8 @@ class Runtime:
     rank: int
     world_size: int
     device: torch.device
+
+    cuda = property(lambda self: self.device.type == "cuda")
 
     def mean(self, value: Tensor) -> float:
         """Mean over the ranks of a 0-dim tensor. Collective."""
@@ -781,10 +741,16 @@ class Runtime:
 
     def agree(self, value):
         """Rank 0's value, on every rank. Collective."""
+        box = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(box := [value], src=0, device=self.device)
-            return box[0]
-        return value
+            dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def seconds(self) -> float:
+        """The time now, once the device has done its work."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 def start_runtime(hp: Hyperparameters) -> Runtime:
     """Join the other ranks, if torchrun (or Slurm with the same variables) started several. Raises UserError."""
@@ -795,7 +761,7 @@ def start_runtime(hp: Hyperparameters) -> Runtime:
         raise UserError("--device cuda, but torch sees no GPU; use --device cpu, or mend the driver (nvidia-smi)")
     use_cuda = hp.device != "cpu" and torch.cuda.is_available()
     if use_cuda and local_rank >= torch.cuda.device_count():
-        raise UserError(f"process {local_rank} of this node has no GPU of its own: there are "
+        raise RankError(f"process {local_rank} of this node has no GPU of its own: there are "
                         f"{torch.cuda.device_count()}; start so many processes (NPROC, --nproc_per_node)")
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
@@ -823,33 +789,14 @@ def compile_pays(hp: Hyperparameters, device: torch.device) -> bool:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     return bool(compiler) and hp.num_steps * hp.step_tokens >= 500_000
 
-class Timer:
-    """Training time in milliseconds: counts between start and stop, each of which waits for the device's work."""
-
-    def __init__(self, device: torch.device, elapsed_ms: float = 0.0):
-        self.synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        self.elapsed_ms, self.started = elapsed_ms, None
-
-    def start(self) -> None:
-        self.synchronize()
-        self.started = time.perf_counter()
-
-    def stop(self) -> None:
-        self.synchronize()
-        self.elapsed_ms, self.started = self.now(), None
-
-    def now(self) -> float:
-        """Milliseconds so far; does not wait for the device."""
-        return self.elapsed_ms + (1000 * (time.perf_counter() - self.started) if self.started else 0.0)
-
 class Watch:
     """What the ranks must agree on after each step: is a number of one of them not finite, shall the run end?
 
     On a GPU a step's answer is read two steps later, when it has long arrived, so that no step waits for it.
     """
     def __init__(self, runtime: Runtime):
-        self.runtime, self.lag, self.pending = runtime, 2 if runtime.device.type == "cuda" else 0, deque()
-        self.signal, self.signalled_at, self.agreed, self.checkpoint = 0, 0.0, 0, ""
+        self.runtime, self.pending, self.checkpoint = runtime, [], ""
+        self.signal, self.signalled_at, self.agreed = 0, 0.0, 0  # what this rank was sent; what all ranks heed
 
     def on_signal(self, number: int, frame=None) -> None:
         """For SIGINT and SIGTERM: end the run after this step; a second one leaves at once."""
@@ -863,35 +810,31 @@ class Watch:
 
     def post(self, step: int, value: Tensor) -> None:
         """After a step; value: 0-dim, not finite where something in this rank's step was not. Collective."""
-        W, device = self.runtime.world_size, self.runtime.device
-        marks = torch.zeros(W + 1, device=device)  # for each rank: is not finite; then the signal
-        marks[self.runtime.rank] = ~value.isfinite()
-        marks[W] = self.signal
-        if W > 1:
+        marks = torch.zeros(2, device=self.runtime.device)  # 1 + the rank that is not finite, or 0; then the signal
+        marks[0] = ~value.isfinite() * (self.runtime.rank + 1)
+        marks[1] = self.signal
+        if self.runtime.world_size > 1:
             dist.all_reduce(marks, op=dist.ReduceOp.MAX)
-        event = None
-        if device.type == "cuda":
-            marks = torch.empty(W + 1, pin_memory=True).copy_(marks, non_blocking=True)
-            event = torch.cuda.Event()
+        event = torch.cuda.Event() if self.runtime.cuda else None
+        if event:
+            marks = torch.empty(2, pin_memory=True).copy_(marks, non_blocking=True)
             event.record()
         self.pending.append((step, marks, event))
 
-    def read(self, lag: int | None = None) -> int:
+    def read(self, everything: bool = False) -> int:
         """The signal that all ranks shall heed now, or 0. Raises UserError where a step's numbers were not finite."""
-        while len(self.pending) > (self.lag if lag is None else lag):
-            step, marks, event = self.pending.popleft()
+        while len(self.pending) > (2 if self.runtime.cuda and not everything else 0):
+            step, marks, event = self.pending.pop(0)
             if event:
                 event.synchronize()
-            *bad, number = marks.tolist()
-            if any(bad):
-                ranks = ", ".join(str(rank) for rank, mark in enumerate(bad) if mark)
-                raise UserError(f"the loss or a gradient is not finite at step {step} on rank {ranks}; lower the "
+            bad, number = map(int, marks.tolist())
+            if bad:
+                raise UserError(f"the loss or a gradient is not finite at step {step} on rank {bad - 1}; lower the "
                                 f"learning rates; last checkpoint: {self.checkpoint or 'none'}")
-            self.agreed = max(self.agreed, int(number))
+            self.agreed = max(self.agreed, number)
         return self.agreed
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Log
+# --- Log --------------------------------------------------------------------------------------------------------------
 
 SEPARATOR = "=" * 100
 NOT_KEPT = 3  # exit code of a run that is whole, but for its log or a checkpoint, which could not be written
@@ -951,8 +894,7 @@ class Log:
             raise UserError(f"can't write the log {self.path}: {error.strerror}; make it a folder that can be "
                             "written, or name another with --entry") from None
         if not self.file.tell():
-            source = Path(__file__).read_text(encoding="utf-8")
-            self.write(source, SEPARATOR, environment(hp, runtime, facts), SEPARATOR)
+            self.write(Path(__file__).read_text("utf-8"), SEPARATOR, environment(hp, runtime, facts), SEPARATOR)
         elif not self.path.read_bytes().endswith(b"\n"):  # a resumed run goes on in its own log, which may be cut
             self.write("")
 
@@ -981,8 +923,15 @@ class Log:
         if self.file:
             print(f"{name} ...", end="\r" if sys.stdout.isatty() else "\n", flush=True)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Progress:
+    """Where the loop is: part of each checkpoint, and of the line that says how a run failed."""
+    step: int = 0
+    train_time_ms: float = 0.0
+    reached: str = ""  # the first validation that met the target
+    validated: int = -1  # the last step at which a validation was made
 
 def save_checkpoint(path: Path, run: dict, model: GPT, optimizer: Optimizer, runtime: Runtime, keep: int) -> None:
     """Write all that the rest of the run depends on, atomically; then delete all of the run's but the last keep ones.
@@ -1002,8 +951,7 @@ def save_checkpoint(path: Path, run: dict, model: GPT, optimizer: Optimizer, run
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise UserError(f"can't write the checkpoint {path}: {first_line(error)}; free disk space",
-                        everywhere=False) from None
+        raise RankError(f"can't write the checkpoint {path}: {first_line(error)}; free disk space") from None
     for old in sorted(path.parent.glob(f"{run['run_id']}_step*.pt"))[:-keep]:
         old.unlink(missing_ok=True)
 
@@ -1012,7 +960,7 @@ def find_checkpoint(hp: Hyperparameters) -> str:
     if hp.resume != "latest":
         return hp.resume
     found = [path for path in log_folder(hp).glob("*_step*.pt") if path.is_file()]
-    return str(max(found, key=lambda path: path.stat().st_mtime)) if found else ""
+    return str(max(found, key=lambda path: path.stat().st_mtime, default=""))
 
 def load_checkpoint(path: str, hp: Hyperparameters, facts: dict) -> dict:
     """What save_checkpoint wrote, on the CPU. Raises UserError unless it belongs to this script, data and command."""
@@ -1027,7 +975,7 @@ def load_checkpoint(path: str, hp: Hyperparameters, facts: dict) -> dict:
         raise UserError(f"can't resume from {path}: {first_line(error)}; expected a file that --save_every "
                         "wrote") from None
     now = {**dataclasses.asdict(hp), **facts}
-    if hp.dtype != "auto" and hp.dtype != state["activations"]:
+    if hp.dtype not in ("auto", state["activations"]):
         raise UserError(f"can't resume from {path}: its activations are {state['activations']}; use --dtype auto")
     for name in sorted(dataclasses.asdict(hp).keys() - MAY_CHANGE | {"code_hash", "data_fingerprint"}):
         if repr(then.get(name)) != repr(now[name]) and not hp.resume_anyway:  # a tensor could not be compared
@@ -1035,7 +983,7 @@ def load_checkpoint(path: str, hp: Hyperparameters, facts: dict) -> dict:
                             "the script, the data and the flags of the first run, or --resume_anyway")
     return state
 
-def restore(path: str, state: dict, model: GPT, optimizer: Optimizer, hp: Hyperparameters) -> "Progress":
+def restore(path: str, state: dict, model: GPT, optimizer: Optimizer, hp: Hyperparameters) -> Progress:
     """Put load_checkpoint's state into model, optimizer and random numbers. Raises UserError where it does not fit."""
     try:
         shapes, saved = ({name: t.shape for name, t in tensors.items()}
@@ -1055,8 +1003,7 @@ def restore(path: str, state: dict, model: GPT, optimizer: Optimizer, hp: Hyperp
                         "model") from None
     return progress
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# --- Training ---------------------------------------------------------------------------------------------------------
 
 def compile_parts(model: GPT, optimizer: Optimizer, device: torch.device) -> None:
     """torch.compile each block and the head by itself: one compilation serves all blocks of a kind."""
@@ -1068,13 +1015,13 @@ def compile_parts(model: GPT, optimizer: Optimizer, device: torch.device) -> Non
 def training_step(model: GPT, optimizer: Optimizer, batch: list[tuple[Tensor, Tensor]], step: int,
                   hp: Hyperparameters) -> Tensor:
     """One update by the gradient of the loss over all ranks' micro-batches. Returns this rank's mean loss, 0-dim."""
-    loss_sum = torch.zeros((), device=batch[0][0].device)
+    mean_loss = torch.zeros((), device=batch[0][0].device)
     for tokens, targets in batch:
-        loss = model(tokens, targets, torch.full((), window_size(step, hp), device=tokens.device))
-        (loss / len(batch)).backward()
-        loss_sum += loss.detach()
+        loss = model(tokens, targets, torch.full_like(mean_loss, window_size(step, hp), dtype=torch.int64)) / len(batch)
+        loss.backward()
+        mean_loss += loss.detach()
     optimizer.step(lr_scale(step, hp), muon_momentum(step, hp))
-    return loss_sum / len(batch)
+    return mean_loss
 
 @torch.no_grad()
 def validate(model: GPT, stream: TokenStream, step: int, hp: Hyperparameters, runtime: Runtime) -> float:
@@ -1088,8 +1035,7 @@ def validate(model: GPT, stream: TokenStream, step: int, hp: Hyperparameters, ru
 
 def warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperparameters, runtime: Runtime) -> None:
     """Compile and load every kernel on random tokens, then put model, optimizer and random state back as they were."""
-    random_state = torch.get_rng_state()
-    before = [p.detach().clone() for p in model.parameters()]
+    random_state, before = torch.get_rng_state(), [p.detach().clone() for p in model.parameters()]
     like = BatchLoader(stream, hp, runtime)  # for the shapes
     batch = [tuple(torch.randint_like(t, TRACKS[hp.track].vocab_size) for t in pair) for pair in like.next()]
     like.pool.shutdown(cancel_futures=True)
@@ -1103,7 +1049,7 @@ def warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperpara
             p.copy_(value)
     optimizer.load_state_dict(None)
     torch.set_rng_state(random_state)
-    if runtime.device.type == "cuda":  # the copies above are no part of what training needs
+    if runtime.cuda:  # the copies above are no part of what training needs
         torch.cuda.reset_peak_memory_stats()
 
 @torch.no_grad()
@@ -1125,155 +1071,161 @@ def write_sample(model: GPT, hp: Hyperparameters, device: torch.device) -> str:
     model.flex = flex
     return decode(tokens[1:i + 2].tolist())
 
-@dataclass
-class Progress:
-    """Where the loop is: part of each checkpoint, and of the line that says how a run failed."""
-    step: int = 0
-    train_time_ms: float = 0.0
-    reached: str = ""  # the first validation that met the target
-    validated: int = -1  # the last step at which a validation was made
-
 def metric_line(step: int, hp: Hyperparameters, name: str, value: float, train_time_ms: float) -> str:
     """One line of the public log format, e.g. step:125/1530 val_loss:4.1234 train_time:21345ms step_avg:170.76ms."""
     return (f"step:{step}/{hp.num_steps} {name}:{value:.4f} train_time:{train_time_ms:.0f}ms "
             f"step_avg:{train_time_ms / max(step, 1):.2f}ms")
 
-def train_loop(model: GPT, optimizer: Optimizer, train_stream: TokenStream, val_stream: TokenStream,
-               hp: Hyperparameters, runtime: Runtime, log: Log, progress: Progress, watch: Watch, save, trace) -> int:
-    """Steps progress.step to num_steps, or until a signal, which is returned. save() writes a checkpoint.
+class Run:
+    """One run on this rank. Raises UserError for what the user can mend, before any work is done where that can be."""
+    def __init__(self, hp: Hyperparameters, runtime: Runtime):
+        track, self.hp, self.runtime, self.progress = TRACKS[hp.track], hp, runtime, Progress()
+        self.train_stream = TokenStream(track.train_files, track.vocab_size, hp.step_tokens + 1, track.get_data)
+        self.val_stream = TokenStream(track.val_files, track.vocab_size, track.val_tokens + 1, track.get_data)
+        self.facts = facts = runtime.agree(self.describe())
+        self.checkpoint = runtime.agree(find_checkpoint(hp))
+        self.resumed = load_checkpoint(self.checkpoint, hp, facts) if self.checkpoint else {}
+        # A run goes on in its log, and in its precision: a busy machine may measure, and choose, another.
+        facts |= {name: self.resumed[name] for name in ("run_id", "activations") if self.resumed}
+        dtype, cuda = getattr(torch, facts["activations"]), runtime.cuda
+        self.model = build_model(hp, runtime.device, dtype, flex=facts["compiled"] and cuda,
+                                 sparse=not cuda and runtime.world_size == 1)
+        self.optimizer = Optimizer(self.model, hp, dtype, runtime.rank, runtime.world_size)
+        self.watch, self.log = Watch(runtime), Log(hp, runtime, facts)
 
-    Validation and checkpoints are not timed.
-    """
-    timer, first_step, track = Timer(runtime.device, progress.train_time_ms), progress.step, TRACKS[hp.track]
-    loader = BatchLoader(train_stream, hp, runtime, first_step)
-    steps_an_epoch = len(train_stream) / hp.step_tokens
-    timer.start()
-    for step in range(first_step, hp.num_steps + 1):
-        progress.step, last, stop = step, step == hp.num_steps, watch.read()
-        val_due = not stop and progress.validated < step and (last or (hp.val_every and step % hp.val_every == 0))
-        save_due = stop or (hp.save_every and step % hp.save_every == 0 and step > first_step)
-        if val_due or save_due:
-            timer.stop()
-            progress.train_time_ms = timer.elapsed_ms
-            watch.read(lag=0)  # what is not finite must not be saved
-            if val_due:
-                log.begin(f"validating on {track.val_tokens:,} tokens")
-                val_loss = validate(model, val_stream, step, hp, runtime)
-                log.say(line := metric_line(step, hp, "val_loss", val_loss, timer.elapsed_ms))
-                progress.reached = progress.reached or (line if val_loss <= track.target else "")
-                progress.validated = step
-            if save_due:
-                save()
-            timer.start()
-        if last or stop:
-            break
-        loss = training_step(model, optimizer, loader.next(), step, hp)
-        watch.post(step, loss + optimizer.gradient_sum)
-        if hp.log_every and (step + 1) % hp.log_every == 0:
-            log.say(metric_line(step + 1, hp, "train_loss", runtime.mean(loss), timer.now()))
-        if step < steps_an_epoch <= step + 1:
-            log.say(f"all {len(train_stream):,} training tokens are read; the next step begins them again (epoch 2)")
-        if trace:
-            trace.step()
-    loader.pool.shutdown(cancel_futures=True)
-    return stop
+    def describe(self) -> dict:
+        """What the log tells beyond the hyperparameters: target, run_id, choices made, hashes."""
+        hp, track, device = self.hp, TRACKS[self.hp.track], self.runtime.device
+        dtype = str(fast_dtype(device)).removeprefix("torch.") if hp.dtype == "auto" else hp.dtype
+        return {"target": track.target, "run_id": f"{hp.track}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}",
+                "activations": dtype,
+                "compiled": compile_pays(hp, device) if hp.compile == "auto" else hp.compile == "on",
+                "code_hash": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
+                "data_fingerprint": f"{self.val_stream.fingerprint(track.val_tokens + 1)}-"
+                                    f"{self.train_stream.fingerprint(2**26)}"}
 
-def report(model: GPT, hp: Hyperparameters, runtime: Runtime, log: Log, progress: Progress) -> None:
-    """The last lines of a log: target, speed, memory, a sample."""
-    result = f"reached at {progress.reached}" if progress.reached else "missed"
-    log.say(f"target {TRACKS[hp.track].target}: {result}")
-    per_second = 1000 * hp.num_steps * hp.step_tokens / max(progress.train_time_ms, 1e-3)
-    keys = (hp.window_start + hp.window_end) / 2
-    # Forward and backward: 6 FLOPs a weight and token, 12 D a layer and visible key; looking up embeddings is free.
-    weights = sum(p.numel() for name, p in model.named_parameters() if name.endswith("weight") and p.ndim == 3)
-    flops = 6 * weights + 12 * hp.num_layers * hp.model_dim * keys
-    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in device_name(runtime.device)), None)
-    mfu = f" mfu:{flops * per_second / peak / runtime.world_size:.1%}" if peak and runtime.device.type == "cuda" else ""
-    if runtime.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(runtime.device)
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    log.say(f"tokens_per_second:{per_second:.0f} peak_memory_per_rank:{memory / 2**20:.0f}MiB{mfu}")
-    if hp.sample_tokens and runtime.rank == 0:
-        try:
-            log.begin("writing a sample")
-            text = write_sample(model, hp, runtime.device)
-        except Exception as error:  # the result stands: no missing vocabulary may spoil it
-            text = f"none: {type(error).__name__}: {first_line(error)}"
-        log.say("sample:", *("| " + line for line in text.split("\n")))
-
-def describe(hp: Hyperparameters, runtime: Runtime, train_stream: TokenStream, val_stream: TokenStream) -> dict:
-    """What the log tells beyond the hyperparameters, equal on all ranks: target, run_id, choices made, hashes."""
-    track, run_id = TRACKS[hp.track], f"{hp.track}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
-    dtype = str(fast_dtype(runtime.device)).removeprefix("torch.") if hp.dtype == "auto" else hp.dtype
-    compiled = compile_pays(hp, runtime.device) if hp.compile == "auto" else hp.compile == "on"
-    fingerprint = f"{val_stream.fingerprint(track.val_tokens + 1)}-{train_stream.fingerprint(2**26)}"
-    code_hash = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    return runtime.agree({"target": track.target, "run_id": run_id, "activations": dtype, "compiled": compiled,
-                          "code_hash": code_hash, "data_fingerprint": fingerprint})
-
-def train(hp: Hyperparameters, runtime: Runtime) -> int:
-    """The whole run; returns the exit code. Raises UserError for what the user can mend."""
-    track, device, progress, watch = TRACKS[hp.track], runtime.device, Progress(), Watch(runtime)
-    train_stream = TokenStream(track.train_files, track.vocab_size, hp.step_tokens + 1, track.get_data)
-    val_stream = TokenStream(track.val_files, track.vocab_size, track.val_tokens + 1, track.get_data)
-    facts = describe(hp, runtime, train_stream, val_stream)
-    checkpoint = runtime.agree(find_checkpoint(hp))
-    resumed = load_checkpoint(checkpoint, hp, facts) if checkpoint else {}
-    # A run goes on in its log, and in its precision: a busy machine may measure, and choose, another.
-    facts |= {name: resumed[name] for name in ("run_id", "activations") if resumed}
-    dtype, compiled, cuda = getattr(torch, facts["activations"]), facts["compiled"], device.type == "cuda"
-    model = build_model(hp, device, dtype, flex=compiled and cuda, sparse=not cuda and runtime.world_size == 1)
-    optimizer = Optimizer(model, hp, dtype, runtime.rank, runtime.world_size)
-    log = Log(hp, runtime, facts)
-
-    def save():
-        start, path = time.perf_counter(), log.path.with_name(f"{facts['run_id']}_step{progress.step:06d}.pt")
-        run = {"progress": dataclasses.asdict(progress), "hyperparameters": dataclasses.asdict(hp), **facts}
-        try:
-            save_checkpoint(path, run, model, optimizer, runtime, hp.keep)
-        except UserError as error:
-            return log.fail(str(error))
-        watch.checkpoint = path
-        log.say(f"checkpoint {path} in {time.perf_counter() - start:.2f} s (not training time)")
-
-    handlers = {number: signal.signal(number, watch.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        log.say(f"track {hp.track}, {sum(p.numel() for p in model.parameters()):,} parameters, {facts['activations']}, "
-                f"{runtime.world_size} x {device_name(device)}, log {log.path}")
-        if compiled:
-            compile_parts(model, optimizer, device)
+    def save(self) -> None:
+        """Write a checkpoint beside the log. Collective. A failure is said, and does not end the run."""
         start = time.perf_counter()
+        path = self.log.path.with_name(f"{self.facts['run_id']}_step{self.progress.step:06d}.pt")
+        progress, hyperparameters = map(dataclasses.asdict, (self.progress, self.hp))
+        run = {"progress": progress, "hyperparameters": hyperparameters, **self.facts}
+        try:
+            save_checkpoint(path, run, self.model, self.optimizer, self.runtime, self.hp.keep)
+        except UserError as error:
+            return self.log.fail(str(error))
+        self.watch.checkpoint = path
+        self.log.say(f"checkpoint {path} in {time.perf_counter() - start:.2f} s (not training time)")
+
+    def prepare(self) -> None:
+        """Compile, warm up, restore: all that comes before the clock starts."""
+        hp, log, compiled = self.hp, self.log, self.facts["compiled"]
+        log.say(f"track {hp.track}, {sum(p.numel() for p in self.model.parameters()):,} parameters, "
+                f"{self.facts['activations']}, {self.runtime.world_size} x {device_name(self.runtime.device)}, "
+                f"log {log.path}")
+        if compiled:
+            compile_parts(self.model, self.optimizer, self.runtime.device)
         log.begin("compiling, about a minute the first time" if compiled else "warming up")
-        warm_up(model, optimizer, train_stream, hp, runtime)
+        start = time.perf_counter()
+        warm_up(self.model, self.optimizer, self.train_stream, hp, self.runtime)
         log.say(f"{'compiled' if compiled else 'warmed up'} in {time.perf_counter() - start:.1f} s (not training time)")
-        if resumed:
-            progress, watch.checkpoint = restore(checkpoint, resumed, model, optimizer, hp), checkpoint
-            log.say(f"resumed from {checkpoint} at step {progress.step}")
-            resumed.clear()  # twice the model's size, on every rank
+        if self.resumed:
+            self.progress = restore(self.checkpoint, self.resumed, self.model, self.optimizer, hp)
+            self.watch.checkpoint = self.checkpoint
+            log.say(f"resumed from {self.checkpoint} at step {self.progress.step}")
+            self.resumed = {}  # twice the model's size, on every rank
         elif hp.resume:
             log.say(f"no checkpoint in {log.path.parent}: the run begins at step 0")
+
+    def loop(self, trace) -> int:
+        """Steps progress.step to num_steps, or until a signal, which is returned.
+
+        Validation and checkpoints are not timed.
+        """
+        hp, progress, log, track = self.hp, self.progress, self.log, TRACKS[self.hp.track]
+        loader, first_step = BatchLoader(self.train_stream, hp, self.runtime, progress.step), progress.step
+        steps_an_epoch = len(self.train_stream) / hp.step_tokens
+        before, started = progress.train_time_ms, self.runtime.seconds()  # ms until here; s, when the clock started
+        for step in range(first_step, hp.num_steps + 1):
+            progress.step, last, stop = step, step == hp.num_steps, self.watch.read()
+            val_due = not stop and progress.validated < step and (last or (hp.val_every and step % hp.val_every == 0))
+            save_due = stop or (hp.save_every and step % hp.save_every == 0 and step > first_step)
+            if val_due or save_due:
+                progress.train_time_ms = before = before + 1000 * (self.runtime.seconds() - started)
+                self.watch.read(everything=True)  # what is not finite must not be saved
+                if val_due:
+                    log.begin(f"validating on {track.val_tokens:,} tokens")
+                    val_loss = validate(self.model, self.val_stream, step, hp, self.runtime)
+                    log.say(line := metric_line(step, hp, "val_loss", val_loss, before))
+                    progress.reached = progress.reached or (line if val_loss <= track.target else "")
+                    progress.validated = step
+                if save_due:
+                    self.save()
+                started = self.runtime.seconds()
+            if last or stop:
+                break
+            loss = training_step(self.model, self.optimizer, loader.next(), step, hp)
+            self.watch.post(step, loss + self.optimizer.gradient_sum)
+            if hp.log_every and (step + 1) % hp.log_every == 0:
+                mean = self.runtime.mean(loss)  # waits for the device, so that the time below is this step's
+                log.say(metric_line(step + 1, hp, "train_loss", mean, before + 1000 * (time.perf_counter() - started)))
+            if step < steps_an_epoch <= step + 1:
+                log.say(f"all {len(self.train_stream):,} training tokens are read; the next step begins them again "
+                        "(epoch 2)")
+            if trace:
+                trace.step()
+        loader.pool.shutdown(cancel_futures=True)
+        return stop
+
+    def report(self) -> None:
+        """The last lines of a log: target, speed, memory, a sample."""
+        hp, log, runtime, progress = self.hp, self.log, self.runtime, self.progress
+        result = f"reached at {progress.reached}" if progress.reached else "missed"
+        log.say(f"target {TRACKS[hp.track].target}: {result}")
+        per_second = 1000 * hp.num_steps * hp.step_tokens / max(progress.train_time_ms, 1e-3)
+        # Forward and backward: 6 FLOPs a weight and token, 12 D a layer and visible key; looking up embeddings is free.
+        weights = sum(p.numel() for name, p in self.model.named_parameters() if name.endswith("weight") and p.ndim == 3)
+        flops = 6 * weights + 12 * hp.num_layers * hp.model_dim * (hp.window_start + hp.window_end) / 2
+        mfu, peak = "", next((p for part, p in PEAK_FLOPS.items() if part in device_name(runtime.device)), None)
+        if runtime.cuda:
+            memory = torch.cuda.max_memory_allocated(runtime.device)
+            mfu = f" mfu:{flops * per_second / peak / runtime.world_size:.1%}" if peak else ""
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        log.say(f"tokens_per_second:{per_second:.0f} peak_memory_per_rank:{memory / 2**20:.0f}MiB{mfu}")
+        if hp.sample_tokens and runtime.rank == 0:
+            try:
+                log.begin("writing a sample")
+                text = write_sample(self.model, hp, runtime.device)
+            except Exception as error:  # the result stands: no missing vocabulary may spoil it
+                text = f"none: {type(error).__name__}: {first_line(error)}"
+            log.say("sample:", *("| " + line for line in text.split("\n")))
+
+    def train(self) -> int:
+        """The whole run; returns the exit code."""
+        log = self.log
+        handlers = {number: signal.signal(number, self.watch.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         trace = torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1),
             on_trace_ready=lambda trace: trace.export_chrome_trace(str(log.path.with_suffix(".trace.json"))))
-        with trace if hp.profile and runtime.rank == 0 else nullcontext() as trace:
-            stop = train_loop(model, optimizer, train_stream, val_stream, hp, runtime, log, progress, watch, save,
-                              trace)
-        if stop:
-            log.say(f"run ended by {signal.Signals(stop).name} at step {progress.step}; go on with: --resume "
-                    f"{watch.checkpoint or 'latest'}")
-            return 128 + stop
-        report(model, hp, runtime, log, progress)
-        return NOT_KEPT if log.failed else 0
-    except BaseException as error:
-        log.write(f"run failed at step {progress.step}: {type(error).__name__}: {error}".rstrip(": "))
-        raise
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        try:
+            self.prepare()
+            with trace if self.hp.profile and self.runtime.rank == 0 else nullcontext() as trace:
+                stop = self.loop(trace)
+            if stop:
+                log.say(f"run ended by {signal.Signals(stop).name} at step {self.progress.step}; go on with: --resume "
+                        f"{self.watch.checkpoint or 'latest'}")
+                return 128 + stop
+            self.report()
+            return NOT_KEPT if log.failed else 0
+        except BaseException as error:
+            log.write(f"run failed at step {self.progress.step}: {type(error).__name__}: {error}".rstrip(": "))
+            raise
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Main
+# --- Main -------------------------------------------------------------------------------------------------------------
 
 def run(argv: list[str] | None = None) -> int:
     """Parse, join the other ranks, train, leave them; returns the exit code. Raises UserError."""
@@ -1282,17 +1234,17 @@ def run(argv: list[str] | None = None) -> int:
     hp = parse_arguments(argv)
     runtime = start_runtime(hp)
     try:
-        code = train(hp, runtime)
+        code = Run(hp, runtime).train()
     except (RuntimeError, MemoryError) as error:
         if runtime.world_size > 1 and ("Connection" in str(error) or isinstance(error, dist.DistBackendError)):
-            raise UserError(f"rank {runtime.rank} has lost another rank, which ended first; go on with --resume latest "
-                            f"({first_line(error)[-120:]})", everywhere=False) from None
+            raise RankError(f"rank {runtime.rank} has lost another rank, which ended first; go on with --resume latest "
+                            f"({first_line(error)[-120:]})") from None
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
         less = (f"--micro_batch {hp.micro_batch // 2}" if hp.micro_batch > 1 else f"--sequence_length "
                 f"{hp.sequence_length // 2} --batch_size {2 * hp.batch_size} (the same tokens a step)")
-        raise UserError(f"out of memory on {device_name(runtime.device)} with {hp.forward_tokens} tokens at once; use "
-                        f"{less}, or a smaller --model_dim", everywhere=False) from None
+        raise RankError(f"out of memory on {device_name(runtime.device)} with {hp.forward_tokens} tokens at once; use "
+                        f"{less}, or a smaller --model_dim") from None
     if dist.is_initialized():
         dist.destroy_process_group()
     return code
@@ -1302,7 +1254,7 @@ def run_as_program(function, *args) -> int:
     try:
         return function(*args) or 0
     except UserError as error:
-        if not error.everywhere or os.environ.get("RANK", "0") == "0":
+        if isinstance(error, RankError) or os.environ.get("RANK", "0") == "0":
             print("error:", " ".join(str(error).split("\n")), file=sys.stderr, flush=True)
         else:
             time.sleep(3)  # torchrun ends all ranks when the first one fails: let rank 0 speak before
