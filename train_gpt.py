@@ -169,7 +169,10 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
             raise UserError(f"--{f.name} is {value}, expected from {low:,} to {high:,}")
     val_tokens, records = TRACKS[hp.track].val_tokens, (ROOT / "records").resolve()
     for wrong, message in (
-        (hp.window_end < hp.window_start, f"--window_end is {hp.window_end}, expected at least --window_start"),
+        (hp.window_end < hp.window_start, f"--window_end is {hp.window_end}, expected at least the {hp.window_start} "
+         "of --window_start"),
+        (hp.warmup_steps + hp.cooldown_steps > hp.num_steps, f"--cooldown_steps {hp.cooldown_steps} and --warmup_steps "
+         f"{hp.warmup_steps} are more than --num_steps {hp.num_steps}; use --cooldown_steps {hp.num_steps // 2}"),
         (hp.batch_size % world_size, f"{hp.batch_size} sequences a step can't be divided over {world_size} ranks; use "
          f"--batch_size {world_size * math.ceil(hp.batch_size / world_size)} or another NPROC"),
         (hp.sequence_length % 128, f"--sequence_length is {hp.sequence_length}, expected a multiple of 128"),
@@ -267,7 +270,7 @@ class Bucket:
             p.data, p.grad = values.copy_(p.detach()), grads
         self.state = {name: torch.zeros_like(self.values[self.mine], dtype=torch.float32)
                       for name in (("momentum",) if kind == "muon" else ("exp_avg", "exp_avg_sq"))}
-        self.mean = self.sent = self.work = None
+        self.mean = self.sent = self.work = None  # the mean gradient; what travels, kept alive until work is done
 
     def reduce(self) -> Tensor:
         """Begin to receive this rank's rows of the gradients' mean over the ranks. Collective.
@@ -320,9 +323,9 @@ class Bucket:
 class Optimizer:
     """Muon for the matrices of the blocks, Adam for all else; each rank holds the state of, and computes, its share.
 
-    Gradients travel by reduce-scatter; where the parameters shall go, by all-gather; every rank then takes the same
-    step. While one bucket is computed, the others travel. One rank skips both. Every parameter is in exactly one
-    bucket, asserted. The padding rows of a bucket are zeros and stay zeros.
+    Gradients travel by reduce-scatter, the directions to go by all-gather; every rank then takes the same step. While
+    one bucket is computed, the others travel. One rank skips both. Every parameter is in exactly one bucket, asserted.
+    The padding rows of a bucket are zeros and stay zeros.
     """
     def __init__(self, model: "GPT", hp: Hyperparameters, dtype: torch.dtype, rank: int = 0, world_size: int = 1):
         self.hp, self.dtype, self.num_updates, self.adam_direction = hp, dtype, 0, adam_direction
@@ -1086,7 +1089,8 @@ class Run:
         self.checkpoint = runtime.agree(find_checkpoint(hp))
         self.resumed = load_checkpoint(self.checkpoint, hp, facts) if self.checkpoint else {}
         # A run goes on in its log, and in its precision: a busy machine may measure, and choose, another.
-        facts |= {name: self.resumed[name] for name in ("run_id", "activations") if self.resumed}
+        if self.resumed:
+            facts |= {name: self.resumed[name] for name in ("run_id", "activations")}
         dtype, cuda = getattr(torch, facts["activations"]), runtime.cuda
         self.model = build_model(hp, runtime.device, dtype, flex=facts["compiled"] and cuda,
                                  sparse=not cuda and runtime.world_size == 1)
@@ -1137,7 +1141,7 @@ class Run:
         elif hp.resume:
             log.say(f"no checkpoint in {log.path.parent}: the run begins at step 0")
 
-    def loop(self, trace) -> int:
+    def loop(self, profiler: torch.profiler.profile | None) -> int:
         """Steps progress.step to num_steps, or until a signal, which is returned.
 
         Validation and checkpoints are not timed.
@@ -1172,8 +1176,8 @@ class Run:
             if step < steps_an_epoch <= step + 1:
                 log.say(f"all {len(self.train_stream):,} training tokens are read; the next step begins them again "
                         "(epoch 2)")
-            if trace:
-                trace.step()
+            if profiler:
+                profiler.step()
         loader.pool.shutdown(cancel_futures=True)
         return stop
 
@@ -1205,13 +1209,13 @@ class Run:
         """The whole run; returns the exit code."""
         log = self.log
         handlers = {number: signal.signal(number, self.watch.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        trace = torch.profiler.profile(
+        profiler = torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1),
-            on_trace_ready=lambda trace: trace.export_chrome_trace(str(log.path.with_suffix(".trace.json"))))
+            on_trace_ready=lambda p: p.export_chrome_trace(str(log.path.with_suffix(".trace.json"))))
         try:
             self.prepare()
-            with trace if self.hp.profile and self.runtime.rank == 0 else nullcontext() as trace:
-                stop = self.loop(trace)
+            with profiler if self.hp.profile and self.runtime.rank == 0 else nullcontext() as running:
+                stop = self.loop(running)
             if stop:
                 log.say(f"run ended by {signal.Signals(stop).name} at step {self.progress.step}; go on with: --resume "
                         f"{self.watch.checkpoint or 'latest'}")

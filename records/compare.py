@@ -566,8 +566,11 @@ def rule_of_seeds(group: Group, who: str) -> Rule:
 
 def judge(new: Group, old: Group, target: float | None, p: float, systems_only: bool) -> list[Rule]:
     """The rules that compare a candidate with a baseline; both have complete runs."""
-    target = new.any.target if target is None else target
     rules = [rule_of_seeds(new, "candidate"), rule_of_seeds(old, "baseline")]
+    targets = [group.any.facts.get("target") for group in (new, old)]
+    if target is None and None not in targets:  # a script may have changed its own
+        rules.append(Rule("same target", targets[0] == targets[1], f"{targets[0]:g} and {targets[1]:g}"))
+    target = new.any.target if target is None else target
     told = f"mean {mean(new.losses):.4f}, sd {deviation(new.losses) or math.nan:.4f}, n = {len(new.losses)}"
     if systems_only:
         worse = welch_test_below(old.losses, new.losses)
@@ -774,6 +777,7 @@ def ab(args) -> int:
     state_path = ROOT / "records" / "scratch" / f"ab-{name}" / "state.json"
     state_path.parent.mkdir(parents=True, exist_ok=True)
     done = json.loads(state_path.read_text()) if state_path.exists() else {}
+    before = dict(done)
     for seed, (which, script) in itertools.product(range(args.runs), zip("AB", scripts, strict=True)):
         key = f"{which}{seed}"
         if os.path.exists(done.get(key, "")) and any(run.complete for run in read_log(done[key])):
@@ -793,6 +797,8 @@ def ab(args) -> int:
         state_path.with_suffix(".tmp").write_text(json.dumps(done, indent=1))
         os.replace(state_path.with_suffix(".tmp"), state_path)
     logs = {which: [done[f"{which}{seed}"] for seed in range(args.runs)] for which in "AB"}
+    if done == before:
+        print(f"--- all runs were there already; delete {state_path} to run them anew")
     print("--- logs of A, the baseline, and B, the candidate:", *logs["A"], *logs["B"], sep="\n")
     return verdict(logs["B"], logs["A"], args)
 

@@ -405,6 +405,15 @@ def test_ab_goes_on_where_it_was_interrupted(sandbox):
     assert order == [("A", "0"), ("B", "0"), ("A", "1"), ("B", "1")]
     logs = sorted((root / "records/scratch").glob("*.txt"))
     assert len(logs) == 4
+    for path in logs:  # a script that sets itself another target
+        which = "B" if "\n# B\n" in path.read_text() else "A"
+        (root / which).mkdir(exist_ok=True)
+        (root / which / path.name).write_text(path.read_text().replace('"target": 1.1', '"target": 9.1')
+                                              if which == "B" else path.read_text())
+    verdict = run("verify", root / "B", "--baseline", root / "A").stdout
+    assert re.search("^FAIL +same target: 9.1 and 1.1", verdict, re.M)
+    again = start(flags)
+    assert "all runs were there already" in again.stdout and "seed 0:" not in again.stdout
     next(p for p in logs if p.read_text().endswith("\n") and '"seed": 1' in p.read_text()).write_text("cut")
     again = start(flags)
     assert len(re.findall(r"^--- [AB], seed 1", again.stdout, re.M)) == 1 and "seed 0" not in again.stdout

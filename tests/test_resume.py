@@ -40,6 +40,16 @@ def wait_for(process, text):
     raise AssertionError(f"no {text!r}: {process.stderr.read()}")
 
 
+def finish(process, seconds=60):
+    """(output, errors); a process that outlives the time is killed with its children, which fails the test."""
+    try:
+        return process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        for pid in [*children(process.pid), process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        raise
+
+
 def scratch(sandbox):
     return sandbox.path / "records/scratch"
 
@@ -148,7 +158,7 @@ def test_a_signal_to_one_of_two_ranks_ends_both_at_the_same_step(sandbox):
     wait_for(process, "step:30/")
     workers = [pid for pid in children(process.pid) if "train_gpt.py" in Path(f"/proc/{pid}/cmdline").read_text()]
     os.kill(workers[-1], signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out, _ = finish(process)
     assert process.returncode != 0 and "run ended by SIGTERM at step" in out and len(checkpoints(sandbox)) == 1
 
 
@@ -164,7 +174,7 @@ def test_a_rank_that_dies_is_named_and_ends_the_others(sandbox):
     workers = [pid for pid in children(process.pid) if "train_gpt.py" in Path(f"/proc/{pid}/cmdline").read_text()]
     begin = time.monotonic()
     os.kill(workers[1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    _, errors = finish(process)
     assert time.monotonic() - begin < 60 and process.returncode == 128 + 9, errors
     assert "rank 1 was killed by signal 9" in errors and "Traceback" not in errors, errors
 
