@@ -100,8 +100,8 @@ class Hyperparameters:
     ngrams: int = knob(2, "longest n: each token brings embeddings of the 2-, 3-, ... n-grams that end at it", most=64)
     ngram_rows: int = knob(24_571, "rows of each n's table, into which n-grams are hashed", least=1, most=2**31)
     logit_cap: float = knob(30.0, "logits are squashed into (-cap, cap)", least=1e-3)
-    window_start: int = knob(64, "tokens a query sees at step 0, itself included", least=64)
-    window_end: int = knob(1792, "tokens a query sees at the end, itself included", least=64)
+    window_start: int = knob(64, "tokens a query sees at step 0, itself included; rounded down to 64s", least=64)
+    window_end: int = knob(1792, "tokens a query sees at the end, itself included; rounded down to 64s", least=64)
     # optimizers
     embed_lr: float = knob(0.6, "Adam learning rate of the embedding and the value embeddings")
     ngram_lr: float = knob(0.6, "Adam learning rate of the n-gram embeddings")

@@ -2,6 +2,7 @@
 
     python -m tests.mutations            # about 3 minutes on 2 cores; exit code 1 if a test does not notice
 """
+import argparse
 import os
 import shutil
 import subprocess
@@ -74,6 +75,7 @@ def survives(file: str, protection: str, replacement: str, test: str) -> bool:
 
 def main() -> int:
     """Prints a line a protection; 1 if a test did not notice that it is gone."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     unnoticed = 0
     with ThreadPoolExecutor(2) as pool:
         outcomes = pool.map(lambda mutation: survives(*mutation[1:]), MUTATIONS)
