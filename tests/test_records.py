@@ -414,7 +414,7 @@ def test_untie_embed_leaves_cuda_no_attention_kernel_but_cudnns():
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
 
-ENTRY_TINY = [flag for flag in TINY if not flag.startswith(("--sample_tokens", "--window", "--ngram"))]
+ENTRY_TINY = [flag for flag in TINY if not flag.startswith(("--sample_tokens", "--window", "--ngram", "--muon"))]
 ENTRY_TINY += ["--num_steps=14"]
 
 
