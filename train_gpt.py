@@ -172,7 +172,8 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
         (hp.window_end < hp.window_start, f"--window_end is {hp.window_end}, expected at least the {hp.window_start} "
          "of --window_start"),
         (hp.warmup_steps + hp.cooldown_steps > hp.num_steps, f"--cooldown_steps {hp.cooldown_steps} and --warmup_steps "
-         f"{hp.warmup_steps} are more than --num_steps {hp.num_steps}; use --cooldown_steps {hp.num_steps // 2}"),
+         f"{hp.warmup_steps} are more than --num_steps {hp.num_steps}; use --cooldown_steps {hp.num_steps // 2} "
+         f"--warmup_steps {min(hp.warmup_steps, hp.num_steps // 2)}"),
         (hp.batch_size % world_size, f"{hp.batch_size} sequences a step can't be divided over {world_size} ranks; use "
          f"--batch_size {world_size * math.ceil(hp.batch_size / world_size)} or another NPROC"),
         (hp.sequence_length % 128, f"--sequence_length is {hp.sequence_length}, expected a multiple of 128"),

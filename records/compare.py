@@ -50,6 +50,10 @@ class UserError(Exception):
 # ---------------------------------------------------------------------------------------------------------------------
 # Logs
 
+# What a log's JSON object tells of these counts only if it is of that type; else it is as if the log did not tell it.
+FACT_TYPES = {"hyperparameters": dict, "target": (int, float), "script": str, "code_hash": str, "run_id": str}
+
+
 @dataclass
 class Run:
     """One training run, as far as its log tells."""
@@ -99,8 +103,8 @@ class Run:
     @property
     def step_tokens(self) -> int | None:
         """Tokens a step, over all ranks."""
-        hp = self.hyperparameters
-        return hp["batch_size"] * hp["sequence_length"] if {"batch_size", "sequence_length"} <= hp.keys() else None
+        sizes = [self.hyperparameters.get(name) for name in ("batch_size", "sequence_length")]
+        return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
 
     @property
     def config(self) -> dict:
@@ -198,7 +202,7 @@ class Environment:
     def describe(self, run: Run) -> None:
         """Write it into a run."""
         facts = self.values.get("facts", {})
-        run.facts = facts if isinstance(facts.get("hyperparameters", {}), dict) else {}
+        run.facts = {name: fact for name, fact in facts.items() if isinstance(fact, FACT_TYPES.get(name, object))}
         run.torch = self.values.get("torch")
         run.gpu = self.values.get("gpu") or (self.gpus[0] if self.gpus else None)
         run.world_size = self.values.get("world_size") or (len(self.gpus) or None)

@@ -387,6 +387,19 @@ def test_a_resumed_run_is_one_run(sandbox):
     assert [step for step, _, _ in only.curve] == [0, 3, 6]
 
 
+@pytest.mark.parametrize("fact", ["target", "script", "code_hash", "run_id", "hyperparameters", "threads",
+                                  "data_fingerprint", "batch_size", "val_every"])
+@pytest.mark.parametrize("value", ["abc", 5, None, [1], {"a": 1}, 1e400])
+def test_facts_of_the_wrong_type_end_in_a_result(tmp_path, capsys, fact, value):
+    facts = {"target": 3.28, "hyperparameters": {"batch_size": 8, "sequence_length": 1024}}
+    (facts["hyperparameters"] if fact in ("batch_size", "val_every") else facts)[fact] = value
+    text = f"{CODE}\n{SEP}\n{running(1)}{json.dumps(facts, indent=1)}\n{SEP}\n{metrics()}"
+    (tmp_path / "a.txt").write_text(text)
+    for command in (["table"], ["table", "--json"], ["verify", "--baseline", tmp_path]):
+        code = compare.main([*command[:1], str(tmp_path), *map(str, command[1:])])
+        assert code in (0, 1) and not capsys.readouterr().err, command
+
+
 def test_ab_goes_on_where_it_was_interrupted(sandbox):
     """A and B in turn; a run that is there already is not run again."""
     root = sandbox.path

@@ -81,7 +81,8 @@ def test_bad_flags_are_refused(words):
 @pytest.mark.parametrize("change, named", [
     (dict(batch_size=8), "--batch_size 9"), (dict(sequence_length=100), "--sequence_length"),
     (dict(sequence_length=384), "powers of two"), (dict(num_heads=5), "--num_heads"),
-    (dict(num_steps=100), "--cooldown_steps 50"),
+    (dict(num_steps=101), "use --cooldown_steps 50 --warmup_steps 0"),
+    (dict(num_steps=101, warmup_steps=90), "use --cooldown_steps 50 --warmup_steps 50"),
     (dict(num_steps=0), "--num_steps"), (dict(window_end=32), "--window_end"), (dict(val_every=-1), "--val_every")])
 def test_bad_hyperparameters_name_the_flag_to_change(change, named):
     with pytest.raises(UserError, match=named):
