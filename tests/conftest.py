@@ -74,6 +74,13 @@ def tiny_model(hp):
     return model
 
 
+def at_window(window: int) -> train_gpt.Schedule:
+    """What the schedules say at step 0 of a run, but for another window."""
+    schedule = train_gpt.Schedule(0, train_gpt.Hyperparameters(), torch.device("cpu"))
+    schedule.window = torch.tensor(window)
+    return schedule
+
+
 def metric_lines(text: str) -> list[str]:
     """The lines of a log or a console that carry a loss, without the times, which no two runs share."""
     return [line.split(" train_time")[0] for line in text.splitlines() if line.startswith("step:")]

@@ -2,8 +2,8 @@
 
     python -m tests.fair_play my_idea.py      # under a minute on a CPU; exit code 0, or 1 with what is wrong
 
-It imports the script and asks its own functions (build_model, GPT.forward, validate, warm_up, TRACKS), so an entry that
-renames them changes this file with it. It trains nothing and needs no data.
+It imports the script and asks its own functions (build_model, GPT.forward, Schedule, validate, warm_up, TRACKS), so
+an entry that renames them changes this file with it. It trains nothing and needs no data.
 """
 import argparse
 import dataclasses
@@ -64,23 +64,23 @@ def build(module):
     return hp, model
 
 
-def logits_of(model, tokens, window=192):
-    """Float32 (T, V) of one sequence (T,)."""
+def logits_of(module, model, tokens, step=6):
+    """Float32 (T, V) of one sequence (T,), as the script computes them at a step; at 6 the run ends."""
     with torch.no_grad():
-        return model(tokens[None], None, torch.tensor(window)).float()
+        return model(tokens[None], None, module.Schedule(step, module.parse_arguments(FLAGS), CPU)).float()
 
 
 def no_later_token(module) -> str:
     """No logit depends on later tokens."""
     _, model = build(module)
     tokens = RandomStream(256).tokens
-    before = logits_of(model, tokens)
+    before = logits_of(module, model, tokens)
     for position in (1, 77, 128, 255):
         changed = tokens.clone()
         changed[position] = (changed[position] + 1) % 256
-        if (logits_of(model, changed) - before)[:position].abs().max() > TOLERANCE:
+        if (logits_of(module, model, changed) - before)[:position].abs().max() > TOLERANCE:
             return f"a change of token {position} changes logits before it"
-    if (logits_of(model, changed) - before)[255].abs().max() < TOLERANCE:
+    if (logits_of(module, model, changed) - before)[255].abs().max() < TOLERANCE:
         return "the logits do not depend on the token just read"
     return ""
 
@@ -89,10 +89,10 @@ def no_other_document(module) -> str:
     """No logit depends on another document."""
     _, model = build(module)
     tokens = RandomStream(256).tokens
-    before = logits_of(model, tokens)
+    before = logits_of(module, model, tokens)
     changed = tokens.clone()
     changed[140:150] = (changed[140:150] + 1) % 256  # the document that begins at 150 follows
-    if (logits_of(model, changed) - before)[150:].abs().max() > TOLERANCE:
+    if (logits_of(module, model, changed) - before)[150:].abs().max() > TOLERANCE:
         return "a change in one document changes logits in the next"
     return ""
 
@@ -102,12 +102,13 @@ def loss_is_the_mean_surprise(module) -> str:
     _, model = build(module)
     stream = RandomStream(513)
     tokens, targets = stream.tokens[:-1], stream.tokens[1:]
-    logits = logits_of(model, tokens)
+    logits = logits_of(module, model, tokens)
     if logits.size(0) != 512 or logits.size(1) < 257:
         return f"logits of shape {tuple(logits.shape)} for 512 tokens of a vocabulary of 257"
+    schedule = module.Schedule(6, module.parse_arguments(FLAGS), CPU)
     with torch.no_grad():
-        told = model(tokens[None], targets[None], torch.tensor(192)).item()
-        permuted = model(tokens[None], targets.flip(0)[None], torch.tensor(192)).item()
+        told = model(tokens[None], targets[None], schedule).item()
+        permuted = model(tokens[None], targets.flip(0)[None], schedule).item()
     for name, loss, of in (("", told, targets), (" of other targets", permuted, targets.flip(0))):
         surprise = F.cross_entropy(logits, of, reduction="none").double()
         if abs(surprise.sum().item() / 512 - loss) > TOLERANCE:
@@ -136,8 +137,8 @@ def validation_is_the_tracks(module) -> str:
         position = end
     if position != 4097:
         return f"validation ends at target {position - 1} of 4096"
-    window = module.window_size(3, hp)
-    sums = [F.cross_entropy(logits_of(model, stream.tokens[a - 1:b - 1], window), stream.tokens[a:b], reduction="sum")
+    logits = lambda a, b: logits_of(module, model, stream.tokens[a - 1:b - 1], 3)
+    sums = [F.cross_entropy(logits(a, b), stream.tokens[a:b], reduction="sum")
             for a, b in stream.read_targets]
     if abs(sum(sums).item() / 4096 - told) > TOLERANCE:
         return f"validation reports {told:.5f}, the mean of -ln p(target) is {sum(sums) / 4096:.5f}"

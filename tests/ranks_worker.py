@@ -27,17 +27,16 @@ def gradients_and_steps(root: Path, rank: int, world_size: int) -> dict:
     loader = train_gpt.BatchLoader(stream, hp, runtime)
     batch = loader.next()
     for tokens, targets in batch:
-        (model(tokens, targets, torch.tensor(64)) / len(batch)).backward()
+        (model(tokens, targets, train_gpt.Schedule(0, hp, runtime.device)) / len(batch)).backward()
     gradients = []
     for bucket in optimizer.buckets:
         bucket.reduce()
-        mine, _ = bucket.collect()
-        whole = bucket.gather(mine)
-        bucket.wait()
-        gradients.append(whole[:bucket.rows].clone())
-        bucket.move(torch.zeros_like(bucket.values), [], 0.0)
+        mine, _, _ = bucket.collect()
+        gradients.append(bucket.whole(mine).clone())
+        bucket.apply(torch.zeros_like(bucket.values), [], 0.0)
     loader = train_gpt.BatchLoader(stream, hp, runtime)
-    losses = [runtime.mean(train_gpt.training_step(model, optimizer, loader.next(), step, hp)) for step in range(3)]
+    losses = [runtime.mean(train_gpt.training_step(
+        model, optimizer, loader.next(), train_gpt.Schedule(step, hp, runtime.device))) for step in range(3)]
     val_loss = train_gpt.validate(model, stream, 3, hp, runtime)
     return {"gradients": gradients, "losses": losses, "val_loss": val_loss, "optimizer": optimizer.state_dict(),
             "model": {name: p.detach() for name, p in model.named_parameters()}}

@@ -106,9 +106,9 @@ def test_flex_attention_sees_the_same(window):
 
 
 def test_rotation_sees_only_the_distance():
-    cos, sin = rotary_tables(64, 16)
+    rotary = rotary_tables(64, 16)
     q, k = torch.randn(16), torch.randn(16)
-    turned = [rotate(x.expand(64, 1, 16), cos, sin)[:, 0] for x in (q, k)]
+    turned = [rotate(x.expand(64, 1, 16), rotary)[:, 0] for x in (q, k)]
     products = turned[0] @ turned[1].T
     for distance in (0, 1, 13):
         along = products.diagonal(-distance)
@@ -118,8 +118,8 @@ def test_rotation_sees_only_the_distance():
 
 def test_rotation_by_its_definition():
     """Position p turns the pair (x[i], x[i + d/2]) by p * 10000^(-2i/d) as a complex number."""
-    cos, sin = rotary_tables(10, 8)
+    rotary = rotary_tables(10, 8)
     x = torch.randn(10, 2, 8)
     angle = torch.arange(10)[:, None] * 10_000 ** (-torch.arange(4) / 4)
     turned = torch.view_as_complex(torch.stack([x[..., :4], x[..., 4:]], -1)) * torch.exp(-1j * angle)[:, None]
-    torch.testing.assert_close(rotate(x, cos, sin), torch.cat([turned.real, turned.imag], -1).float())
+    torch.testing.assert_close(rotate(x, rotary), torch.cat([turned.real, turned.imag], -1).float())

@@ -1,10 +1,17 @@
 """What only a GPU can show: FlexAttention's gradients, no recompilation as the window grows."""
 import pytest
 import torch
+from conftest import at_window
 
 import train_gpt
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def on_gpu(window):
+    schedule = at_window(window)
+    schedule.window = schedule.window.cuda()
+    return schedule
 
 
 def models(dtype):
@@ -24,13 +31,13 @@ def test_flex_attention_agrees_with_the_chunked_path_and_compiles_once():
     _, (flex, chunked), _ = models(torch.float32)
     tokens = torch.randint(50_256, (1, 2048), device="cuda")
     tokens[0, 700] = 50_256
-    flex(tokens, tokens, torch.full((), 64, device="cuda")).backward()
+    flex(tokens, tokens, on_gpu(64)).backward()
     for window in (64, 128, 1000, 1792):
         gradients = []
         for model in (flex, chunked):
             model.zero_grad()
             with torch.compiler.set_stance("fail_on_recompile" if model is flex else "default"):
-                loss = model(tokens, tokens, torch.full((), window, device="cuda"))
+                loss = model(tokens, tokens, on_gpu(window))
                 loss.backward()
             gradients.append([p.grad for p in model.parameters()])
         for (name, _), a, b in zip(flex.named_parameters(), *gradients, strict=True):
@@ -41,9 +48,11 @@ def test_compiled_adam_is_adam():
     _, (model, _), optimizer = models(torch.bfloat16)
     p, g = torch.randn(2, 1000, 64, device="cuda").bfloat16()
     results = []
-    for direction in (optimizer.adam_direction, train_gpt.adam_direction):
+    group = train_gpt.Group("x", "x", "adam", 0.01, (0.8, 0.95), 0.0, torch.float32)
+    for direction in (optimizer.rules["adam"].direction, train_gpt.adam_direction):
         q, m, v = p.clone(), torch.zeros(p.shape, device="cuda"), torch.zeros(p.shape, device="cuda")
         for t in range(1, 4):
-            q.add_(direction(g, m, v, torch.tensor(1 - 0.8 ** t), torch.tensor(1 - 0.95 ** t), 0.8, 0.95), alpha=-0.01)
+            numbers = map(torch.tensor, (0.9, 1 - 0.8 ** t, 1 - 0.95 ** t))
+            q.add_(direction(group, g, q, m, v, *numbers), alpha=-0.01)
         results.append(q.float())
     torch.testing.assert_close(*results, atol=2e-2, rtol=2e-2)

@@ -1,12 +1,16 @@
 """The model: what it must and must not depend on, its first loss, its topology, its size."""
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import at_window
 
 from train_gpt import GPT, TRACKS, Hyperparameters, Linear, NGramEmbed, build_model, document_start, norm
 
-WINDOW = torch.tensor(64)
+WINDOW = at_window(64)
+SMALL = Hyperparameters(track="laptop", num_layers=2, num_heads=2, model_dim=32, sequence_length=64, ngrams=3,
+                        ngram_rows=1021, window_start=64, window_end=64)
 
 
 def tokens_of(hp, seed=0, T=256):
@@ -15,9 +19,9 @@ def tokens_of(hp, seed=0, T=256):
     return tokens
 
 
-@pytest.mark.parametrize("vocab_size, padded", [(257, 384), (50_257, 50_304), (384, 384)])
-def test_first_loss_is_ln_of_the_padded_vocabulary(vocab_size, padded):
-    model = GPT(vocab_size, 0, 2, 2, 32, 64, 64)
+@pytest.mark.parametrize("track, padded", [("laptop", 384), ("fineweb", 50_304)])
+def test_first_loss_is_ln_of_the_padded_vocabulary(track, padded):
+    model = GPT(replace(SMALL, track=track))
     loss = model(torch.arange(64)[None], torch.arange(64)[None], WINDOW)
     assert loss.item() == pytest.approx(math.log(padded), abs=1e-4)
 
@@ -38,7 +42,7 @@ def test_no_logit_depends_on_later_tokens_or_other_documents(tiny_model, hp, cha
 
 def test_logits_depend_on_the_window(tiny_model, hp):
     with torch.no_grad():
-        a, b = (tiny_model(tokens_of(hp)[None], None, torch.tensor(w)) for w in (64, 128))
+        a, b = (tiny_model(tokens_of(hp)[None], None, at_window(w)) for w in (64, 128))
     differs = (a != b).any(dim=-1)
     assert not differs[:64].any() and differs[64:100].any()
     assert not differs[100:164].any() and differs[164:].any()  # a document begins at 100
@@ -72,15 +76,14 @@ def test_mean_of_token_losses_is_the_loss(tiny_model, hp):
 def test_blocks_are_the_identity_at_the_start(hp):
     model = build_model(hp, torch.device("cpu"), torch.float32, flex=False)
     x, x0 = torch.randn(128, 32), torch.randn(128, 32)
-    y = model.blocks[0](x, torch.randn(128, 32), x0, model.rotary_cos[:128], model.rotary_sin[:128],
-                        torch.zeros(128, dtype=torch.long))
+    y = model.blocks[0](x, x0, torch.randn(128, 32), model.rotary[:, :128], torch.zeros(128, dtype=torch.long))
     assert torch.equal(y, x)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 5, 12])
 def test_u_net_order(num_layers, monkeypatch):
     """The last layer takes in the first one's output, the one before it the second's (last in, first out)."""
-    model = GPT(256, 0, num_layers, 1, 32, 64, 64)
+    model = GPT(replace(SMALL, num_layers=num_layers))
     assert torch.equal(model.skip_weights, torch.ones(num_layers // 2))
     seen = []
     for block in model.blocks:  # each block adds nothing, so its input is a sum of the outputs before
@@ -100,10 +103,10 @@ def test_u_net_order(num_layers, monkeypatch):
     (5, 2, [0, 1, None, 0, 1]), (4, 2, [0, 1, 0, 1]), (12, 3, [0, 1, 2, *[None] * 6, 0, 1, 2]), (3, 9, [0, None, 0]),
     (1, 2, [None]), (4, 0, [None] * 4)])
 def test_value_embeddings_are_shared_by_the_first_and_the_last_layers(num_layers, value_layers, table_of_layer):
-    model = GPT(256, 0, num_layers, 1, 32, 64, 64, value_layers)
+    model = GPT(replace(SMALL, num_layers=num_layers, value_layers=value_layers))
     values = []
     for block in model.blocks:
-        block.register_forward_pre_hook(lambda module, args: values.append(args[1]))
+        block.register_forward_pre_hook(lambda module, args: values.append(args[2]))
     tokens = torch.arange(64)
     model(tokens[None], None, WINDOW)
     for block, value, table in zip(model.blocks, values, table_of_layer, strict=True):
@@ -116,7 +119,7 @@ def test_n_grams_are_those_that_end_here_and_begin_in_the_document():
     """Two positions have the same 2- to 4-grams iff they have the same rows, for tables without collisions."""
     tokens = torch.randint(3, (2, 60), generator=torch.Generator().manual_seed(0))
     tokens[0, 20] = 9  # a document begins here; sequences begin at 0 and 60
-    embed = NGramEmbed(4, 999_983, 8, sparse=False)
+    embed = NGramEmbed(replace(SMALL, ngrams=4, ngram_rows=999_983, model_dim=8), sparse=False)
     rows = []
     for table in embed.tables:
         table.register_forward_pre_hook(lambda module, args: rows.append(args[0]))

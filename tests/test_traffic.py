@@ -45,7 +45,7 @@ def sent_by_train_gpt(monkeypatch, ranks=8):
     hp = train_gpt.parse_arguments(["--track=fineweb"])
     model = train_gpt.build_model(hp, META, dtype, flex=False)
     optimizer = train_gpt.Optimizer(model, hp, dtype, 0, ranks)
-    optimizer.step(1.0, 0.95)
+    optimizer.step(train_gpt.Schedule(0, hp, META))
     train_gpt.Watch(train_gpt.Runtime(0, ranks, torch.device("cpu"))).post(0, torch.zeros(()))
     return meter, model
 
@@ -86,7 +86,7 @@ def test_one_rank_sends_nothing(monkeypatch):
         monkeypatch.setattr(train_gpt, name, refuse)
     hp = train_gpt.parse_arguments(["--track=fineweb", "--num_layers=2", "--model_dim=48"])
     model = train_gpt.build_model(hp, META, torch.bfloat16, flex=False)
-    train_gpt.Optimizer(model, hp, torch.bfloat16).step(1.0, 0.95)
+    train_gpt.Optimizer(model, hp, torch.bfloat16).step(train_gpt.Schedule(0, hp, META))
 
 
 def test_ddp_sends_each_gradient_once(monkeypatch):

@@ -1,0 +1,33 @@
+"""What a reader of train_gpt.py is promised: its length, its order, and that the first part is the training."""
+import ast
+
+from conftest import REPOSITORY
+
+SOURCE = (REPOSITORY / "train_gpt.py").read_text()
+LINES = SOURCE.splitlines()
+END = next(i for i, line in enumerate(LINES, 1) if "The reader may stop here" in line)
+
+
+def test_lengths():
+    assert len(LINES) <= 1300 and END <= 900 and max(map(len, LINES)) <= 100
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_order():
+    """Settings, schedules, model, loss, optimizers, data, training; then machinery that the training only calls."""
+    where = {node.name: node.lineno for node in ast.parse(SOURCE).body
+             if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    rooms = ["Track", "Hyperparameters", "lr_scale", "attention", "GPT", "Head", "optimizer_groups", "newton_schulz",
+             "Optimizer", "TokenStream", "BatchLoader", "training_step", "train"]
+    assert [where[name] for name in rooms] == sorted(where[name] for name in rooms) and where["train"] < END
+    machinery = ["Bucket", "Runtime", "Watch", "Log", "save_checkpoint", "load_checkpoint", "parse_arguments", "main"]
+    assert all(where[name] > END for name in machinery)
+
+
+def test_every_public_definition_says_what_it_does():
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            told = ast.get_docstring(node) or node.name in ("forward", "error", "ordered", "with_two_chunks_before")
+            assert told, node.name  # a module's forward is told by its class
