@@ -151,8 +151,8 @@ def torchrun(processes: int, script: str, words: list[str]) -> int:
         # torchrun ended the others by signal 15, so 15 is the cause only where there is no other
         killed = {rank: n for rank, n in killed.items() if n != 15} or killed
         for rank, n in killed.items():
-            print(f"error: rank {rank} was killed by signal {n}, so the others were ended; go on with "
-                  "--resume latest", file=sys.stderr)
+            print(f"error: rank {rank} was killed by signal {n}, so the others were ended; go on "
+                  "with --resume latest", file=sys.stderr)
         return 128 + max(killed.values()) if killed else error.get_first_failure()[1].exitcode
     return 0
 
@@ -163,8 +163,8 @@ def main(words: list[str]) -> int:
     try:
         module = load(script)
     except ModuleNotFoundError as error:
-        die(f"{sys.executable} has no package '{error.name}', which {script} imports; unset PYTHON to "
-            f"have a .venv set up, or: {sys.executable} -m pip install -r requirements.txt")
+        die(f"{sys.executable} has no package '{error.name}', which {script} imports; unset PYTHON "
+            f"to have a .venv set up, or: {sys.executable} -m pip install -r requirements.txt")
     if {"-h", "--help"} & set(words):
         sys.argv = [script, *words]  # the help calls the program by it
         return module.main(words)

@@ -21,14 +21,14 @@ if [[ -z "${PYTHON:-}" ]]; then
         base=$(command -v python3.13 || command -v python3.12 || command -v python3.11 ||
                command -v python3.10 || command -v python3) ||
             die "no python3 found, expected 3.10 or newer; install it or name one in PYTHON"
-        # pyenv leaves names on the path that don't run: the version is asked for, not read off the name
+        # pyenv leaves names on the path that don't run, so the version is asked for
         for candidate in "$base" "$(command -v python3)"; do
             "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && break
             candidate=
         done
         [[ -n "$candidate" ]] ||
             die "python3 is older than 3.10; install a newer one or name one in PYTHON"
-        echo "setting up .venv from requirements.txt (once; torch is large: this can take minutes) ..."
+        echo "setting up .venv from requirements.txt (once; this can take minutes) ..."
         rm -rf .venv
         "$candidate" -m venv .venv ||
             die "python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv"

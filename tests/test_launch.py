@@ -1,5 +1,4 @@
 """launch.py: which track, how many processes and shards; what it says of mistakes and of a failed run."""
-import json
 import logging
 import os
 import re
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed.run
-from conftest import REPOSITORY, TINY, metric_lines
+from conftest import REPOSITORY, TINY
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -207,37 +206,56 @@ def test_fetch_is_the_modules_command_in_another_process(monkeypatch):
     assert launch.fetch("laptop", 1) == 128 + 9
 
 
-def test_a_run_is_that_of_the_script_by_itself(sandbox):
-    """Losses, and what the log tells of script and command."""
+IS_THERE = "def main(words):\n    return 0\n"  # data/laptop.py of a corpus that is there
+
+
+def begin(sandbox, *flags, laptop=IS_THERE, **variables):
+    """run.sh on the sandbox's corpus, in a process group of its own, as a terminal would start it."""
     for name in ("run.sh", "launch.py"):
         shutil.copy(REPOSITORY / name, sandbox.path)
-    (sandbox.path / "data/laptop.py").write_text("def main(words):\n    return 0\n")  # its corpus is there
-    alone = sandbox("--entry=alone")
-    done = subprocess.run(["bash", "run.sh", "--track=laptop", *TINY, "--entry=launched"], cwd=sandbox.path, text=True,
-                          capture_output=True,
-                          env={**os.environ, "PYTHON": sys.executable, "NPROC": "1", "OMP_NUM_THREADS": "1"})
-    assert alone.returncode == done.returncode == 0 and not done.stderr, done.stderr
-    assert metric_lines(alone.stdout) == metric_lines(done.stdout) != []
-    told = []
-    for name in ("alone", "launched"):
-        (log,) = (sandbox.path / "records" / name).glob("*.txt")
-        source, facts, _ = log.read_text().split(train_gpt.SEPARATOR + "\n")
-        assert source == (sandbox.path / "train_gpt.py").read_text()
-        told.append(json.loads(facts[facts.index("\n{"):facts.rindex("}") + 1]))
-    assert told[0]["command"][:2] == told[1]["command"][:2] == ["train_gpt.py", "--track=laptop"]
-    assert told[0]["command"][:-1] == told[1]["command"][:-1] and told[0]["code_hash"] == told[1]["code_hash"]
+    (sandbox.path / "data/laptop.py").write_text(laptop)
+    return subprocess.Popen(["bash", "run.sh", *flags], cwd=sandbox.path, text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "NPROC": "1",
+                                 "CUDA_VISIBLE_DEVICES": "", **variables})
+
+
+def test_a_run_is_that_of_the_script_by_itself(sandbox):
+    """The same log, but for times and names: source, command, settings, hashes, losses."""
+    process = begin(sandbox, *TINY, "--seed=3")
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0 and not errors and "GPUs to run on: 0;" in out, errors
+    (first,) = (sandbox.path / "records/scratch").glob("*.txt")
+    done = subprocess.run([sys.executable, "train_gpt.py", "--track", "laptop", *TINY, "--seed=3"], text=True,
+                          cwd=sandbox.path, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    (second,) = set((sandbox.path / "records/scratch").glob("*.txt")) - {first}
+
+    def without_times(log):
+        text = log.read_text().replace(log.stem, "RUN_ID")
+        text = re.sub(r"(train_time|step_avg|tokens_per_second|peak_memory_per_rank):\S+", r"\1", text)
+        return re.sub(r"(compiled|warmed up) in \S+ s", r"\1", text)
+    assert without_times(first) == without_times(second) and '"train_gpt.py"' in first.read_text()
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_ctrl_c_ends_a_run_with_a_checkpoint(sandbox, processes):
+    process = begin(sandbox, *TINY, "--num_steps=5000", "--val_every=0", NPROC=processes)
+    while "step:3/" not in (line := process.stdout.readline()):
+        assert line, process.communicate()
+    os.killpg(process.pid, signal.SIGINT)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "run ended by SIGINT at step" in out, errors
+    assert "Traceback" not in errors and len(list((sandbox.path / "records/scratch").glob("*.pt"))) == 1
 
 
 def test_an_interrupted_fetch_ends_in_one_line(sandbox):
     """Ctrl-C in a terminal goes to both processes."""
-    shutil.copy(REPOSITORY / "launch.py", sandbox.path)
-    (sandbox.path / "data/laptop.py").write_text(
-        "import sys, time\nfrom train_gpt import run_as_program\n"
-        "def main(words):\n    print('fetching', flush=True)\n    return run_as_program(time.sleep, 60)\n")
-    process = subprocess.Popen([sys.executable, "launch.py", "--track=laptop"], cwd=sandbox.path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = begin(sandbox, "--track=laptop", laptop=(
+        "import time\nfrom train_gpt import run_as_program\n"
+        "def main(words):\n    print('fetching', flush=True)\n    return run_as_program(time.sleep, 60)\n"))
     assert process.stdout.readline() == "fetching\n"
-    begin = time.monotonic()
+    interrupted = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and errors == "interrupted\n" and time.monotonic() - begin < 5
+    assert process.returncode == 130 and errors == "interrupted\n" and time.monotonic() - interrupted < 5
