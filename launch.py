@@ -123,8 +123,13 @@ def fetch(track: str, shards: int) -> int:
 
 def fetch_here(track: str, shards: int) -> None:
     """Raises SystemExit with the exit code of the track's module in data/."""
-    module = importlib.import_module(f"data.{track}")
-    sys.exit(module.main([] if track == "laptop" else ["--shards", str(shards)]))
+    try:
+        module = importlib.import_module(f"data.{track}")
+        code = module.main([] if track == "laptop" else ["--shards", str(shards)])
+    except KeyboardInterrupt:  # before the module could heed it
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
 
 
 def torchrun(processes: int, script: str, words: list[str]) -> int:
