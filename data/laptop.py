@@ -77,10 +77,10 @@ def _holds(path: Path, tokens: np.ndarray) -> bool:
         return False
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Command line of `python -m data.laptop`. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    parser.parse_args(argv)
     return run_as_program(build)
 
 

@@ -27,7 +27,7 @@ MUTATIONS = [  # protection; file, the code that protects, what stands in its pl
     ("3 signals are heeded", TRAIN, "marks[1] = self.signal", "pass", f"{RESUME} -k 'signals_end and 15'"),
     ("3 all ranks agree", TRAIN, "dist.all_reduce(marks, op=dist.ReduceOp.MAX)", "pass", f"{RESUME} -k to_one_of_two"),
     ("3 second signal", TRAIN, "os._exit(128 + number)", "pass", f"{RESUME} -k second_signal"),
-    ("3 the dead rank is named", "run.sh", "was killed by signal", "ended with", f"{RESUME} -k dies"),
+    ("3 the dead rank is named", "launch.py", "was killed by signal", "ended with", f"{RESUME} -k dies"),
     ("4 finite loss", TRAIN, "~value.isfinite()", "False", f"{RESUME} -k 'not_finite'"),
     ("4 finite gradients", TRAIN, "self.gradient_sum = torch.stack([bucket.reduce() for bucket in self.buckets]).sum()",
      "[bucket.reduce() for bucket in self.buckets]",

@@ -164,9 +164,10 @@ def test_a_signal_to_one_of_two_ranks_ends_both_at_the_same_step(sandbox):
 
 @LINUX
 def test_a_rank_that_dies_is_named_and_ends_the_others(sandbox):
-    """Through run.sh, which starts torchrun."""
-    shutil.copy(REPOSITORY / "run.sh", sandbox.path)
-    (sandbox.path / "data/laptop.py").touch()  # its corpus is there
+    """Through run.sh and launch.py, which starts torchrun."""
+    for name in ("run.sh", "launch.py"):
+        shutil.copy(REPOSITORY / name, sandbox.path)
+    (sandbox.path / "data/laptop.py").write_text("def main(words):\n    return 0\n")  # its corpus is there
     process = subprocess.Popen(["bash", "run.sh", "--track=laptop", *TINY, "--num_steps=5000", "--val_every=0"],
                                cwd=sandbox.path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env={**os.environ, "NPROC": "2", "PYTHON": sys.executable})

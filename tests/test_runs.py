@@ -229,7 +229,7 @@ def test_ranks_that_cannot_divide_the_batch(sandbox):
     ({"NPROC": "3"}, [], ["8 sequences", "3 ranks"]), ({"NPROC": "2"}, ["--bogus=1"], ["--bogus"]),
     ({"NPROC": "0"}, [], ["NPROC"]), ({"SHARDS": "zz"}, [], ["SHARDS"]), ({"PYTHON": "/nowhere"}, [], ["/nowhere"])])
 def test_run_sh_says_mistakes_in_one_line_before_it_fetches_data(tmp_path, variables, flags, named):
-    for name in ("run.sh", "train_gpt.py"):  # no data/: had it been needed, that would be the error
+    for name in ("run.sh", "launch.py", "train_gpt.py"):  # no data/: had it been needed, that would be the error
         shutil.copy(REPOSITORY / name, tmp_path)
     done = subprocess.run(["bash", "run.sh", "--track=laptop", *flags], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "PYTHON": sys.executable, **variables})

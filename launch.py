@@ -1,0 +1,184 @@
+"""What run.sh starts: checks a run's flags, fetches its data, trains in one process or several.
+
+    python launch.py [--record ENTRY] [flags of train_gpt.py]      # in the project's folder
+
+Environment: NPROC, the number of processes (default: one a GPU; without GPUs, one), and SHARDS, the
+number of FineWeb's training shards to fetch (default: as many as the run reads).
+"""
+import argparse
+import importlib
+import importlib.util
+import logging
+import math
+import multiprocessing
+import os
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+TOKENS_A_SHARD = 10**8  # of FineWeb
+
+
+def split_record(words: list[str]) -> tuple[str, list[str]]:
+    """(path of the script to run, the words for it). The last --record counts.
+
+    Raises SystemExit, after one line that lists the entries, where there is no such entry.
+    """
+    script, others, words = "train_gpt.py", [], iter(words)
+    for word in words:
+        if word != "--record" and not word.startswith("--record="):
+            others.append(word)
+            continue
+        entry = next(words, "") if word == "--record" else word.removeprefix("--record=")
+        script = f"records/{entry}/train_gpt.py"
+        if not entry or not Path(script).is_file():
+            entries = sorted(path.parent.name for path in Path("records").glob("*/train_gpt.py"))
+            die(f"--record is '{entry}', expected one of: {' '.join(entries)}")
+    return script, others
+
+
+def die(message: str) -> None:
+    """Raises SystemExit: message as one line on stderr, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def load(script: str) -> ModuleType:
+    """The script as a module. Raises what its import raises."""
+    if script == "train_gpt.py":
+        return importlib.import_module("train_gpt")  # under the name by which data/ imports it
+    spec = importlib.util.spec_from_file_location("entry", Path(script).resolve())
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["entry"] = module  # where its dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def number(name: str, error: type[Exception]) -> int | None:
+    """The environment variable as a number; None where it is unset or empty.
+
+    Raises error where it holds something else.
+    """
+    text = os.environ.get(name) or None
+    if text and not re.fullmatch("[1-9][0-9]*", text):
+        raise error(f"{name} is '{text}', expected a number from 1 on: {name}=2 ./run.sh")
+    return text and int(text)
+
+
+def start(module: ModuleType, script: str, words: list[str]) -> int:
+    """One run; returns its exit code.
+
+    Raises the script's UserError for a wrong flag or variable, before anything is fetched.
+    """
+    import torch
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--track", nargs="?")  # that its value is missing, the script's parser says
+    first.add_argument("--device", nargs="?")
+    given = first.parse_known_args(words)[0]
+    gpus = 0 if given.device == "cpu" else torch.cuda.device_count()  # heeds CUDA_VISIBLE_DEVICES
+    if given.track is None:
+        track = "fineweb" if gpus else "laptop"
+        words = ["--track", track, *words]  # the entries' own default is fineweb, on a CPU too
+        print(f"track {track} (CUDA GPUs to run on: {gpus}; choose with --track)")
+    processes = number("NPROC", module.UserError) or max(gpus, 1)
+    shards = number("SHARDS", module.UserError)
+    hp = module.parse_arguments(words)
+    module.check_hyperparameters(hp, processes)
+    code = fetch(hp.track, shards or shards_read(module, hp))
+    if code:
+        return code
+    sys.argv = [script, *words]  # the log shows it as the run's command
+    return module.main(words) if processes == 1 else torchrun(processes, script, words)
+
+
+def shards_read(module: ModuleType, hp) -> int:
+    """How many of FineWeb's training shards the run reads."""
+    if hasattr(module, "tokens_before"):  # a script whose batch may grow
+        return math.ceil(module.tokens_before(hp.num_steps, hp) / TOKENS_A_SHARD)
+    return math.ceil(hp.num_steps * hp.step_tokens / TOKENS_A_SHARD)
+
+
+def fetch(track: str, shards: int) -> int:
+    """Bring the data of laptop or fineweb, nothing for another track; returns an exit code.
+
+    In a process of its own, or the memory that it takes would count as the run's. A fork saves the
+    import of torch; not on a Mac, where a fork that uses the network may crash.
+    """
+    if track not in ("laptop", "fineweb"):
+        return 0
+    context = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "fork")
+    process = context.Process(target=fetch_here, args=(track, shards))
+    process.start()
+    try:
+        process.join()
+    except KeyboardInterrupt:
+        process.join(5)  # a terminal sends Ctrl-C to both: the other one says it and tidies up
+        process.terminate()
+        process.join()
+        return 130
+    return process.exitcode if process.exitcode >= 0 else 128 - process.exitcode
+
+
+def fetch_here(track: str, shards: int) -> None:
+    """Raises SystemExit with the exit code of the track's module in data/."""
+    try:
+        module = importlib.import_module(f"data.{track}")
+        code = module.main([] if track == "laptop" else ["--shards", str(shards)])
+    except KeyboardInterrupt:  # before the module could heed it
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def torchrun(processes: int, script: str, words: list[str]) -> int:
+    """The run in several processes; returns its exit code.
+
+    torchrun itself, but a failed run ends with the script's own line and exit code, not with
+    torchrun's traceback.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as run
+
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max((os.cpu_count() or 1) // processes, 1))
+    os.environ["OMP_NUM_THREADS"] = threads
+    logging.disable(logging.ERROR)
+    sys.stdout.flush()  # what was said here comes before what the ranks say
+    try:
+        run(["--standalone", f"--nproc_per_node={processes}", script, *words])
+    except SignalException as stop:
+        return 128 + stop.sigval
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        killed = {rank: -code for rank, code in codes.items() if code < 0}
+        # torchrun ended the others by signal 15, so 15 is the cause only where there is no other
+        killed = {rank: n for rank, n in killed.items() if n != 15} or killed
+        for rank, n in killed.items():
+            print(f"error: rank {rank} was killed by signal {n}, so the others were ended; go on "
+                  "with --resume latest", file=sys.stderr)
+        return 128 + max(killed.values()) if killed else error.get_first_failure()[1].exitcode
+    return 0
+
+
+def main(words: list[str]) -> int:
+    """The command line; returns the exit code."""
+    script, words = split_record(words)
+    try:
+        module = load(script)
+    except ModuleNotFoundError as error:
+        die(f"{sys.executable} has no package '{error.name}', which {script} imports; unset PYTHON "
+            f"to have a .venv set up, or: {sys.executable} -m pip install -r requirements.txt")
+    if {"-h", "--help"} & set(words):
+        sys.argv = [script, *words]  # the help calls the program by it
+        return module.main(words)
+    return module.run_as_program(start, module, script, words)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # during the import of torch
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

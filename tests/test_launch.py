@@ -1,0 +1,260 @@
+"""launch.py: which track, how many processes and shards; what it says of mistakes and of a failed run."""
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed.run
+from conftest import REPOSITORY, TINY
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+import launch
+import train_gpt
+
+ADAMW = "2024-06-06_AdamW"
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """launch.main(words) on a machine with so many GPUs, but nothing is fetched or trained: what would be."""
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "argv", ["launch.py"])
+    for name in ("NPROC", "SHARDS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    seen = SimpleNamespace(fetched=None, words=None, processes=0, code=None)
+
+    def fetch(track, shards):
+        seen.fetched = (track, shards)
+        return 0
+
+    def train(words):
+        seen.words, seen.processes = words, 1
+        return 0
+
+    def torchrun(arguments):
+        seen.processes = int(re.fullmatch(r"--nproc_per_node=(\d+)", arguments[1])[1])
+        seen.words = arguments[3:]
+
+    def start(*words, gpus=0, **variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        seen.code = launch.main(list(words))
+        return seen
+
+    monkeypatch.setattr(launch, "fetch", fetch)
+    monkeypatch.setattr(train_gpt, "main", train)
+    monkeypatch.setattr(torch.distributed.run, "main", torchrun)
+    yield start
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("words, gpus, track, processes, said", [
+    ([], 0, "laptop", 1, "GPUs to run on: 0;"),
+    ([], 8, "fineweb", 8, "GPUs to run on: 8;"),
+    ([], 1, "fineweb", 1, "GPUs to run on: 1;"),
+    (["--device", "cpu"], 8, "laptop", 1, "GPUs to run on: 0;"),
+    (["--device=cpu", "--track=fineweb"], 8, "fineweb", 1, ""),
+    (["--track", "laptop"], 8, "laptop", 8, ""),
+    (["--track=fineweb"], 0, "fineweb", 1, ""),
+])
+def test_track_and_processes(started, capsys, words, gpus, track, processes, said):
+    run = started(*words, gpus=gpus)
+    assert run.code == 0 and run.processes == processes and run.fetched[0] == track
+    assert train_gpt.parse_arguments(run.words).track == track
+    assert run.words == [*([] if "track" in str(words) else ["--track", track]), *words]
+    out = capsys.readouterr().out
+    assert said in out if said else not out
+    assert sys.argv == ["train_gpt.py", *run.words]
+
+
+def test_number_of_processes_and_their_threads(started, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    assert started(NPROC="").processes == 1  # empty is unset
+    assert started(NPROC="2").processes == 2 and os.environ["OMP_NUM_THREADS"] == "6"
+    assert started(OMP_NUM_THREADS="5").processes == 2 and os.environ["OMP_NUM_THREADS"] == "5"
+    assert started(NPROC="1", gpus=8).processes == 1
+
+
+def test_shards(started):
+    """As many shards of 10^8 tokens as the run reads, or SHARDS."""
+    full = 1530 * 8 * 65_536
+    assert started("--track=fineweb").fetched == ("fineweb", -(-full // 10**8)) == ("fineweb", 9)
+    assert started("--track=fineweb", "--num_steps=100", "--cooldown_steps=50").fetched == ("fineweb", 1)
+    assert started("--track=fineweb", SHARDS="2").fetched == ("fineweb", 2)
+    assert started().fetched[0] == "laptop"
+    constant = SimpleNamespace(num_steps=200, step_tokens=10**6)
+    assert launch.shards_read(SimpleNamespace(), constant) == 2
+    staged = SimpleNamespace(tokens_before=lambda step, hp: 3 * step * hp.step_tokens)
+    assert launch.shards_read(staged, constant) == 6
+
+
+@pytest.mark.parametrize("words, variables, named", [
+    (["--bogus=1"], {}, ["--bogus=1", "--help"]),
+    (["--bogus=1"], {"NPROC": "2"}, ["--bogus=1", "--help"]),
+    (["--track"], {}, ["--track"]),
+    (["--track=moon"], {}, ["moon", "fineweb", "laptop"]),
+    (["--num_steps=0"], {}, ["--num_steps"]),
+    ([], {"NPROC": "3"}, ["8 sequences", "3 ranks"]),
+    ([], {"NPROC": "0"}, ["NPROC is '0'", "NPROC=2 ./run.sh"]),
+    ([], {"NPROC": "two"}, ["NPROC is 'two'", "NPROC=2 ./run.sh"]),
+    ([], {"SHARDS": "-1"}, ["SHARDS is '-1'", "SHARDS=2 ./run.sh"]),
+])
+def test_mistakes_are_one_line_before_anything_is_fetched(started, monkeypatch, capsys, words, variables, named):
+    fetched = []
+    monkeypatch.setattr(launch, "fetch", lambda *args: fetched.append(args))
+    run = started(*words, **variables)
+    errors = capsys.readouterr().err
+    assert run.code == 2 and not fetched and run.processes == 0
+    assert errors.startswith("error: ") and errors.count("\n") == 1
+    assert all(name in errors for name in named), errors
+
+
+def test_a_failed_fetch_ends_the_run(started, monkeypatch):
+    monkeypatch.setattr(launch, "fetch", lambda *args: 2)
+    run = started()
+    assert run.code == 2 and run.processes == 0
+
+
+@pytest.mark.parametrize("words", [["--record", "nowhere"], ["--record=nowhere"], ["--record"],
+                                   ["--record=studies"], ["--record", ADAMW, "--record", "nowhere"]])
+def test_an_unknown_entry_lists_the_entries(started, capsys, words):
+    with pytest.raises(SystemExit) as ended:
+        started(*words)
+    errors = capsys.readouterr().err
+    entries = sorted(path.parent.name for path in (REPOSITORY / "records").glob("*/train_gpt.py"))
+    assert ended.value.code == 2 and errors.count("\n") == 1
+    assert f"--record is '{words[-1].removeprefix('--record').lstrip('=')}'" in errors
+    assert errors.rstrip().endswith("expected one of: " + " ".join(entries)) and ADAMW in entries
+
+
+def test_a_record_is_its_own_script_on_the_track_of_this_machine(started, monkeypatch):
+    """Its own default is fineweb, also without a GPU."""
+    script = f"records/{ADAMW}/train_gpt.py"
+    module = launch.load(script)
+    assert os.path.samefile(module.__file__, script)
+    seen = []
+    module.main = lambda words: seen.append(words) or 0
+    monkeypatch.setattr(launch, "load", lambda path: module if path == script else pytest.fail(path))
+    assert started("--seed=3", "--record", ADAMW).code == 0
+    assert seen == [["--track", "laptop", "--seed=3"]] and sys.argv == [script, *seen[0]]
+    run = started(f"--record={ADAMW}", gpus=8)
+    assert run.processes == 8 and run.words == ["--track", "fineweb"]
+    assert run.fetched == ("fineweb", 50)  # 9,536 steps of 524,288 tokens
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--track=laptop", "-h"]])
+def test_help_is_the_scripts(started, monkeypatch, words):
+    seen = []
+    monkeypatch.setattr(train_gpt, "main", lambda words: seen.append(words) or 0)
+    run = started(*words)
+    assert seen == [words] and run.fetched is None and sys.argv[0] == "train_gpt.py"
+
+
+def test_python_without_the_packages(started, monkeypatch, capsys):
+    def load(script):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+    monkeypatch.setattr(launch, "load", load)
+    with pytest.raises(SystemExit) as ended:
+        started()
+    errors = capsys.readouterr().err
+    assert ended.value.code == 2 and errors.count("\n") == 1
+    assert "'torch'" in errors and "unset PYTHON" in errors and "requirements.txt" in errors
+
+
+def failed(**codes):
+    """What torchrun raises when the ranks r0, r1, ... ended with these exit codes, r0 first."""
+    return ChildFailedError("train_gpt.py", {int(name[1:]): ProcessFailure(int(name[1:]), 1, code, "<none>")
+                                             for name, code in codes.items()})
+
+
+@pytest.mark.parametrize("error, code, lines", [
+    (failed(r1=-9), 137, ["rank 1 was killed by signal 9"]),
+    (failed(r0=-15, r1=-9), 137, ["rank 1 was killed by signal 9"]),  # torchrun ended rank 0
+    (failed(r0=-15, r1=-15), 143, ["rank 0 was killed by signal 15", "rank 1 was killed by signal 15"]),
+    (failed(r0=2), 2, []),  # the script has said it
+    (failed(r0=3, r1=3), 3, []),
+    (SignalException("stopped", signal.SIGINT), 130, []),
+])
+def test_a_failed_run_in_several_processes(started, monkeypatch, capsys, error, code, lines):
+    def torchrun(arguments):
+        raise error
+    monkeypatch.setattr(torch.distributed.run, "main", torchrun)
+    assert started("--track=laptop", NPROC="2").code == code
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(lines) and all(line in text for line, text in zip(lines, said, strict=True))
+    assert all("--resume latest" in text for text in said)
+
+
+def test_fetch_is_the_modules_command_in_another_process(monkeypatch):
+    import data.fineweb
+    import data.laptop
+    here = os.getpid()
+    monkeypatch.setattr(data.laptop, "main", lambda words: os.getpid() == here or bool(words))
+    monkeypatch.setattr(data.fineweb, "main", lambda words: 0 if words == ["--shards", "7"] else 2)
+    assert launch.fetch("laptop", 7) == 0 and launch.fetch("fineweb", 7) == 0 and launch.fetch("fineweb", 8) == 2
+    assert launch.fetch("mine", 7) == 0
+    monkeypatch.setattr(data.laptop, "main", lambda words: os.kill(os.getpid(), signal.SIGKILL))
+    assert launch.fetch("laptop", 1) == 128 + 9
+
+
+IS_THERE = "def main(words):\n    return 0\n"  # data/laptop.py of a corpus that is there
+
+
+def begin(sandbox, *flags, laptop=IS_THERE, **variables):
+    """run.sh on the sandbox's corpus, in a process group of its own, as a terminal would start it."""
+    for name in ("run.sh", "launch.py"):
+        shutil.copy(REPOSITORY / name, sandbox.path)
+    (sandbox.path / "data/laptop.py").write_text(laptop)
+    return subprocess.Popen(["bash", "run.sh", *flags], cwd=sandbox.path, text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "NPROC": "1",
+                                 "CUDA_VISIBLE_DEVICES": "", **variables})
+
+
+def test_a_run_is_that_of_the_script_by_itself(sandbox):
+    """The same log, but for times and names: source, command, settings, hashes, losses."""
+    process = begin(sandbox, *TINY, "--seed=3")
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0 and not errors and "GPUs to run on: 0;" in out, errors
+    (first,) = (sandbox.path / "records/scratch").glob("*.txt")
+    done = subprocess.run([sys.executable, "train_gpt.py", "--track", "laptop", *TINY, "--seed=3"], text=True,
+                          cwd=sandbox.path, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    (second,) = set((sandbox.path / "records/scratch").glob("*.txt")) - {first}
+
+    def without_times(log):
+        text = log.read_text().replace(log.stem, "RUN_ID")
+        text = re.sub(r"(train_time|step_avg|tokens_per_second|peak_memory_per_rank):\S+", r"\1", text)
+        return re.sub(r"(compiled|warmed up) in \S+ s", r"\1", text)
+    assert without_times(first) == without_times(second) and '"train_gpt.py"' in first.read_text()
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_ctrl_c_ends_a_run_with_a_checkpoint(sandbox, processes):
+    process = begin(sandbox, *TINY, "--num_steps=5000", "--val_every=0", NPROC=processes)
+    while "step:3/" not in (line := process.stdout.readline()):
+        assert line, process.communicate()
+    os.killpg(process.pid, signal.SIGINT)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "run ended by SIGINT at step" in out, errors
+    assert "Traceback" not in errors and len(list((sandbox.path / "records/scratch").glob("*.pt"))) == 1
+
+
+def test_an_interrupted_fetch_ends_in_one_line(sandbox):
+    """Ctrl-C in a terminal goes to both processes."""
+    process = begin(sandbox, "--track=laptop", laptop=(
+        "import time\n\ndef main(words):\n    print('fetching', flush=True)\n    time.sleep(60)\n"))
+    assert process.stdout.readline() == "fetching\n"
+    interrupted = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors == "interrupted\n" and time.monotonic() - interrupted < 30
