@@ -31,10 +31,11 @@ def split_record(words: list[str]) -> tuple[str, list[str]]:
             others.append(word)
             continue
         entry = next(words, "") if word == "--record" else word.removeprefix("--record=")
-        script = f"records/{entry}/train_gpt.py"
-        if not entry or not Path(script).is_file():
-            entries = sorted(path.parent.name for path in Path("records").glob("*/train_gpt.py"))
+        entries = sorted(path.parent.name for path in Path("records").glob("*/train_gpt.py"))
+        name = entry.rstrip("/")  # a shell completes the name of a folder with a slash
+        if name not in entries:  # '..' is none, though ../train_gpt.py is a file
             die(f"--record is '{entry}', expected one of: {' '.join(entries)}")
+        script = f"records/{name}/train_gpt.py"
     return script, others
 
 

@@ -125,7 +125,8 @@ def test_a_failed_fetch_ends_the_run(started, monkeypatch):
 
 
 @pytest.mark.parametrize("words", [["--record", "nowhere"], ["--record=nowhere"], ["--record"],
-                                   ["--record=studies"], ["--record", ADAMW, "--record", "nowhere"]])
+                                   ["--record=studies"], ["--record", ".."], ["--record", f"../records/{ADAMW}"],
+                                   ["--record", ADAMW, "--record", "nowhere"]])
 def test_an_unknown_entry_lists_the_entries(started, capsys, words):
     with pytest.raises(SystemExit) as ended:
         started(*words)
@@ -146,7 +147,7 @@ def test_a_record_is_its_own_script_on_the_track_of_this_machine(started, monkey
     monkeypatch.setattr(launch, "load", lambda path: module if path == script else pytest.fail(path))
     assert started("--seed=3", "--record", ADAMW).code == 0
     assert seen == [["--track", "laptop", "--seed=3"]] and sys.argv == [script, *seen[0]]
-    run = started(f"--record={ADAMW}", gpus=8)
+    run = started(f"--record={ADAMW}/", gpus=8)  # as a shell completes it
     assert run.processes == 8 and run.words == ["--track", "fineweb"]
     assert run.fetched == ("fineweb", 50)  # 9,536 steps of 524,288 tokens
 
