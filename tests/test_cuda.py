@@ -1,16 +1,15 @@
 """What only a GPU can show: FlexAttention's gradients, no recompilation as the window grows."""
 import pytest
 import torch
-from conftest import at_window
 
 import train_gpt
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
-def on_gpu(window):
-    schedule = at_window(window)
-    schedule.window = schedule.window.cuda()
+def at_window(window):
+    schedule = train_gpt.Schedule(0, train_gpt.Hyperparameters(), torch.device("cuda"))
+    schedule.window = torch.full((), window, device="cuda")
     return schedule
 
 
@@ -31,13 +30,13 @@ def test_flex_attention_agrees_with_the_chunked_path_and_compiles_once():
     _, (flex, chunked), _ = models(torch.float32)
     tokens = torch.randint(50_256, (1, 2048), device="cuda")
     tokens[0, 700] = 50_256
-    flex(tokens, tokens, on_gpu(64)).backward()
+    flex(tokens, tokens, at_window(64)).backward()
     for window in (64, 128, 1000, 1792):
         gradients = []
         for model in (flex, chunked):
             model.zero_grad()
             with torch.compiler.set_stance("fail_on_recompile" if model is flex else "default"):
-                loss = model(tokens, tokens, on_gpu(window))
+                loss = model(tokens, tokens, at_window(window))
                 loss.backward()
             gradients.append([p.grad for p in model.parameters()])
         for (name, _), a, b in zip(flex.named_parameters(), *gradients, strict=True):
