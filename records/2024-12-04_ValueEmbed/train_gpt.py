@@ -352,7 +352,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, max_win
 
 def norm(x: Tensor) -> Tensor:
     """RMSNorm over the last dimension without a learned scale, computed in float32."""
-    return F.rms_norm(x.float(), (x.size(-1),), eps=1e-6).type_as(x)
+    return F.rms_norm(x, (x.size(-1),))
 
 
 class Linear(nn.Linear):
