@@ -283,7 +283,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, D = x.shape
         q, k, v = (t.view(B, T, self.num_heads, -1) for t in self.qkv(x).split(D, dim=-1))
-        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
+        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         y = attention(*(t.transpose(1, 2) for t in (q, k, v)))  # (B, H, T, d)
         return self.proj(y.transpose(1, 2).reshape(B, T, D))
 
