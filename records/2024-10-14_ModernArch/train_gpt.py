@@ -212,12 +212,11 @@ class Muon(torch.optim.Optimizer):
                 p.add_(self.update(p, group["momentum"]), alpha=-group["lr"])
 
     def update(self, p: nn.Parameter, momentum: float) -> Tensor:
-        """What p shall move by at a learning rate of -1. The matrix of queries, keys and values counts as three."""
+        """What p shall move by at a learning rate of -1."""
         buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
         buffer.mul_(momentum).add_(p.grad)
         direction = p.grad + momentum * buffer
-        parts = direction.split(p.size(1)) if p.size(0) == 3 * p.size(1) else [direction]
-        return torch.cat([max(m.shape) ** 0.5 * newton_schulz(m, self.dtype) for m in parts]).type_as(p)
+        return max(p.shape) ** 0.5 * newton_schulz(direction, self.dtype)
 
 
 def build_optimizers(model: "GPT", hp: Hyperparameters, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
@@ -277,12 +276,15 @@ class Attention(nn.Module):
     def __init__(self, model_dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = Linear(model_dim, 3 * model_dim)
+        self.query = Linear(model_dim, model_dim)
+        self.key = Linear(model_dim, model_dim)
+        self.value = Linear(model_dim, model_dim)
         self.proj = Linear(model_dim, model_dim, zero=True)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, D = x.shape
-        q, k, v = (t.view(B, T, self.num_heads, -1) for t in self.qkv(x).split(D, dim=-1))
+        q, k, v = (part(x).view(B, T, self.num_heads, -1)
+                   for part in (self.query, self.key, self.value))
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         y = attention(*(t.transpose(1, 2) for t in (q, k, v)))  # (B, H, T, d)
         return self.proj(y.transpose(1, 2).reshape(B, T, D))

@@ -308,7 +308,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, D = x.shape
-        q, k, v = (linear(x).view(B, T, self.num_heads, -1) for linear in (self.query, self.key, self.value))
+        q, k, v = (part(x).view(B, T, self.num_heads, -1)
+                   for part in (self.query, self.key, self.value))
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         y = attention(*(t.transpose(1, 2) for t in (q, k, v)))  # (B, H, T, d)
         return self.proj(y.transpose(1, 2).reshape(B, T, D))

@@ -404,7 +404,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, value_embed: Tensor, cos: Tensor, sin: Tensor, mask: BlockMask | Tensor) -> Tensor:
         B, T, D = x.shape
-        q, k, v = (linear(x).view(B, T, self.num_heads, -1) for linear in (self.query, self.key, self.value))
+        q, k, v = (part(x).view(B, T, self.num_heads, -1)
+                   for part in (self.query, self.key, self.value))
         v = (1 - self.value_mix) * v + self.value_mix * value_embed.view_as(v)
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         y = attention(*(t.transpose(1, 2) for t in (q, k, v)), mask, self.max_window)  # (B, H, T, d)
