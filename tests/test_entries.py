@@ -1,8 +1,13 @@
 """The four historical entries: the points in which they were nearly right once, to the last digit."""
+import json
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
-from test_records import ADAMW, ENTRIES, MODERN, load, loss_of, small
+from test_records import ADAMW, ENTRIES, ENTRY_TINY, MODERN, load, loss_of, small
+
+from records import compare
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
@@ -50,3 +55,55 @@ def test_order_of_rotation_and_norm(entry, monkeypatch):
         assert off.max() < 1e-3  # the epsilon, beside small queries, makes it a little less than 1
     elif entry != ADAMW:
         assert off.min() > 2e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Logs
+
+METRIC = r"step:\d+/14 (val|train)_loss:\d+\.\d{4} train_time:\d+ms step_avg:(\d+\.\d\d|nan)ms"
+SEARCHES = ["val_loss:", "val_loss:[0-9.]+", "train_loss:", "train_time:", "step_avg:", "step:[0-9]+/"]
+
+
+@pytest.mark.parametrize("entry, target, said", [
+    *((entry, "9.9", "reached at step 0 after 0.0 s") for entry in ENTRIES), (ADAMW, "1.10", "missed")])
+def test_a_plain_search_of_a_log_finds_metrics_and_nothing_else(sandbox, entry, target, said):
+    """Nothing in the source that each log embeds looks like a metric, nor does the line about the target."""
+    script = sandbox.path / f"records/{entry}/train_gpt.py"
+    source = script.read_text()
+    assert source.count("True, 1.10,") == 1
+    script.write_text(source.replace("True, 1.10,", f"True, {target},"))
+    done = sandbox(script=f"records/{entry}/train_gpt.py", tiny=[*ENTRY_TINY, "--num_layers=1"])
+    assert done.returncode == 0, done.stderr
+    (log,) = (sandbox.path / "records/scratch").glob("*.txt")
+    lines = log.read_text().splitlines()
+    metrics = [line for line in lines if re.fullmatch(METRIC, line)]
+    validations = [line for line in metrics if " val_loss:" in line]
+    assert (len(metrics), len(validations)) == (14 + 6, 6)
+    for pattern in SEARCHES:
+        found = [line for line in lines if re.search(pattern, line)]
+        wanted = [line for line in metrics if re.search(pattern, line)]
+        assert found == wanted and len(found) in (6, 14, 20), pattern
+    assert f"target {float(target)}: {said}" in lines
+    (run,) = compare.read_log(str(log))
+    assert run.complete and [step for step, _, _ in run.curve] == [0, 3, 6, 9, 12, 14]
+
+
+@pytest.mark.parametrize("built_for, on_gpu", [("12.8", True), ("12.8", False), (None, False)])
+def test_environment_names_cuda_where_it_is(monkeypatch, built_for, on_gpu):
+    """The words of the public logs: what torch was compiled for, nvidia-smi; on a CPU no table that is not there."""
+    module, table = load(ADAMW), "| NVIDIA-SMI 570.00 |"
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.setattr(module, "_output_of", lambda *command: table if command == ("nvidia-smi",) else "")
+    monkeypatch.setattr(module, "device_name", lambda device: "NVIDIA H100 80GB HBM3" if on_gpu else "Some CPU")
+    runtime = module.Runtime(0, 8, torch.device("cuda" if on_gpu else "cpu"))
+    text = module.environment(module.parse_arguments([]), runtime, {"target": 3.28})
+    head, _, rest = text.partition("\n{")
+    assert (f"Running PyTorch {torch.__version__} compiled for CUDA 12.8" in head.splitlines()) == bool(built_for)
+    assert ("CUDA" in head) == bool(built_for)
+    assert text.endswith(f"}}\nnvidia-smi:\n{table}") if on_gpu else text.endswith("}")
+    environment = compare.Environment()
+    for line in text.splitlines(keepends=True):
+        environment.feed(line.encode())
+    assert environment.values["gpu"] == ("NVIDIA H100 80GB HBM3" if on_gpu else "Some CPU")
+    assert environment.values["world_size"] == 8 and environment.values["torch"] == torch.__version__
+    assert environment.values["facts"] == json.loads("{" + rest.partition("\nnvidia-smi")[0])
