@@ -1,11 +1,13 @@
 """The four historical entries: the points in which they were nearly right once, to the last digit."""
+import importlib.util
 import json
 import re
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_records import ADAMW, ENTRIES, ENTRY_TINY, MODERN, load, loss_of, small
+from test_records import ADAMW, CPU, ENTRIES, ENTRY_TINY, MODERN, load, loss_of, small
 
 from records import compare
 
@@ -107,3 +109,50 @@ def test_environment_names_cuda_where_it_is(monkeypatch, built_for, on_gpu):
     assert environment.values["gpu"] == ("NVIDIA H100 80GB HBM3" if on_gpu else "Some CPU")
     assert environment.values["world_size"] == 8 and environment.values["torch"] == torch.__version__
     assert environment.values["facts"] == json.loads("{" + rest.partition("\nnvidia-smi")[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compilation
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_blocks_share_one_whole_graph_also_below_ddp(sandbox, monkeypatch, entry):
+    """One graph for all blocks and one for the head, though a block of width 768 is larger than DDP's bucket of 25 MB.
+
+    Left to itself DDP cuts the block's graph in two; and ValueEmbed's first block, were x the tensor x0 there, would be
+    compiled apart. It is `train` itself that builds, compiles and wraps the model here; inductor is replaced by a
+    counter, and the training loop by one step.
+    """
+    name = f"sandbox_{entry[-8:]}"
+    spec = importlib.util.spec_from_file_location(name, sandbox.path / f"records/{entry}/train_gpt.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    graphs, compile_module = [], torch.nn.Module.compile
+
+    def counting(graph, example_inputs):
+        graphs.append(sum(node.op == "call_function" for node in graph.graph.nodes))
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda self, **options: compile_module(self, backend=counting, **options))
+
+    def loop(model, raw_model, optimizers, train_stream, val_stream, hp, runtime, log):
+        tokens = torch.randint(256, (1, 128), generator=torch.Generator().manual_seed(0))
+        assert type(model).__name__ == "DistributedDataParallel"
+        assert sum(p.numel() for p in raw_model.blocks[0].parameters()) * 4 > 25 * 2**20
+        module.training_step(model, [], [(tokens, tokens)], 0, hp, runtime)
+
+    monkeypatch.setattr(module, "train_loop", loop)
+    hp = module.parse_arguments(["--track=laptop", "--model_dim=768", "--num_layers=4", "--sequence_length=128",
+                                 "--device=cpu", "--dtype=float32", "--compile=on", "--num_heads=6"])
+    torch._dynamo.reset()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with torch._dynamo.config.patch(optimize_ddp=True):  # torch's default; put back at the end
+            module.train(hp, module.Runtime(0, 2, CPU))
+            optimized = torch._dynamo.config.optimize_ddp
+    finally:
+        torch.distributed.destroy_process_group()
+        torch._dynamo.reset()
+    assert len(graphs) == 2, f"operations of each graph: {graphs}"
+    assert not optimized

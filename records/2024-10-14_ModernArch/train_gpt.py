@@ -747,6 +747,9 @@ def train(hp: Hyperparameters, runtime: Runtime) -> None:
     log, raw_model = Log(hp, runtime, facts), build_model(hp, device)
     optimizers = build_optimizers(raw_model, hp, runtime.dtype)
     if facts["compiled"]:
+        # Else DistributedDataParallel has a block's graph cut in two where its bucket is full (25
+        # of 28 MB). For nothing: a block is a graph of its own, after which its gradients travel.
+        torch._dynamo.config.optimize_ddp = False
         for part in [*raw_model.blocks, raw_model.head]:  # the blocks are alike: one compilation serves them all
             part.compile(dynamic=False)
     ids = [device.index] if device.type == "cuda" else None

@@ -480,7 +480,8 @@ class GPT(nn.Module):
         mask = block_mask(first_key) if self.flex else first_key
         tokens, targets = tokens.view(1, -1), targets.view(1, -1)
         cos, sin = self.rotary(tokens.size(1), tokens.device)
-        x = x0 = norm(self.embed(tokens))  # (1, B T, D)
+        x0 = norm(self.embed(tokens))  # (1, B T, D)
+        x = x0.view_as(x0)  # were it x0 itself, the first block would be compiled apart
         value_embeds, skips = self.value_embed(tokens).chunk(len(self.blocks), dim=-1), []
         for layer, block in enumerate(self.blocks):
             if layer >= len(self.blocks) - len(self.skip_weights):
@@ -895,6 +896,9 @@ def train(hp: Hyperparameters, runtime: Runtime) -> None:
     raw_model = build_model(hp, device, runtime.dtype, flex)
     optimizers = build_optimizers(raw_model, hp, runtime.dtype)
     if facts["compiled"]:
+        # Else DistributedDataParallel has a block's graph cut in two where its bucket is full (25
+        # of 28 MB). For nothing: a block is a graph of its own, after which its gradients travel.
+        torch._dynamo.config.optimize_ddp = False
         for part in [*raw_model.blocks, raw_model.head]:  # the blocks are alike: one compilation serves them all
             part.compile(dynamic=False)
     ids = [device.index] if device.type == "cuda" else None
