@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from test_records import ADAMW, CPU, ENTRIES, ENTRY_TINY, MODERN, load, loss_of, small
+from test_records import ADAMW, CPU, ENTRIES, ENTRY_TINY, MODERN, SMALL, VALUE, build, load, loss_of, small
 
 from records import compare
 
@@ -57,6 +57,20 @@ def test_order_of_rotation_and_norm(entry, monkeypatch):
         assert off.max() < 1e-3  # the epsilon, beside small queries, makes it a little less than 1
     elif entry != ADAMW:
         assert off.min() > 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_precision_of_value_embed(dtype):
+    """Frequencies are in the model's precision, as its other buffers would be; positions and angles in float32."""
+    _, model, _ = build(VALUE, load(VALUE).parse_arguments(SMALL), dtype=dtype)
+    frequency = 10_000.0 ** -(torch.arange(0, 16, 2).double() / 16)
+    assert model.rotary.frequency.dtype == dtype
+    torch.testing.assert_close(model.rotary.frequency, frequency.to(dtype), rtol=1e-6, atol=0)
+    cos, sin = model.rotary(8192, CPU)
+    angle = torch.arange(8192).double()[:, None] * model.rotary.frequency.double()
+    assert (cos.double() - angle.cos()).abs().max() < 3e-3 and (sin.double() - angle.sin()).abs().max() < 3e-3
+    exact = torch.arange(8192).double()[:, None] * frequency
+    assert ((cos.double() - exact.cos()).abs().max() > 0.5) == (dtype == torch.bfloat16)  # far from 10000^(-2i/d)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

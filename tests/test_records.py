@@ -368,7 +368,6 @@ def test_value_embed_keeps_linear_matrices_in_float32():
     for name, p in model.named_parameters():
         matrix = p.ndim == 2 and "embed" not in name
         assert p.dtype == (torch.float32 if matrix else torch.bfloat16), name
-    assert model.rotary.frequency.dtype == torch.float32
     tokens = torch.randint(256, (2, 128))
     model(tokens, tokens, torch.tensor(64)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -493,14 +493,14 @@ class GPT(nn.Module):
 
 
 def build_model(hp: Hyperparameters, device: torch.device, dtype: torch.dtype, flex: bool) -> GPT:
-    """The model of hp in dtype, but for the matrices of the linear layers, which stay float32."""
+    """The model of hp in dtype, rotary frequencies too; linear layers' matrices stay float32."""
     torch.manual_seed(hp.seed)
     with device:
         model = GPT(TRACKS[hp.track], hp, flex)
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, Linear)}
-    for p in model.parameters():
-        if id(p) not in matrices:
-            p.data = p.data.to(dtype)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if id(tensor) not in matrices:
+            tensor.data = tensor.data.to(dtype)
     return model
 
 
