@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from test_records import ADAMW, CPU, ENTRIES, ENTRY_TINY, MODERN, SMALL, VALUE, build, load, loss_of, small
+from test_records import ADAMW, CPU, ENTRIES, ENTRY_TINY, MODERN, RECORDS, SMALL, VALUE, build, load, loss_of, small
 
 from records import compare
 
@@ -170,3 +170,16 @@ def test_blocks_share_one_whole_graph_also_below_ddp(sandbox, monkeypatch, entry
         torch._dynamo.reset()
     assert len(graphs) == 2, f"operations of each graph: {graphs}"
     assert not optimized
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# History
+
+def test_adamws_two_published_losses_are_told_apart():
+    """3.2760 ends the public log, which is of a later script; the entry's own script reported 3.2818."""
+    source = (RECORDS / ADAMW / "train_gpt.py").read_text()
+    assert "Published: 3.2818" in source and "3.2760" not in source
+    quoting = [path for path in RECORDS.rglob("README.md") if "3.2760" in path.read_text()]
+    assert RECORDS / ADAMW / "README.md" in quoting
+    for path in quoting:
+        assert all("3.2818" in line for line in path.read_text().splitlines() if "3.2760" in line), path
