@@ -97,6 +97,8 @@ def row(*paths):
 LAYOUTS = {
     "main": (log(), 1, "2.6.0.dev20241203+cu124"),
     "running line": (log(middle=running(8)), 8, "2.7.1+cu128"),
+    "both running lines": (log(middle="Running PyTorch 2.7.1+cu128 compiled for CUDA 12.8\n" + running(8)), 8,
+                           "2.7.1+cu128"),
     "old running line": (log(middle="Running PyTorch 2.5.1\n"), None, "2.5.1"),
     "data loader lines": (log(between=("Training DataLoader: total number of tokens: 100\n",)), 1,
                           "2.6.0.dev20241203+cu124"),
@@ -133,6 +135,8 @@ FORMS = {
     "six digits": metrics(digits=6), "seconds": metrics(unit="s"), "restarts": metrics(restart=True),
     "extra after": metrics(extra=" ema_beta:0 ref_step:2375"),
     "extra before": metrics().replace(" val_loss", " lr:0.1 val_avg_loss:9 val_loss"),
+    "target, as it was said": metrics() + "target 3.28: reached at " + metrics().splitlines()[0] + "\n",
+    "target, as it is said": metrics() + "target 3.28: reached at step 20 after 2.0 s\n",
     "probes": metrics() + "tailavg step:2720 tau:25 lambda:0.25 val_loss:2.0\n",
 }
 

@@ -184,7 +184,7 @@ def test_mlp_and_qk_norm(entry):
     def run(scale):
         attention = model.blocks[0].attention
         attention.proj.weight.data.copy_(torch.eye(32))
-        if entry in (ADAMW, MODERN):
+        if entry == ADAMW:
             attention.qkv.weight.data[:64] *= scale
         else:
             attention.query.weight.data *= scale
@@ -198,20 +198,17 @@ def test_mlp_and_qk_norm(entry):
 
 
 @pytest.mark.parametrize("shape, modern, later", [
-    ((64, 16), 8.0, 2.0), ((16, 64), 8.0, 1.0), ((32, 32), math.sqrt(32), 1.0),
-    ((96, 32), math.sqrt(32), math.sqrt(3))])
+    ((64, 16), 8.0, 2.0), ((16, 64), 8.0, 1.0), ((32, 32), math.sqrt(32), 1.0)])
 @pytest.mark.parametrize("entry", [MODERN, UNTIE, VALUE])
 def test_scale_of_a_muon_update(entry, shape, modern, later):
-    """Singular values of the update: of one size, which depends on the matrix's shape. (96, 32) is a fused QKV."""
+    """Singular values of the update: of one size, which depends on the matrix's shape."""
     module = load(entry)
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.zeros(shape))
     p.grad = torch.randn(shape)
     module.Muon([p], lr=0.1, momentum=0.9, dtype=torch.float32).step()
-    parts = p.detach().split(32) if entry == MODERN and shape == (96, 32) else [p.detach()]
-    for part in parts:
-        rms = torch.linalg.svdvals(part).square().mean().sqrt().item()
-        assert rms == pytest.approx(0.1 * (modern if entry == MODERN else later), rel=0.2)
+    rms = torch.linalg.svdvals(p.detach()).square().mean().sqrt().item()
+    assert rms == pytest.approx(0.1 * (modern if entry == MODERN else later), rel=0.2)
 
 
 @pytest.mark.parametrize("entry", [MODERN, UNTIE, VALUE])
@@ -338,7 +335,7 @@ def test_value_embed_unet_order(num_layers):
     tokens = torch.randint(256, (1, 128))
     x, outputs = 0.0, []
     model(tokens, tokens, torch.tensor(64))
-    x0 = F.rms_norm(model.embed(tokens), (32,), eps=1e-6)[0, 0, 0].item()
+    x0 = F.rms_norm(model.embed(tokens), (32,))[0, 0, 0].item()
     for layer in range(num_layers):
         if layer >= num_layers - num_layers // 2:  # last in, first out; the popped output holds x0 too
             x += outputs[num_layers - 1 - layer] + x0
@@ -371,7 +368,6 @@ def test_value_embed_keeps_linear_matrices_in_float32():
     for name, p in model.named_parameters():
         matrix = p.ndim == 2 and "embed" not in name
         assert p.dtype == (torch.float32 if matrix else torch.bfloat16), name
-    assert model.rotary.frequency.dtype == torch.float32
     tokens = torch.randint(256, (2, 128))
     model(tokens, tokens, torch.tensor(64)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -527,7 +523,7 @@ def test_the_docstring_differs_in_its_claim_alone():
         assert [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y] == [0, 2]
 
 
-FRAME = ["UserError", "Track", "TRACKS", "knob", "_Parser", "parse_arguments", "lr_scale", "norm", "open_shard",
+FRAME = ["UserError", "Track", "TRACKS", "knob", "_Parser", "parse_arguments", "lr_scale", "open_shard",
          "TokenStream", "BatchLoader", "start_runtime", "fast_dtype", "compile_pays", "Timer", "_output_of",
          "device_name", "environment", "Log", "metric_line", "save_checkpoint", "train_loop", "run", "run_as_program",
          "main"]

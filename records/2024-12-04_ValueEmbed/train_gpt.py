@@ -352,7 +352,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, max_win
 
 def norm(x: Tensor) -> Tensor:
     """RMSNorm over the last dimension without a learned scale, computed in float32."""
-    return F.rms_norm(x.float(), (x.size(-1),), eps=1e-6).type_as(x)
+    return F.rms_norm(x, (x.size(-1),))
 
 
 class Linear(nn.Linear):
@@ -404,7 +404,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, value_embed: Tensor, cos: Tensor, sin: Tensor, mask: BlockMask | Tensor) -> Tensor:
         B, T, D = x.shape
-        q, k, v = (linear(x).view(B, T, self.num_heads, -1) for linear in (self.query, self.key, self.value))
+        q, k, v = (part(x).view(B, T, self.num_heads, -1)
+                   for part in (self.query, self.key, self.value))
         v = (1 - self.value_mix) * v + self.value_mix * value_embed.view_as(v)
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         y = attention(*(t.transpose(1, 2) for t in (q, k, v)), mask, self.max_window)  # (B, H, T, d)
@@ -479,7 +480,8 @@ class GPT(nn.Module):
         mask = block_mask(first_key) if self.flex else first_key
         tokens, targets = tokens.view(1, -1), targets.view(1, -1)
         cos, sin = self.rotary(tokens.size(1), tokens.device)
-        x = x0 = norm(self.embed(tokens))  # (1, B T, D)
+        x0 = norm(self.embed(tokens))  # (1, B T, D)
+        x = x0.view_as(x0)  # were it x0 itself, the first block would be compiled apart
         value_embeds, skips = self.value_embed(tokens).chunk(len(self.blocks), dim=-1), []
         for layer, block in enumerate(self.blocks):
             if layer >= len(self.blocks) - len(self.skip_weights):
@@ -491,14 +493,14 @@ class GPT(nn.Module):
 
 
 def build_model(hp: Hyperparameters, device: torch.device, dtype: torch.dtype, flex: bool) -> GPT:
-    """The model of hp in dtype, but for the matrices of the linear layers, which stay float32."""
+    """The model of hp in dtype, rotary frequencies too; linear layers' matrices stay float32."""
     torch.manual_seed(hp.seed)
     with device:
         model = GPT(TRACKS[hp.track], hp, flex)
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, Linear)}
-    for p in model.parameters():
-        if id(p) not in matrices:
-            p.data = p.data.to(dtype)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if id(tensor) not in matrices:
+            tensor.data = tensor.data.to(dtype)
     return model
 
 
@@ -725,8 +727,9 @@ def device_name(device: torch.device) -> str:
 
 
 def environment(hp: Hyperparameters, runtime: Runtime, facts: dict) -> str:
-    """The log's second section: versions, one JSON object of everything a reader must know, nvidia-smi's table."""
+    """The log's second section: versions, a JSON object of all a reader must know, nvidia-smi."""
     name, cuda = device_name(runtime.device), runtime.device.type == "cuda"
+    pytorch, smi = f"Running PyTorch {torch.__version__}", _output_of("nvidia-smi") if cuda else ""
     told = {
         "command": sys.argv, "hyperparameters": dataclasses.asdict(hp), **facts,
         "git_commit": _output_of("git", "rev-parse", "HEAD") or None,
@@ -735,9 +738,11 @@ def environment(hp: Hyperparameters, runtime: Runtime, facts: dict) -> str:
         "device": name, "device_count": runtime.world_size if cuda else os.cpu_count(),
         "threads": torch.get_num_threads(), "world_size": runtime.world_size, "platform": platform.platform(),
     }
-    return "\n".join([f"Running Python {' '.join(sys.version.split())}",
-                      f"Running PyTorch {torch.__version__} on {name} with world_size {runtime.world_size}",
-                      json.dumps(told, indent=1), *([_output_of("nvidia-smi")] if cuda else [])])
+    return "\n".join([
+        f"Running Python {' '.join(sys.version.split())}",
+        *([f"{pytorch} compiled for CUDA {torch.version.cuda}"] if torch.version.cuda else []),
+        f"{pytorch} on {name} with world_size {runtime.world_size}",
+        json.dumps(told, indent=1), *(["nvidia-smi:", smi] if smi else [])])
 
 
 class Log:
@@ -817,10 +822,16 @@ def validate(model: GPT, stream: TokenStream, step: int, hp: Hyperparameters, ru
     return runtime.mean(loss_sum) * runtime.world_size / num_pieces
 
 
-def metric_line(step: int, hp: Hyperparameters, name: str, value: float, train_time_ms: float) -> str:
-    """One line of the public log format, e.g. step:125/1530 val_loss:4.1234 train_time:21345ms step_avg:170.76ms."""
-    step_avg = train_time_ms / (step - UNTIMED_STEPS) if step > UNTIMED_STEPS else math.nan
-    return f"step:{step}/{hp.num_steps} {name}:{value:.4f} train_time:{train_time_ms:.0f}ms step_avg:{step_avg:.2f}ms"
+def metric_line(step: int, hp: Hyperparameters, name: str, value: float, time_ms: float) -> str:
+    """One line of the public log format: step, loss, training time and its mean over the steps.
+
+    The colons are set here, not in the text: a log holds this source, and a search of it for a
+    metric's name with its colon shall find metrics and nothing else.
+    """
+    average = time_ms / (step - UNTIMED_STEPS) if step > UNTIMED_STEPS else math.nan
+    fields = {"step": f"{step}/{hp.num_steps}", name: f"{value:.4f}",
+              "train_time": f"{time_ms:.0f}ms", "step_avg": f"{average:.2f}ms"}
+    return " ".join(f"{key}:{word}" for key, word in fields.items())
 
 
 def save_checkpoint(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer], step: int) -> None:
@@ -846,9 +857,9 @@ def train_loop(model: nn.Module, raw_model: GPT, optimizers: list[torch.optim.Op
         if last or (hp.val_every and step % hp.val_every == 0):
             with timer.pause():
                 val_loss = validate(raw_model, val_stream, step, hp, runtime)
-            log.say(line := metric_line(step, hp, "val_loss", val_loss, timer.elapsed_ms))
+            log.say(metric_line(step, hp, "val_loss", val_loss, timer.elapsed_ms))
             if reached == "missed" and val_loss <= TRACKS[hp.track].target:
-                reached = f"reached at {line}"
+                reached = f"reached at step {step} after {timer.elapsed_ms / 1000:.1f} s"
         if hp.save_every and step and step % hp.save_every == 0 and runtime.rank == 0:
             with timer.pause():
                 save_checkpoint(log.path.with_name(f"{log.path.stem}_step{step:06d}.pt"), raw_model, optimizers, step)
@@ -885,6 +896,9 @@ def train(hp: Hyperparameters, runtime: Runtime) -> None:
     raw_model = build_model(hp, device, runtime.dtype, flex)
     optimizers = build_optimizers(raw_model, hp, runtime.dtype)
     if facts["compiled"]:
+        # Else DistributedDataParallel has a block's graph cut in two where its bucket is full (25
+        # of 28 MB). For nothing: a block is a graph of its own, after which its gradients travel.
+        torch._dynamo.config.optimize_ddp = False
         for part in [*raw_model.blocks, raw_model.head]:  # the blocks are alike: one compilation serves them all
             part.compile(dynamic=False)
     ids = [device.index] if device.type == "cuda" else None
