@@ -6,9 +6,8 @@
     python train_gpt.py --track laptop      # a CPU: bytes of Python, in minutes
     python train_gpt.py --help              # every setting, with its unit
 
-`./run.sh` does the same and first sets up Python and the data. A track fixes data, vocabulary and
-target; everything else is yours to change. A run's one log, records/scratch/<run_id>.txt, holds
-this source, the environment and the losses.
+`./run.sh` does the same and first sets up Python and data. A track fixes data, vocabulary, target;
+all else is yours. A run's log, records/scratch/<run_id>.txt: this source, environment, losses.
 
 The system is the ValueEmbed record of 2024-12-04 (published: 3.2751 after 264.6 s on 8 H100s) plus
 hashed n-gram embeddings, merged QKV, shared value embeddings and fewer bytes between the ranks.
@@ -46,8 +45,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 # The repository: data/ and records/ lie there, also for a copy of this script in records/<entry>/.
-_here = Path(__file__).resolve().parent
-ROOT = next((folder for folder in (_here, *_here.parents) if (folder / "run.sh").exists()), _here)
+ROOT = next((p for p in Path(__file__).resolve().parents if (p / "run.sh").exists()), Path.cwd())
 
 class UserError(Exception):
     """A mistake the user can mend: one line on stderr and exit code 2, no traceback."""
@@ -222,8 +220,7 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor,
     query = torch.arange(N * C, device=q.device).view(N, C, 1)
     key = torch.arange(-2 * C, C, device=q.device) + query[:, :1]
     # A padded query sees itself: a row of scores without a key would turn the gradients to NaN.
-    padded = torch.arange(T, N * C, device=q.device)
-    first_key = torch.cat([first_key, padded]).view(N, C, 1)
+    first_key = torch.cat([first_key, torch.arange(T, N * C, device=q.device)]).view(N, C, 1)
 
     def with_two_chunks_before(x):  # (1, H, T, d) -> (H, N, 3C, d)
         x = F.pad(x[0], (0, 0, 2 * C, padding)).view(H, N + 2, C, d)
@@ -995,12 +992,13 @@ class Log:
             raise UserError(f"can't write the log {self.path}: {error.strerror}; mend that or name "
                             "another folder with --entry") from None
         if not self.file.tell():
-            cuda = f" compiled for CUDA {torch.version.cuda}" if torch.version.cuda else ""
+            pytorch, cuda = f"Running PyTorch {torch.__version__}", torch.version.cuda
+            smi = ["nvidia-smi:", _output_of("nvidia-smi")] if runtime.cuda else []
             self.write(Path(__file__).read_text("utf-8"), SEPARATOR,
                        f"Running Python {' '.join(sys.version.split())}",
-                       f"Running PyTorch {torch.__version__}{cuda} on {record['device']} with "
-                       f"world_size {runtime.world_size}", json.dumps(record, indent=1),
-                       *([_output_of("nvidia-smi")] if runtime.cuda else []), SEPARATOR)
+                       *([f"{pytorch} compiled for CUDA {cuda}"] if cuda else []),
+                       f"{pytorch} on {record['device']} with world_size {runtime.world_size}",
+                       json.dumps(record, indent=1), *smi, SEPARATOR)
         elif not self.path.read_bytes().endswith(b"\n"):  # a resumed run's own log, cut by a kill
             self.write("")
 
@@ -1025,10 +1023,11 @@ class Log:
         if self.file:
             print(*lines, sep="\n", flush=True)
 
-    def metric(self, step: int, name: str, value: float, train_time_ms: float) -> None:
-        """Say step:<step>/<steps> <name>:<nats> train_time:<ms>ms step_avg:<ms>ms, as all do."""
-        self.say(f"step:{step}/{self.hp.num_steps} {name}:{value:.4f} "
-                 f"train_time:{train_time_ms:.0f}ms step_avg:{train_time_ms / max(step, 1):.2f}ms")
+    def metric(self, step: int, name: str, value: float, time_ms: float) -> None:
+        """A line of the public format. Its colons are set here: a log holds this source as well."""
+        words = {"step": f"{step}/{self.hp.num_steps}", name: f"{value:.4f}",
+                 "train_time": f"{time_ms:.0f}ms", "step_avg": f"{time_ms / max(step, 1):.2f}ms"}
+        self.say(" ".join(f"{key}:{word}" for key, word in words.items()))
 
     def begin(self, name: str) -> None:
         """On the console alone: something silent goes on. On a terminal the next line covers it."""

@@ -13,6 +13,8 @@ from data.shards import write_shard
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 VAL_TOKENS = 16_384  # the sandbox's copy of the script validates on so many instead of the laptop track's
+# What people search logs for, without an anchor.
+SEARCHES = ["val_loss:", "val_loss:[0-9.]+", "train_loss:", "train_time:", "step_avg:", "step:[0-9]+/"]
 TINY = ("--device=cpu --dtype=float32 --compile=off --num_steps=6 --batch_size=2 --micro_batch=2 "
         "--sequence_length=256 --num_layers=2 --num_heads=2 --model_dim=32 --window_start=64 --window_end=128 "
         "--cooldown_steps=3 --val_every=3 --log_every=1 --sample_tokens=0 --muon_lr=0.035 --ngram_lr=1 "

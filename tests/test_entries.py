@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import SEARCHES
 from test_records import ADAMW, CPU, ENTRIES, ENTRY_TINY, MODERN, RECORDS, SMALL, VALUE, build, load, loss_of, small
 
 from records import compare
@@ -37,7 +38,7 @@ def test_order_of_rotation_and_norm(entry, monkeypatch):
     module, model, _ = small(entry)
     called, orders, given = [], [], []
     for name in ("norm", "rotate"):
-        def spy(x, *rest, name=name, real=getattr(module, name)):
+        def spy(x, *rest, name=name, real=getattr(module, name)):  # noqa: B008
             called.append(name)
             return real(x, *rest)
         monkeypatch.setattr(module, name, spy)
@@ -77,7 +78,6 @@ def test_rotary_precision_of_value_embed(dtype):
 # Logs
 
 METRIC = r"step:\d+/14 (val|train)_loss:\d+\.\d{4} train_time:\d+ms step_avg:(\d+\.\d\d|nan)ms"
-SEARCHES = ["val_loss:", "val_loss:[0-9.]+", "train_loss:", "train_time:", "step_avg:", "step:[0-9]+/"]
 
 
 @pytest.mark.parametrize("entry, target, said", [

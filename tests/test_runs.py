@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TINY, at_window, metric_lines, words
+from conftest import REPOSITORY, SEARCHES, TINY, at_window, metric_lines, words
 
 import train_gpt
 from data.shards import write_shard
@@ -59,6 +59,10 @@ def test_log(sandbox):
     assert [line.split()[0] for line in step_lines if "train_loss" in line] == [f"step:{s}/6" for s in range(1, 7)]
     assert "tokens_per_second:" in metrics and "peak_memory_per_rank:" in metrics and "\nsample:\n| " in metrics
     assert metric_lines(done.stdout) == metric_lines(metrics)
+    for pattern in SEARCHES:  # the whole log, the source that it embeds included
+        found = [line for line in log_of(sandbox, "records/2026-01-01_Test").splitlines() if re.search(pattern, line)]
+        assert found == [line for line in step_lines if re.search(pattern, line)] and found, pattern
+    assert "\ntarget 1.1: missed\n" in metrics
 
 
 def test_runs_repeat_bit_for_bit_and_resume_exactly(sandbox):
