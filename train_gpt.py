@@ -487,9 +487,10 @@ class Optimizer:
             claims = [group for group in groups if re.fullmatch(group.parameters, name)]
             if len(claims) != 1:
                 found = " and ".join(group.name for group in claims) or "none"
+                mine = re.sub(r"\d+", r"\\d+", re.escape(name))  # of all layers
                 raise UserError(
                     f"the optimizer group of the parameter {name} is {found}; mend the patterns in "
-                    f'optimizer_groups, or add a line: Group("mine", r"{re.escape(name)}", "adam", '
+                    f'optimizer_groups, or add a line: Group("mine", r"{mine}", "adam", '
                     "hp.scalar_lr, betas, 0.0, dtype)")
             matrices = RULES[claims[0].rule].matrices  # joined with its like: a matrix, a scalar
             together = p.shape[-2:] if matrices else name if p.ndim > 1 else "scalars"

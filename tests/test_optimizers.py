@@ -1,5 +1,6 @@
 """Muon and Adam against the mathematics and against torch's own, and the buckets that divide their work."""
 import math
+import re
 
 import pytest
 import torch
@@ -123,6 +124,20 @@ def test_a_parameter_in_no_group_or_in_two_is_an_error_that_says_what_to_add(hp,
     name = "head.linear.weight" if found == "none" else "skip_weights"
     with pytest.raises(UserError, match=rf'parameter {name} is {found}.* add a line: Group\("mine"'):
         Optimizer(build_model(hp, CPU, torch.float32, flex=False), hp, torch.float32)
+
+
+def test_the_line_to_add_claims_the_parameter_of_every_layer(hp, monkeypatch):
+    """Whoever pastes each line that an error proposes has placed all parameters, a line for each kind."""
+    groups = train_gpt.optimizer_groups(hp, torch.float32)[1:]  # none for the matrices of the blocks
+    monkeypatch.setattr(train_gpt, "optimizer_groups", lambda *args: groups)
+    model = build_model(hp, CPU, torch.float32, flex=False)
+    for kind in range(4):
+        with pytest.raises(UserError) as error:
+            Optimizer(model, hp, torch.float32)
+        pattern = re.search(r'add a line: Group\("mine", r"(.*?)", "adam"', str(error.value))[1]
+        assert sum(bool(re.fullmatch(pattern, name)) for name, _ in model.named_parameters()) == hp.num_layers
+        groups.append(Group(f"mine{kind}", pattern, "adam", hp.scalar_lr, (0.8, 0.95), 0.0, torch.float32))
+    Optimizer(model, hp, torch.float32)
 
 
 def test_weight_decay_is_that_of_adamw(hp, monkeypatch):
