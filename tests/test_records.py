@@ -418,7 +418,9 @@ ENTRY_TINY += ["--num_steps=14"]
 def test_runs_alike_on_two_ranks_and_in_parts(sandbox, entry):
     """One rank, two ranks, and one rank with one sequence at a time print the same losses; the log is whole."""
     script = f"records/{entry}/train_gpt.py"
-    flags = [*ENTRY_TINY, "--batch_size=4", *(["--window_end=128"] if entry == VALUE else [])]
+    # At the rates of ValueEmbed's laptop preset training is chaotic: the last bits of a sum grow to 0.05 in 6 steps.
+    of_value = "--window_end=128 --embed_lr=0.3 --head_lr=0.004 --scalar_lr=0.01 --muon_lr=0.02".split()
+    flags = [*ENTRY_TINY, "--batch_size=4", *(of_value if entry == VALUE else [])]
     runs = [sandbox(script=script, tiny=[*flags, *more], ranks=ranks) for ranks, more in
             ((1, []), (2, []), (1, ["--micro_batch=1"]))]
     losses = []
@@ -426,10 +428,9 @@ def test_runs_alike_on_two_ranks_and_in_parts(sandbox, entry):
         assert run.returncode == 0, run.stderr
         losses.append([float(line.split("loss:")[1]) for line in metric_lines(run.stdout)])
     assert len(losses[0]) == 14 + 6 and losses[0][-1] < losses[0][0]
-    # bfloat16 tables and Muon's flat buffer magnify the last bits of sums in another order
-    assert losses[0] == pytest.approx(losses[1], abs=2e-2)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
     if entry != VALUE:  # there the packing decides where a sequence's neighbours lie, and validation's pieces
-        assert losses[0] == pytest.approx(losses[2], abs=2e-2)
+        assert losses[0] == pytest.approx(losses[2], abs=1e-3)
     logs = sorted((sandbox.path / "records/scratch").glob("*.txt"))
     source, environment, metrics = logs[0].read_text().split("=" * 100 + "\n")
     assert source == (sandbox.path / script).read_text() and f'"script": "{script}"' in environment
@@ -527,22 +528,42 @@ FRAME = ["UserError", "Track", "TRACKS", "knob", "_Parser", "parse_arguments", "
          "TokenStream", "BatchLoader", "start_runtime", "fast_dtype", "compile_pays", "Timer", "_output_of",
          "device_name", "environment", "Log", "metric_line", "save_checkpoint", "train_loop", "run", "run_as_program",
          "main"]
-OF_TRAIN_GPT = ["Track", "fast_dtype", "_output_of", "device_name", "environment", "main"]
 
 
 def test_the_frame_is_one_text():
-    """Loader, log, timing, command line: word for word the same in the four, and partly in today's train_gpt.py."""
+    """Loader, log, timing, command line: word for word the same in the four."""
     def definitions(source):
         return {getattr(node, "name", None) or getattr(node.targets[0], "id", ""): ast.get_source_segment(source, node)
                 for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Assign))}
     texts = [definitions(source_of(entry)) for entry in ENTRIES]
     for name in FRAME:
         assert all(text[name] == texts[0][name] for text in texts), name
-    today = definitions((REPOSITORY / "train_gpt.py").read_text())
-    for name in OF_TRAIN_GPT:
-        assert texts[0][name] == today[name], name
-    for name in ("visible", "chunked_attention", "attention", "lr_scale", "muon_momentum"):
-        assert texts[3][name] == today[name], name  # their tests hold for both
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_tracks_are_todays(entry):
+    """Data, vocabulary, validation tokens and target, so that results compare."""
+    module = load(entry)
+    entrys, todays = ({name: {**vars(track), "get_data": ""} for name, track in tracks.items()}  # shards differ
+                      for tracks in (module.TRACKS, train_gpt.TRACKS))
+    assert entrys == todays
+    assert module.device_name(CPU) == train_gpt.device_name(CPU)
+
+
+def test_value_embed_has_todays_schedules_and_attention():
+    """So the tests of today's, against formulas and against brute force, hold for both."""
+    module, hp = load(VALUE), train_gpt.Hyperparameters(warmup_steps=20)
+    theirs = module.parse_arguments(["--track=fineweb", "--warmup_steps=20"])
+    assert all(module.lr_scale(step, theirs) == train_gpt.lr_scale(step, hp) for step in range(1530))
+    assert all(module.muon_momentum(step, theirs) == train_gpt.muon_momentum(step, hp) for step in range(1530))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 200, 8, requires_grad=True) for _ in range(3))
+    first_key = torch.arange(200).sub(37).clamp(min=0)
+    results = []
+    for attention in (module.attention, train_gpt.attention):
+        y = attention(q, k, v, first_key, 64)
+        results.append([y, *torch.autograd.grad(y.square().sum(), (q, k, v))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("window", [64, 200])
