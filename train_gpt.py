@@ -137,7 +137,7 @@ PRESETS = {
 # --- Schedules: pure functions of the step, so that a resumed run can't differ --------------------
 
 def sequences_before(step: int, hp: Hyperparameters) -> int:
-    """Sequences that all ranks read before step. Batches, and the place in the data, follow."""
+    """The sum of the batch sizes of steps 0 to step - 1: sequences that all ranks have read."""
     return step * hp.batch_size
 
 def tokens_before(step: int, hp: Hyperparameters) -> int:
@@ -192,9 +192,9 @@ def visible(query: Tensor, key: Tensor, first_key: Tensor) -> Tensor:
     return (first_key <= key) & (key <= query)
 
 def block_mask(first_key: Tensor, block: int = 128) -> BlockMask:
-    """FlexAttention's mask from first_visible_key's (T,), T a multiple of block. It never
-    decreases, so a query block sees an interval of key blocks up to its own, and whole those after
-    its last first key."""
+    """FlexAttention's mask from first_visible_key's (T,), T a multiple of block. first_key never
+    decreases, so a query block sees the key blocks from its first query's first key to itself, and
+    whole those that begin after its last query's first key."""
     query_block = torch.arange(len(first_key) // block, device=first_key.device)[:, None]
     key_block = query_block.T
     first, last = first_key[::block, None], first_key[block - 1::block, None]
@@ -271,7 +271,7 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
 class NGramEmbed(nn.Module):
     """The sum of hashed embeddings of the 2- to N-grams that end at each token (arXiv 2412.09871),
-    cut where the document or the sequence begins. Tables begin at zero; sparse: their gradients."""
+    cut where the document or the sequence begins. Tables begin at 0; sparse: so are gradients."""
     def __init__(self, hp: Hyperparameters, sparse: bool):
         super().__init__()
         self.tables = nn.ModuleList(nn.Embedding(hp.ngram_rows, hp.model_dim, sparse=sparse)
@@ -449,7 +449,7 @@ def muon_direction(group: Group, grad: Tensor, values: Tensor, momentum_buffer: 
 def adam_direction(group: Group, grad: Tensor, values: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
                    _: Tensor, bias1: Tensor, bias2: Tensor,
                    touched: Tensor | float = 1.0) -> Tensor:
-    """Adam (arXiv 1412.6980) in float32. bias1, bias2: 1 - beta^t; touched: 0 where all stays."""
+    """Adam (arXiv 1412.6980) in float32. bias1, bias2: 1 - beta^t; touched: 0 in rows that stay."""
     grad, (beta1, beta2) = grad.float(), group.betas
     exp_avg.lerp_(grad, (1 - beta1) * touched)
     exp_avg_sq.lerp_(grad.square(), (1 - beta2) * touched)
@@ -492,7 +492,7 @@ class Optimizer:
                     f"the optimizer group of the parameter {name} is {found}; mend the patterns in "
                     f'optimizer_groups, or add a line: Group("mine", r"{mine}", "adam", '
                     "hp.scalar_lr, betas, 0.0, dtype)")
-            matrices = RULES[claims[0].rule].matrices  # joined with its like: a matrix, a scalar
+            matrices = RULES[claims[0].rule].matrices  # equal matrices, and scalars, share a bucket
             together = p.shape[-2:] if matrices else name if p.ndim > 1 else "scalars"
             members[claims[0].name].setdefault(together, []).append(p)
         self.buckets = [Bucket(group, params, id(params[0]) in sparse, rank, world_size)
@@ -1235,7 +1235,7 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
         value, low, high = getattr(hp, f.name), f.metadata["least"], f.metadata["most"]
         if f.type in (int, float) and not low <= value <= high:  # nor NaN
             raise UserError(f"--{f.name} is {value}, expected from {low:,} to {high:,}")
-    steps, uneven = hp.num_steps, [size for size in batch_sizes(hp) if size % world_size]
+    steps, uneven = hp.num_steps, [n for n in batch_sizes(hp) if n < 1 or n % world_size]
     val_tokens, records = TRACKS[hp.track].val_tokens, (ROOT / "records").resolve()
     for wrong, message in (
         (hp.window_end < hp.window_start, f"--window_end {hp.window_end} is below --window_start"),
