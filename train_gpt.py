@@ -93,8 +93,8 @@ class Hyperparameters:
     ngrams: int = knob(2, "longest n: a token brings embeddings of its 2- to n-grams", most=64)
     ngram_rows: int = knob(24_571, "rows of each n's table of n-grams", least=1, most=2**31)
     logit_cap: float = knob(30.0, "logits are squashed into (-cap, cap)", least=1e-3)
-    window_start: int = knob(64, "tokens a query sees at step 0, itself included; in 64s", least=64)
-    window_end: int = knob(1792, "tokens a query sees at the end; in 64s, rounded down", least=64)
+    window_start: int = knob(64, "tokens a query sees at step 0; rounded down to 64s", least=64)
+    window_end: int = knob(1792, "tokens a query sees at the end; rounded down to 64s", least=64)
     # optimizers
     embed_lr: float = knob(0.6, "Adam learning rate of the embedding and the value embeddings")
     ngram_lr: float = knob(0.6, "Adam learning rate of the n-gram embeddings")
@@ -117,7 +117,8 @@ class Hyperparameters:
     resume_anyway: bool = knob(False, "continue though script, data or settings have changed")
     entry: str = knob("", "write the log into records/<entry>/ instead of records/scratch/")
     device: str = knob("auto", "auto: CUDA if there is a GPU", ("auto", "cuda", "cpu"))
-    dtype: str = knob("auto", "auto: bfloat16 where it is fast", ("auto", "bfloat16", "float32"))
+    dtype: str = knob("auto", "of the activations; auto: bfloat16 where it is fast",
+                      ("auto", "bfloat16", "float32"))
     compile: str = knob("auto", "torch.compile; auto: where it pays", ("auto", "on", "off"))
     profile: bool = knob(False, "write a Chrome trace of steps 3 to 5 beside the log")
     sample_tokens: int = knob(300, "tokens the model writes at the end of the run; 0: none")
@@ -183,8 +184,7 @@ def document_start(tokens: Tensor, eot_token: int) -> Tensor:
     return torch.where(begins.flatten(), position, 0).cummax(0).values
 
 def first_visible_key(start: Tensor, window: Tensor) -> Tensor:
-    """The earliest key each query sees, (S T,): of its document and last `window` (0-dim)
-    tokens."""
+    """The earliest key each query sees, (S T,): of its document and its last `window` tokens."""
     return torch.maximum(start, torch.arange(len(start), device=start.device) - window + 1)
 
 def visible(query: Tensor, key: Tensor, first_key: Tensor) -> Tensor:
@@ -211,9 +211,8 @@ def block_mask(first_key: Tensor, block: int = 128) -> BlockMask:
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor,
                       max_window: int) -> Tensor:
-    """Sliding-window attention for CPUs, as FlexAttention has no backward there. q, k, v, result:
-    (1, H, T, d). A chunk of max_window / 2 queries sees its own keys and those of two chunks
-    before."""
+    """Sliding-window attention for CPUs, where FlexAttention has no backward. q, k, v, result: (1,
+    H, T, d). A chunk of max_window / 2 queries sees its own keys and those of two chunks before."""
     (_, H, T, d), C = q.shape, max_window // 2
     N = math.ceil(T / C)
     padding = N * C - T
@@ -271,7 +270,7 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
 class NGramEmbed(nn.Module):
     """The sum of hashed embeddings of the 2- to N-grams that end at each token (arXiv 2412.09871),
-    cut where the document or the sequence begins. Tables begin at 0; sparse: so are gradients."""
+    cut where document or sequence begin; zero at first. sparse: gradients of the tables."""
     def __init__(self, hp: Hyperparameters, sparse: bool):
         super().__init__()
         self.tables = nn.ModuleList(nn.Embedding(hp.ngram_rows, hp.model_dim, sparse=sparse)
@@ -439,8 +438,7 @@ def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
 def muon_direction(group: Group, grad: Tensor, values: Tensor, momentum_buffer: Tensor,
                    momentum: Tensor) -> Tensor:
     """Muon (record 2024-10-14) for matrices (K, rows, columns): Nesterov momentum, orthogonalised,
-    so that all singular directions learn at one rate; tall matrices get as large outputs as
-    wide."""
+    so that all singular directions learn at one rate, scaled so that tall ones move as much."""
     grad = grad.float()
     momentum_buffer.mul_(momentum).add_(grad)
     direction = newton_schulz((grad + momentum * momentum_buffer).to(group.travel_dtype))
@@ -476,7 +474,7 @@ class Optimizer:
     reduce-scatter and directions by all-gather while other buckets are computed."""
     def __init__(self, model: GPT, hp: Hyperparameters, dtype: torch.dtype, rank: int = 0,
                  world_size: int = 1):
-        """Raises UserError where a parameter is in no group, or in two."""
+        """Raises UserError where a parameter is in no group or in two, or a rule is unknown."""
         self.rules, self.num_updates = dict(RULES), 0
         self.gradient_sum = torch.zeros(())  # of this rank: not finite if a gradient is not
         sparse = {id(module.weight) for module in model.modules()
@@ -492,6 +490,9 @@ class Optimizer:
                     f"the optimizer group of the parameter {name} is {found}; mend the patterns in "
                     f'optimizer_groups, or add a line: Group("mine", r"{mine}", "adam", '
                     "hp.scalar_lr, betas, 0.0, dtype)")
+            if claims[0].rule not in RULES:
+                raise UserError(f"the optimizer group {claims[0].name} has the rule "
+                                f"{claims[0].rule}, expected one of RULES: {', '.join(RULES)}")
             matrices = RULES[claims[0].rule].matrices  # equal matrices, and scalars, share a bucket
             together = p.shape[-2:] if matrices else name if p.ndim > 1 else "scalars"
             members[claims[0].name].setdefault(together, []).append(p)
@@ -541,8 +542,7 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 
 def open_shard(path: str | Path, advice: str = "delete it, fetch or build it again") -> np.ndarray:
     """The tokens of a .bin shard as a read-only memory map, (num_tokens,) little-endian uint16,
-    after 256 int32 of header: magic, version, num_tokens. Raises UserError if it is not just
-    that."""
+    after 256 int32 of header: magic, version, num_tokens. Raises UserError if it is not that."""
     header_bytes = 4 * SHARD_HEADER_INTS
     try:
         size, header = os.path.getsize(path), np.fromfile(path, "<i4", SHARD_HEADER_INTS)
@@ -755,8 +755,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 class Bucket:
     """Parameters of a group as one tensor `values`, of which each rank has my_rows: a table,
     stacked matrices of one shape (a row is a matrix), or scalars. Parameters and gradients are
-    views of `values` and `grads`. sparse: of a table's gradients (CPU, one rank); then no
-    `grads`."""
+    views of `values` and `grads`. sparse: of the gradients (CPU, one rank); no `grads`."""
     def __init__(self, group: Group, params: list[nn.Parameter], sparse: bool, rank: int = 0,
                  world_size: int = 1):
         self.group, self.params, self.world_size = group, params, world_size
@@ -1174,12 +1173,12 @@ def start_run(hp: Hyperparameters, runtime: Runtime) -> tuple[TokenStream, Token
     record = runtime.agree({
         "command": sys.argv, "hyperparameters": dataclasses.asdict(hp), "target": track.target,
         "run_id": f"{hp.track}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}",
-        "git_dirty": bool(_output_of("git", "status", "--porcelain")), "activations": dtype,
+        "activations": dtype, "git_commit": _output_of("git", "rev-parse", "HEAD") or None,
+        "git_dirty": bool(_output_of("git", "status", "--porcelain")),
         "compiled": compile_pays(hp, device) if hp.compile == "auto" else hp.compile == "on",
         "code_hash": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
         "data_fingerprint": f"{val_stream.fingerprint(track.val_tokens + 1)}-"
                             f"{train_stream.fingerprint(2**26)}",
-        "git_commit": _output_of("git", "rev-parse", "HEAD") or None,
         "python": platform.python_version(), "platform": platform.platform(),
         "torch": str(torch.__version__), "cuda": torch.version.cuda, "device": device_name(device),
         "device_count": runtime.world_size if runtime.cuda else os.cpu_count(),
@@ -1238,7 +1237,8 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
     steps, uneven = hp.num_steps, [n for n in batch_sizes(hp) if n < 1 or n % world_size]
     val_tokens, records = TRACKS[hp.track].val_tokens, (ROOT / "records").resolve()
     for wrong, message in (
-        (hp.window_end < hp.window_start, f"--window_end {hp.window_end} is below --window_start"),
+        (hp.window_end < hp.window_start,
+         f"--window_end {hp.window_end} is below --window_start {hp.window_start}"),
         (hp.warmup_steps + hp.cooldown_steps > steps, f"--cooldown_steps {hp.cooldown_steps} and "
          f"--warmup_steps {hp.warmup_steps} are more than --num_steps {steps}; use "
          f"--cooldown_steps {steps // 2} --warmup_steps {min(hp.warmup_steps, steps // 2)}"),

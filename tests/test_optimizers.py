@@ -140,6 +140,13 @@ def test_the_line_to_add_claims_the_parameter_of_every_layer(hp, monkeypatch):
     Optimizer(model, hp, torch.float32)
 
 
+def test_a_rule_that_does_not_exist_is_one_line(hp, monkeypatch):
+    groups = [group._replace(rule="sgd") for group in train_gpt.optimizer_groups(hp, torch.float32)]
+    monkeypatch.setattr(train_gpt, "optimizer_groups", lambda *args: groups)
+    with pytest.raises(UserError, match="has the rule sgd, expected one of RULES: muon, adam"):
+        Optimizer(build_model(hp, CPU, torch.float32, flex=False), hp, torch.float32)
+
+
 def test_weight_decay_is_that_of_adamw(hp, monkeypatch):
     """A group's decay in the table does what torch.optim.AdamW does, on dense parameters."""
     groups = train_gpt.optimizer_groups
