@@ -1,0 +1,229 @@
+"""What would a node of 8 H100s say to this script? Asked without a GPU.
+
+    ./run.sh simulate [SCRIPT] [--gpus 8] [--gpu H100] [--price 24] [--all] [--json] [the script's flags]
+
+Runs one rank of SCRIPT (default: train_gpt.py) for six steps, with warm-up, validation and sample, on a CUDA runtime
+that computes nothing (README.md beside this file), and prints check, verdict, why. Exit code: 0; 1 after a FAIL; 2 for
+a wrong flag; 3 where something could not be run.
+"""
+import argparse
+import concurrent.futures
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+
+from tests.simulate.judge import Finding, ends, fits, judge, same_collectives, smaller_sequence, steps
+from tests.simulate.model import CARDS, PUBLISHED, left_out_error
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+ENVIRONMENT = ROOT / ".venv.cuda"
+TIMEOUT = 1800  # seconds that one rank may take
+
+
+class CannotRun(Exception):
+    """Something that the simulation needs is missing; the message says what, and how to get it."""
+
+
+def cuda_python() -> str:
+    """A Python whose torch is a CUDA build: CUDA_PYTHON, this one, or .venv.cuda, which is set up where it is missing.
+
+    Raises CannotRun.
+    """
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        raise CannotRun(f"the simulation runs on x86-64 Linux, not on {platform.system()} {platform.machine()}")
+    if not shutil.which("g++"):
+        raise CannotRun("the simulation needs g++, which is not on the path; on Debian and Ubuntu: apt install g++")
+    given = os.environ.get("CUDA_PYTHON")
+    for python in [given] if given else [sys.executable, str(ENVIRONMENT / "bin/python")]:
+        if has_cuda_build(python):
+            return python
+    if given:
+        raise CannotRun(f"CUDA_PYTHON is '{given}', whose torch is no CUDA build; unset it to have .venv.cuda set up")
+    pins = re.findall(r"^(?:torch|numpy)==\S+", (ROOT / "requirements.txt").read_text(), re.M)
+    print("this Python's torch is not a CUDA build: setting up .venv.cuda with one (once; about 5 GB) ...",
+          file=sys.stderr, flush=True)
+    shutil.rmtree(ENVIRONMENT, ignore_errors=True)
+    done = subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)]).returncode or subprocess.run(
+        [str(ENVIRONMENT / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+         # === asks for the build without a suffix, the CUDA one, where a +cpu wheel would be preferred
+         *(pin.replace("==", "===") for pin in pins)], stdout=sys.stderr).returncode
+    if done or not has_cuda_build(str(ENVIRONMENT / "bin/python")):
+        raise CannotRun("pip could not install a CUDA build of torch into .venv.cuda (see above); mend the network, or "
+                        "name a Python that has one in CUDA_PYTHON")
+    return str(ENVIRONMENT / "bin/python")
+
+
+def has_cuda_build(python: str) -> bool:
+    try:
+        done = subprocess.run([python, "-c", "import torch, triton; print(torch.version.cuda)"], capture_output=True,
+                              text=True)
+    except OSError:
+        return False
+    return done.returncode == 0 and done.stdout.strip() != "None"
+
+
+class Node:
+    """A simulated node: runs jobs of node.py in a folder."""
+    def __init__(self, python: str, folder: Path):
+        """Builds the CUDA runtime and driver that compute nothing. Raises CannotRun."""
+        self.python, self.folder = python, folder
+        triton = subprocess.run([python, "-c", "import triton; print(triton.__path__[0])"], capture_output=True,
+                                text=True).stdout.strip()
+        for source, target in (("fakecudart.cpp", "libfakecudart.so"), ("fakecuda.cpp", "libcuda.so.1")):
+            command = ["g++", "-shared", "-fPIC", "-O1", "-w", str(HERE / source), "-o", str(folder / target),
+                       "-I", f"{triton}/backends/nvidia/include", f"-Wl,-soname,{target}"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise CannotRun(f"g++ could not build {source}: {done.stderr.strip()[-300:]}")
+
+    def run(self, name: str, card_name: str = "H100", **request) -> dict:
+        """The record of a job; request: see node.py. Raises CannotRun where the job left none."""
+        card, work, out = CARDS[card_name], self.folder / name, self.folder / f"{name}.json"
+        work.mkdir()
+        environment = {
+            **os.environ, "LD_PRELOAD": str(self.folder / "libfakecudart.so"), "LD_LIBRARY_PATH": str(self.folder),
+            "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"), "TRITON_CACHE_DIR": str(work / "triton"),
+            "PYTHONWARNINGS": "ignore", "FAKE_CUDA_DEVICES": "8", "FAKE_CUDA_NAME": card.name,
+            "FAKE_CUDA_MAJOR": str(card.capability[0]), "FAKE_CUDA_MINOR": str(card.capability[1]),
+            "FAKE_CUDA_MULTIPROCESSORS": str(card.multiprocessors), "FAKE_CUDA_SHARED": str(card.shared),
+            "FAKE_CUDA_MEMORY": str(card.memory)}
+        environment.pop("CUDA_VISIBLE_DEVICES", None)
+        words = dict(request, card=card_name, work=str(work), out=str(out))
+        with open(self.folder / f"{name}.txt", "w") as log:
+            try:
+                subprocess.run([self.python, "-m", "tests.simulate.node", json.dumps(words)], cwd=ROOT, stdout=log,
+                               stderr=subprocess.STDOUT, env=environment, timeout=TIMEOUT)
+            except subprocess.TimeoutExpired:
+                raise CannotRun(f"{name} took longer than {TIMEOUT} s") from None
+        if not out.exists():
+            last = (self.folder / f"{name}.txt").read_text().strip().splitlines()[-1:]
+            raise CannotRun(f"{name} ended without a record: {''.join(last)[:400]}")
+        return json.loads(out.read_text())
+
+
+def show(title: str, findings: list[Finding]) -> None:
+    """A block of the report on stdout."""
+    print(f"\n{title}")
+    for check, verdict, why in findings:
+        lines = textwrap.wrap(why, 100, break_on_hyphens=False) or [""]
+        print(f"  {check:46} {verdict:9} {lines[0]}".rstrip())
+        for line in lines[1:]:
+            print(" " * 59 + line)
+    sys.stdout.flush()
+
+
+def simulate(node: Node, script: Path, flags: list[str], card_name: str, gpus: int, price: float | None) -> dict:
+    """One rank of the script, and the order of the last rank's collectives. Returns the report."""
+    card, started = CARDS[card_name], time.time()
+    name = f"{script.parent.name}_{script.stem}_{card_name}_{gpus}"
+    request = dict(script=str(script), flags=flags, world_size=gpus)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(node.run, name, card_name, rank=0, compile=True, **request)
+        if gpus > 1:
+            last = pool.submit(node.run, f"{name}_last", card_name, rank=gpus - 1, compile=False, **request)
+        record = first.result()
+        findings = judge(record, card, gpus, price)
+        if gpus > 1 and steps(record):
+            findings.insert(3, same_collectives(record, last.result()))
+    if steps(record) and fits(record, card).verdict == "FAIL":
+        findings += [what_fits(node, script, flags, card_name, gpus, record, name)]
+    return dict(script=str(script), card=card.name, gpus=gpus, flags=flags, torch=record.get("torch"),
+                seconds=round(time.time() - started), findings=findings, kernels=record["kernels"])
+
+
+def what_fits(node: Node, script: Path, flags: list[str], card_name: str, gpus: int, record: dict,
+              name: str) -> Finding:
+    """Flags with which the card holds the run, tried."""
+    smaller, check = smaller_sequence(record, CARDS[card_name], gpus), "flags that fit"
+    if smaller is None:
+        return Finding(check, "FAIL", "none: what does not depend on the sequence's length is too large by itself")
+    words = [f"--sequence_length={smaller[0]}", f"--batch_size={smaller[1]}"]
+    again = node.run(f"{name}_smaller", card_name, script=str(script), flags=[*flags, *words], world_size=gpus, rank=0,
+                     compile=True)
+    found = ends(again) if again["error"] else fits(again, CARDS[card_name])
+    return Finding(check, found.verdict, f"{' '.join(words)}: {found.why}")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print its whole usage before the one line that matters
+        print(f"error: {message}; ./run.sh simulate --help lists the flags", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(the simulation's flags, the script's)."""
+    parser = Parser(prog="./run.sh simulate", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    script = words.pop(0) if words and words[0].endswith(".py") else "train_gpt.py"
+    parser.add_argument("--gpus", type=int, default=8, help="ranks, one a GPU (8)")
+    parser.add_argument("--gpu", default="H100", choices=CARDS, help="the card (H100)")
+    parser.add_argument("--price", type=float, help="of an hour of the node, in any currency")
+    parser.add_argument("--all", action="store_true", help="1, 8 and 16 GPUs, every entry, tests/test_cuda.py")
+    parser.add_argument("--json", action="store_true", help="the report as JSON instead of text")
+    parser.add_argument("--keep", type=Path, help="a new folder for all that was recorded")
+    given, flags = parser.parse_known_args(words)
+    given.script = Path(script).resolve()
+    if not given.script.is_file():
+        parser.error(f"{script} is no file; expected a script like train_gpt.py")
+    if given.gpus < 1:
+        parser.error(f"--gpus is {given.gpus}, expected 1 or more")
+    return given, flags
+
+
+def main(words: list[str]) -> int:
+    given, flags = parse(words)
+    folder = given.keep or Path(tempfile.mkdtemp(prefix="simulate"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        node = Node(cuda_python(), folder.resolve())
+        jobs = [(given.script, given.gpu, given.gpus)]
+        if given.all:
+            entries = sorted((ROOT / "records").glob("20*/train_gpt.py"))
+            jobs = [(given.script, given.gpu, n) for n in (1, 8, 16)] + [(path, given.gpu, 8) for path in entries]
+        reports, verdicts = [], set()
+        for script, card_name, gpus in jobs:
+            try:
+                report = simulate(node, script, flags, card_name, gpus, given.price)
+            except CannotRun as error:
+                report = dict(script=str(script), card=card_name, gpus=gpus,
+                              findings=[Finding("the simulation", "not run", str(error))])
+            reports.append(report)
+            if not given.json:
+                shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script
+                show(f"{shown} {' '.join(flags)} on {gpus} x {CARDS[card_name].name}, simulated", report["findings"])
+            verdicts |= {finding.verdict for finding in report["findings"]}
+        if given.all:
+            tests = node.run("test_cuda", given.gpu, project=str(ROOT))["tests"]
+            findings = [Finding(name, "FAIL" if error else "ok",
+                                (error.strip().splitlines() or ["numbers not compared"])[-1])
+                        for name, error in tests.items()]
+            verdicts |= {finding.verdict for finding in findings}
+            reports.append(dict(script="tests/test_cuda.py", findings=findings))
+            if not given.json:
+                show("tests/test_cuda.py, simulated", findings)
+        if given.json:
+            print(json.dumps([dict(r, findings=[f._asdict() for f in r["findings"]]) for r in reports], indent=1))
+        else:
+            print("\nNo number was computed: losses, accuracy and real times are not seen. Predictions are a model's: "
+                  f"off by\n{100 * left_out_error():.1f} % (root mean square) where each of "
+                  f"{sum(row.left_out is not None for row in PUBLISHED)} public records was left out of its fit.")
+        return 1 if "FAIL" in verdicts else 3 if "not run" in verdicts else 0
+    except CannotRun as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    finally:
+        if not given.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

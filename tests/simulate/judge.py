@@ -1,0 +1,176 @@
+"""What a simulated rank's record means: findings that are ok, slow, FAIL, or predicted. Pure Python: no torch here."""
+import collections
+from typing import NamedTuple
+
+from tests.simulate.model import ERROR, GIB, Card, Prediction, Shape, instructions, predict, utilisation, visible_keys
+
+USABLE = 0.9  # of a card's memory; CUDA, cuBLAS, NCCL and fragmentation take what is left
+MOST_STACK = 256  # bytes of spilled registers that an attention kernel may have
+MOST_INSTRUCTIONS = 150  # a logit, over all kernels of the head's loss
+
+
+class Finding(NamedTuple):
+    """A line of the report."""
+    check: str
+    verdict: str  # ok, slow, FAIL, predicted, not run
+    why: str = ""
+
+
+def steps(record: dict) -> list[dict]:
+    return [phase for phase in record["phases"] if phase["name"] == "training_step"]
+
+
+def timed(record: dict) -> list[dict]:
+    """The phases after the warm-up; of a script without one (the entries) those after its first steps."""
+    phases = record["phases"]
+    warm = max((i for i, phase in enumerate(phases) if phase["name"] == "warm_up"), default=4)
+    return phases[warm + 1:]
+
+
+def ends(record: dict) -> Finding:
+    """Does the script run to its end?"""
+    last = (record["error"].strip().splitlines() or [""])[-1]
+    return Finding("runs to its end", "FAIL" if record["code"] or record["error"] else "ok", last[:400])
+
+
+def compiles(record: dict) -> Finding:
+    """Is everything compiled before the clock runs?"""
+    late = [phase for phase in timed(record) if phase["compiled"]]
+    reasons = [" ".join(m.split())[:300] for m in record["messages"] if "ecompil" in m][-2:]
+    why = f"{record['compilations']} compilations"
+    if late:
+        why += f", {sum(p['compiled'] for p in late)} of them late, in {', '.join(sorted({p['name'] for p in late}))}: "
+        why += " | ".join(reasons)
+    return Finding("compiles nothing in the timed part", "FAIL" if late else "ok", why)
+
+
+def waits(record: dict) -> Finding:
+    """Does the host wait for the GPU inside a step?"""
+    found = steps(record)[2:]
+    inside = collections.Counter(sync for phase in found for sync in phase["syncs"])
+    between = collections.Counter(sync for phase in found for sync in phase["after"]["syncs"])
+    why = "; ".join(f"{sync}, {n / len(found):.1f} times a step" for sync, n in inside.items())
+    if not why:
+        why = f"never; between steps, when a line is logged: {', '.join(between)}" if between else "never"
+    return Finding("host waits for the GPU inside a step", "FAIL" if inside else "ok", why)
+
+
+def peaks(record: dict) -> dict[str, int]:
+    """Most bytes that tensors held, by phase."""
+    return {name: max(p["peak"] for p in record["phases"] if p["name"] == name)
+            for name in dict.fromkeys(phase["name"] for phase in record["phases"])}
+
+
+def fits(record: dict, card: Card) -> Finding:
+    """Does the card hold it?"""
+    most = max(record["phases"], key=lambda phase: phase["peak"])
+    usable = USABLE * card.memory
+    why = ", ".join(f"{name} {peak / GIB:.1f}" for name, peak in peaks(record).items())
+    why += f" GiB of {usable / GIB:.1f} usable of {card.memory / GIB:.1f}"
+    if most["peak"] > usable:
+        why += "; largest: " + ", ".join(f"{size / GIB:.1f} GiB {what}" for what, size in most["peak_tensors"][:3])
+    return Finding(f"fits into {card.name}", "FAIL" if most["peak"] > usable else "ok", why)
+
+
+def compiled_kernels(record: dict, card: Card) -> list[Finding]:
+    """Do the kernels exist, do they spill, how often do they pass over the logits?"""
+    kernels, (major, minor) = record["kernels"], card.capability
+    broken = [f"{k['name']}: {k['error']}" for k in kernels if k["error"]]
+    broken += [f"{k['name']} wants {k['shared']:,} B" for k in kernels if k["shared"] > card.shared and not k["error"]]
+    most = max((k["shared"] for k in kernels), default=0)
+    why = f"{len(kernels)}, largest shared memory {most:,} of {card.shared:,} B, most registers "
+    why += f"{max((k['registers'] for k in kernels), default=0)}, spilling: {sum(k['spilled'] > 0 for k in kernels)}"
+    found = [Finding(f"kernels compile for sm_{major}{minor}", "FAIL" if broken else "ok" if kernels else "slow",
+                     "; ".join(broken) or (why if kernels else "nothing is compiled"))]
+    attention = {(k["name"], k["shared"], k["registers"]): k for k in kernels if "tem_fused" in k["name"]}
+    for k in attention.values():
+        kind = "backward" if "backward" in k["name"] else "forward"
+        slow = k["spilled"] >= MOST_STACK or (major == 9 and not k["wgmma"])
+        found.append(Finding(f"FlexAttention {kind}", "slow" if slow else "ok",
+                             f"{k['shared']:,} B shared, {k['registers']} registers, {k['spilled']} B spilled, "
+                             f"{k['warps']} warps" + (f", {k['wgmma']} wgmma" if major == 9 else "")))
+    names, counts = logit_kernels(record), instructions(kernels)
+    counted = {code: counts[code] for code in names if code in counts}
+    if counted:
+        each = ", ".join(f"{n:.0f} in {names[code][:70]}" for code, n in counted.items())
+        slow = sum(counted.values()) > MOST_INSTRUCTIONS
+        found.append(Finding("instructions a logit", "slow" if slow else "ok", each))
+    return found
+
+
+def logit_kernels(record: dict) -> dict[str, str]:
+    """Generated kernels of a step that go over all logits: hash of the source -> name."""
+    logits = record["tokens"] * record["vocab_size"]
+    return {event["code"]: event["name"] for event in steps(record)[-1]["events"]
+            if event["kind"] == "triton" and event["elements"] == logits}
+
+
+def calls(record: dict) -> list[tuple[str, list]]:
+    """The collectives from the warm-up to the last validation, (name, tensors), in order."""
+    return [(event["name"], event["tensors"]) for phase in record["phases"] if phase["name"] != "write_sample"
+            for event in [*phase["events"], *phase["after"]["events"]] if event["kind"] == "collective"]
+
+
+def same_collectives(first: dict, last: dict) -> Finding:
+    """Do two ranks call the same collectives? A difference is a deadlock on a real node."""
+    check = "first and last rank call the same collectives"
+    a, b = calls(first), calls(last)
+    differs = next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), None)
+    if differs is None and len(a) == len(b):
+        return Finding(check, "ok", f"{len(a)} calls")
+    if last["error"] and not first["error"]:
+        return Finding(check, "FAIL", f"the last rank ends early: {ends(last).why}")
+    at = min(len(a), len(b)) if differs is None else differs
+    one, other = (f"{c[at][0]} of {c[at][1]}" if at < len(c) else "no call" for c in (a, b))
+    return Finding(check, "FAIL", f"call {at} of {len(a)} and {len(b)}: {one}; the last rank: {other}")
+
+
+def shape_of(record: dict) -> Shape:
+    keys = visible_keys(record["window_start"], record["window_end"], record["sequence_length"])
+    return Shape(record["tokens"], record["model_dim"], record["vocab_size"], keys if record["window_end"] else 0)
+
+
+def prediction(record: dict, card: Card, world_size: int) -> Prediction:
+    """Of the record's last step."""
+    return predict(steps(record)[-1]["events"], record["kernels"], shape_of(record), card, world_size)
+
+
+def predicted(record: dict, card: Card, world_size: int, price: float | None) -> list[Finding]:
+    """The model's lines. Every time among them is said to be predicted, with the model's error."""
+    p = prediction(record, card, world_size)
+    error = f"± {100 * ERROR:.0f} %"
+    if card.capability != (9, 0) or not record["window_end"]:
+        error = "error unknown: fitted on H100s and FlexAttention"
+    minutes = p.total * record["num_steps"] / 60_000
+    parts = ", ".join(f"{part} {ms:.1f}" for part, ms in sorted(p.ms.items(), key=lambda item: -item[1]))
+    found = [
+        Finding("a step", "predicted", f"{p.total:.0f} ms ({error}), MFU {utilisation(p, card):.2f}: {parts}, "
+                f"exposed collectives {p.exposed:.1f} of {p.collectives:.1f} ms, {p.sent / 1e6:.0f} MB"),
+        Finding("the whole run", "predicted", f"{minutes:.2f} minutes ({error}): {record['num_steps']:,} steps of "
+                f"{record['step_tokens']:,} tokens, without compilation and validation")]
+    if price is not None:
+        found.append(Finding("its price", "predicted", f"{price * minutes / 60:.2f} at {price:g} an hour ({error})"))
+    return found
+
+
+def judge(record: dict, card: Card, world_size: int, price: float | None = None) -> list[Finding]:
+    """All findings about one rank."""
+    if not steps(record):
+        return [ends(record)]
+    found = [ends(record), compiles(record), waits(record), fits(record, card), *compiled_kernels(record, card)]
+    return found + predicted(record, card, world_size, price)
+
+
+def smaller_sequence(record: dict, card: Card, world_size: int) -> tuple[int, int] | None:
+    """(sequence_length, batch_size) with the same tokens a step that may fit; None where none can.
+
+    What does not depend on the tokens of a forward pass is what is left after a step.
+    """
+    peak = max(peaks(record).values())
+    fixed = min(phase["live"] for phase in steps(record))
+    length, batch_size = record["sequence_length"], record["batch_size"]
+    while length > 1024:
+        length, batch_size = length // 2, batch_size * 2
+        if fixed + (peak - fixed) * length / record["sequence_length"] <= USABLE * card.memory:
+            return length, batch_size
+    return None
