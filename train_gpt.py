@@ -318,22 +318,26 @@ class MLP(nn.Module):
         return self.proj(F.relu(self.fc(x)).square())
 
 class Block(nn.Module):
-    """One layer: mix the embedding x0 back in (record 2024-12-04), then attention, then MLP."""
-    def __init__(self, hp: Hyperparameters, has_value_embed: bool):
+    """One layer: mix an earlier layer's output and the embedding x0 back in (record 2024-12-04),
+    then attention, then MLP."""
+    def __init__(self, hp: Hyperparameters, has_value_embed: bool, has_skip: bool):
         super().__init__()
         self.attention = Attention(hp, has_value_embed)
         self.mlp = MLP(hp)
         self.x0_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
+        self.skip_mix = nn.Parameter(torch.tensor(1.0)) if has_skip else None
 
-    def forward(self, x: Tensor, x0: Tensor, value_embed: Tensor | None, rotary: Tensor,
-                mask: Mask) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, skip: Tensor | None, value_embed: Tensor | None,
+                rotary: Tensor, mask: Mask) -> Tensor:
+        if skip is not None:
+            x = x + self.skip_mix * skip
         x = self.x0_mix[0] * x + self.x0_mix[1] * x0
         x = x + self.attention(norm(x), value_embed, rotary, mask)
         return x + self.mlp(norm(x))
 
 class GPT(nn.Module):
-    """The model of hp, for hp.forward_tokens or fewer at once. The last layers take in the first
-    ones' outputs (U-net skips). flex: FlexAttention; sparse: gradients of the n-gram tables."""
+    """The model of hp, for hp.forward_tokens or fewer at once, with U-net skips.
+    flex: FlexAttention; sparse: gradients of the n-gram tables."""
     def __init__(self, hp: Hyperparameters, flex: bool = False, sparse: bool = False):
         super().__init__()
         track, self.flex = TRACKS[hp.track], flex
@@ -344,8 +348,10 @@ class GPT(nn.Module):
         self.value_tables = [*range(shared), *[None] * (hp.num_layers - 2 * shared), *range(shared)]
         width = len(set(self.value_tables) - {None}) * hp.model_dim  # one look-up serves all
         self.value_embed = nn.Embedding(padded_vocab_size, width) if width else None
-        self.blocks = nn.ModuleList(Block(hp, table is not None) for table in self.value_tables)
-        self.skip_weights = nn.Parameter(torch.ones(hp.num_layers // 2))
+        self.num_skips = hp.num_layers // 2  # the last layers take in what the first ones put out
+        self.blocks = nn.ModuleList(
+            Block(hp, table is not None, has_skip=layer >= hp.num_layers - self.num_skips)
+            for layer, table in enumerate(self.value_tables))
         self.head = Head(hp, padded_vocab_size)
         rotary = rotary_tables(hp.forward_tokens, hp.model_dim // hp.num_heads)
         self.register_buffer("rotary", rotary, persistent=False)
@@ -361,13 +367,12 @@ class GPT(nn.Module):
         x0 = norm(x if self.ngram is None else x + self.ngram(tokens, start))
         x = x0.view_as(x0)  # another object, or torch.compile would compile block 0 by itself
         values = () if self.value_embed is None else self.value_embed(tokens).split(x.size(-1), -1)
-        outputs = []
-        for layer, (block, table) in enumerate(zip(self.blocks, self.value_tables, strict=True)):
-            skip_from = len(self.blocks) - 1 - layer
-            if skip_from < layer:
-                x = x + self.skip_weights[skip_from] * outputs[skip_from]
-            x = block(x, x0, None if table is None else values[table], rotary, mask)
-            outputs.append(x)
+        skips = []
+        for block, table in zip(self.blocks, self.value_tables, strict=True):
+            skip = None if block.skip_mix is None else skips.pop()
+            x = block(x, x0, skip, None if table is None else values[table], rotary, mask)
+            if len(skips) < self.num_skips and block.skip_mix is None:
+                skips.append(x.view_as(x))  # another object than x, as above
         return self.head(x, None if targets is None else targets.flatten())
 
 def build_model(hp: Hyperparameters, device: torch.device, dtype: torch.dtype, flex: bool,
@@ -383,8 +388,32 @@ def build_model(hp: Hyperparameters, device: torch.device, dtype: torch.dtype, f
 
 # --- Loss -----------------------------------------------------------------------------------------
 
+def softcap(logits: Tensor, cap: float) -> Tensor:
+    """cap * tanh(logits / cap) in float32 (arXiv 2408.00118), as a sigmoid: before a softmax over
+    a tanh, inductor reads the logits three times."""
+    return 2 * cap * torch.sigmoid(2 / cap * logits.float()) - cap
+
+class CappedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy, nats, of targets (T,) under softcap(logits (T, V), cap). The backward is
+    one pass over the logits, and nothing else of their size is kept for it."""
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+        capped, ctx.cap = softcap(logits, cap), cap
+        logsumexp = capped.logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(logits, targets, logsumexp)
+        return (logsumexp - capped.gather(-1, targets[:, None])).mean()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        logits, targets, logsumexp = ctx.saved_tensors
+        capped = softcap(logits, ctx.cap)
+        is_target = torch.arange(logits.size(1), device=logits.device) == targets[:, None]
+        error = (capped - logsumexp).exp() - is_target.float()  # softmax - one-hot
+        slope = 1 - (capped / ctx.cap).square()
+        return (grad / len(targets) * error * slope).to(logits.dtype), None, None
+
 class Head(nn.Module):
-    """Untied, zero at the start, so that the first loss is ln V; softcap: arXiv 2408.00118."""
+    """Untied, zero at the start, so that the first loss is ln V."""
     def __init__(self, hp: Hyperparameters, padded_vocab_size: int):
         super().__init__()
         self.logit_cap = hp.logit_cap
@@ -392,8 +421,10 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """Float32 logits (T, V) of x (T, D); with targets (T,) their mean cross-entropy, nats."""
-        logits = self.logit_cap * torch.tanh(self.linear(norm(x)).float() / self.logit_cap)
-        return logits if targets is None else F.cross_entropy(logits, targets)
+        logits = self.linear(norm(x))
+        if targets is None:
+            return softcap(logits, self.logit_cap)
+        return CappedCrossEntropy.apply(logits, targets, self.logit_cap)
 
 # --- Optimizers: what updates which parameters, the mathematics, the division over the ranks ------
 
@@ -410,7 +441,7 @@ class Group(NamedTuple):
 def optimizer_groups(hp: Hyperparameters, dtype: torch.dtype) -> list[Group]:
     """Every parameter is in exactly one group. Muon is first: while it computes, others travel."""
     betas, matrices = (hp.adam_beta1, hp.adam_beta2), r"(attention\.(qkv|proj)|mlp\.(fc|proj))"
-    scalars, tables = r"skip_weights|blocks\..*_mix", r"ngram\.tables\..*"
+    scalars, tables = r"blocks\..*_mix", r"ngram\.tables\..*"
     return [  # name, parameters, rule, learning rate, betas, weight decay, travels as
         Group("blocks", rf"blocks\.\d+\.{matrices}\.weight", "muon", hp.muon_lr, (), 0.0, dtype),
         Group("scalars", scalars, "adam", hp.scalar_lr, betas, 0.0, torch.float32),
@@ -632,6 +663,7 @@ class BatchLoader:
 
 def compile_parts(model: GPT, optimizer: Optimizer, device: torch.device) -> None:
     """torch.compile each block and the head: one compilation serves all blocks of a kind."""
+    torch._dynamo.config.recompile_limit = 64  # kinds of blocks, each with and without gradients
     for part in [*model.blocks, model.head]:
         part.compile(dynamic=False)
     if device.type == "cuda":  # fuses Adam's ten passes over large tables; a CPU's are small

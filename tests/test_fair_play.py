@@ -11,13 +11,12 @@ from train_gpt import run_as_program
 CHEATS = {
     "sees the next token": ("& (key <= query)", "& (key <= query + 1)", "No logit depends on later tokens"),
     "sees other documents": ("begins = tokens == eot_token", "begins = tokens == -1", "another document"),
-    "reports less": ("F.cross_entropy(logits, targets)", "0.99 * F.cross_entropy(logits, targets)",
-                     "The reported loss"),
-    "drops hard tokens": ("F.cross_entropy(logits, targets)",
-                          "F.cross_entropy(logits, targets, reduction='none').sort().values[:-9].mean()",
+    "reports less": ("return (logsumexp - ", "return 0.99 * (logsumexp - ", "The reported loss"),
+    "drops hard tokens": ("targets[:, None])).mean()", "targets[:, None])).flatten().sort().values[:-9].mean()",
                           "The reported loss"),
-    "looks at the target": ("logits = self.logit_cap * torch.tanh(", "logits = (0 if targets is None else "
-                            "F.one_hot(targets, 384)) + self.logit_cap * torch.tanh(", "The reported loss"),
+    "looks at the target": ("logits = self.linear(norm(x))",
+                            "logits = self.linear(norm(x)) + (0 if targets is None else F.one_hot(targets, 384))",
+                            "The reported loss"),
     "easier target": ("257, 256, True, 1.10,", "257, 256, True, 1.30,", "Every validation"),
     "fewer validation tokens": ("262_144", "131_072", "Every validation"),
     "skips half of the validation": ("for index in range(runtime.rank, num_sequences, runtime.world_size)",

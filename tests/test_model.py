@@ -6,7 +6,18 @@ import pytest
 import torch
 from conftest import at_window
 
-from train_gpt import GPT, TRACKS, Hyperparameters, Linear, NGramEmbed, build_model, document_start, norm
+from train_gpt import (
+    GPT,
+    TRACKS,
+    CappedCrossEntropy,
+    Hyperparameters,
+    Linear,
+    NGramEmbed,
+    build_model,
+    document_start,
+    norm,
+    softcap,
+)
 
 WINDOW = at_window(64)
 SMALL = Hyperparameters(track="laptop", num_layers=2, num_heads=2, model_dim=32, sequence_length=64, ngrams=3,
@@ -24,6 +35,24 @@ def test_first_loss_is_ln_of_the_padded_vocabulary(track, padded):
     model = GPT(replace(SMALL, track=track))
     loss = model(torch.arange(64)[None], torch.arange(64)[None], WINDOW)
     assert loss.item() == pytest.approx(math.log(padded), abs=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 40.0, 1e4])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2**-8)])
+def test_capped_cross_entropy_is_cross_entropy_of_the_capped_logits(scale, dtype, tolerance):
+    """Loss and gradient against autograd in float64. The logits' own rounding is in both."""
+    torch.manual_seed(0)
+    logits = (scale * torch.randn(64, 384)).to(dtype).requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    targets = torch.randint(384, (64,))
+    capped = 15 * torch.tanh(exact / 15)
+    torch.testing.assert_close(softcap(logits, 15.0).double(), capped, atol=1e-5, rtol=1e-6)
+    loss, wanted = CappedCrossEntropy.apply(logits, targets, 15.0), torch.nn.functional.cross_entropy(capped, targets)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    (3 * loss).backward()
+    (3 * wanted).backward()
+    assert logits.grad.dtype == dtype
+    torch.testing.assert_close(logits.grad.double(), exact.grad, atol=tolerance * exact.grad.abs().max().item(), rtol=0)
 
 
 @pytest.mark.parametrize("changed", [0, 99, 100, 101, 200, 255])
@@ -76,7 +105,7 @@ def test_mean_of_token_losses_is_the_loss(tiny_model, hp):
 def test_blocks_are_the_identity_at_the_start(hp):
     model = build_model(hp, torch.device("cpu"), torch.float32, flex=False)
     x, x0 = torch.randn(128, 32), torch.randn(128, 32)
-    y = model.blocks[0](x, x0, torch.randn(128, 32), model.rotary[:, :128], torch.zeros(128, dtype=torch.long))
+    y = model.blocks[0](x, x0, None, torch.randn(128, 32), model.rotary[:, :128], torch.zeros(128, dtype=torch.long))
     assert torch.equal(y, x)
 
 
@@ -84,10 +113,12 @@ def test_blocks_are_the_identity_at_the_start(hp):
 def test_u_net_order(num_layers, monkeypatch):
     """The last layer takes in the first one's output, the one before it the second's (last in, first out)."""
     model = GPT(replace(SMALL, num_layers=num_layers))
-    assert torch.equal(model.skip_weights, torch.ones(num_layers // 2))
+    weights = [block.skip_mix for block in model.blocks]
+    skips = num_layers // 2
+    assert weights == [None] * (num_layers - skips) + [1.0] * skips
     seen = []
-    for block in model.blocks:  # each block adds nothing, so its input is a sum of the outputs before
-        block.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for block in model.blocks:  # each block adds nothing but the skip, so what it works on is a sum of outputs before
+        block.register_forward_hook(lambda module, args, output: seen.append(output))
     tokens = torch.arange(64)
     model(tokens[None], None, WINDOW)
     x0 = norm(model.embed(tokens))  # n-gram tables begin at zero
@@ -106,7 +137,7 @@ def test_value_embeddings_are_shared_by_the_first_and_the_last_layers(num_layers
     model = GPT(replace(SMALL, num_layers=num_layers, value_layers=value_layers))
     values = []
     for block in model.blocks:
-        block.register_forward_pre_hook(lambda module, args: values.append(args[2]))
+        block.register_forward_pre_hook(lambda module, args: values.append(args[3]))
     tokens = torch.arange(64)
     model(tokens[None], None, WINDOW)
     for block, value, table in zip(model.blocks, values, table_of_layer, strict=True):

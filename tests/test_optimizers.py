@@ -108,20 +108,20 @@ def test_every_parameter_has_its_published_rule():
             assert rule == ("lazy_adam", 0.6)
         elif name == "head.linear.weight":
             assert rule == ("adam", 0.008)
-        elif "mix" in name or name == "skip_weights":
+        elif "mix" in name:
             assert rule == ("adam", 0.04)
         else:
             assert rule == ("muon", 0.05), name
     assert sum(kind == "muon" for kind, _ in rules.values()) == 3 * 4
 
 
-@pytest.mark.parametrize("pattern, found", [(r"head\.nothing", "none"), (r"head\..*|skip_weights", "head and")])
+@pytest.mark.parametrize("pattern, found", [(r"head\.nothing", "none"), (r"head\..*|blocks\.1\.skip_mix", "head and")])
 def test_a_parameter_in_no_group_or_in_two_is_an_error_that_says_what_to_add(hp, monkeypatch, pattern, found):
     groups = train_gpt.optimizer_groups
     monkeypatch.setattr(train_gpt, "optimizer_groups", lambda *args: sorted(
         [group._replace(parameters=pattern) if group.name == "head" else group for group in groups(*args)],
         key=lambda group: group.name != "head"))
-    name = "head.linear.weight" if found == "none" else "skip_weights"
+    name = "head.linear.weight" if found == "none" else "blocks.1.skip_mix"
     with pytest.raises(UserError, match=rf'parameter {name} is {found}.* add a line: Group\("mine"'):
         Optimizer(build_model(hp, CPU, torch.float32, flex=False), hp, torch.float32)
 

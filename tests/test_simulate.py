@@ -115,6 +115,8 @@ def plant(record, defect):
         record["error"] = "Traceback\nRuntimeError: shape"
     elif defect == "compiles late":
         last["compiled"] = 1
+    elif defect == "gives up":
+        record["messages"].append("torch._dynamo hit config.recompile_limit (8)\n   function: 'forward'")
     elif defect == "waits":
         last["syncs"].append("item in train_gpt.py:7")
     elif defect == "too large":
@@ -131,6 +133,7 @@ def plant(record, defect):
 
 @pytest.mark.parametrize("defect, check, verdict", [
     ("ends early", "runs to its end", "FAIL"), ("compiles late", "compiles nothing in the timed part", "FAIL"),
+    ("gives up", "compiles nothing in the timed part", "FAIL"),
     ("waits", "host waits for the GPU inside a step", "FAIL"), ("too large", "fits into NVIDIA H100 80GB HBM3", "FAIL"),
     ("broken kernel", "kernels compile for sm_90", "FAIL"), ("shared memory", "kernels compile for sm_90", "FAIL"),
     ("spills", "FlexAttention forward", "slow"), ("no tensor cores", "FlexAttention forward", "slow")])

@@ -48,7 +48,7 @@ def cuda_python() -> str:
             return python
     if given:
         raise CannotRun(f"CUDA_PYTHON is '{given}', whose torch is no CUDA build; unset it to have .venv.cuda set up")
-    pins = re.findall(r"^(?:torch|numpy)==\S+", (ROOT / "requirements.txt").read_text(), re.M)
+    pins = re.findall(r"^(?:torch|numpy)==.+", (ROOT / "requirements.txt").read_text(), re.M)
     print("this Python's torch is not a CUDA build: setting up .venv.cuda with one (once; about 5 GB) ...",
           file=sys.stderr, flush=True)
     shutil.rmtree(ENVIRONMENT, ignore_errors=True)

@@ -38,6 +38,9 @@ def compiles(record: dict) -> Finding:
     late = [phase for phase in timed(record) if phase["compiled"]]
     reasons = [" ".join(m.split())[:300] for m in record["messages"] if "ecompil" in m][-2:]
     why = f"{record['compilations']} compilations"
+    gave_up = [" ".join(m.split())[:300] for m in record["messages"] if "hit config." in m]
+    if gave_up:  # the rest of the kinds of graph then runs uncompiled, without a word
+        return Finding("compiles nothing in the timed part", "FAIL", f"{why}; {gave_up[0]}")
     if late:
         why += f", {sum(p['compiled'] for p in late)} of them late, in {', '.join(sorted({p['name'] for p in late}))}: "
         why += " | ".join(reasons)
