@@ -155,11 +155,12 @@ def torchrun(processes: int, script: str, words: list[str]) -> int:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         killed = {rank: -code for rank, code in codes.items() if code < 0}
         # torchrun ended the others by signal 15, so 15 is the cause only where there is no other
-        killed = {rank: n for rank, n in killed.items() if n != 15} or killed
+        others = {rank: n for rank, n in killed.items() if n != 15}
+        killed = others if others or max(codes.values()) > 0 else killed
         for rank, n in killed.items():
             print(f"error: rank {rank} was killed by signal {n}, so the others were ended; go on "
                   "with --resume latest", file=sys.stderr)
-        return 128 + max(killed.values()) if killed else error.get_first_failure()[1].exitcode
+        return 128 + max(killed.values()) if killed else max(codes.values())
     return 0
 
 

@@ -28,12 +28,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 import timeit
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -906,7 +908,9 @@ def start_runtime(hp: Hyperparameters) -> Runtime:
     if on_gpu:
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+        # torchrun ends this node when a rank fails; for other nodes, longer than a save may take.
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=5),
+                                device_id=device if on_gpu else None)
     return Runtime(rank, world_size, device)
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -919,12 +923,19 @@ def fast_dtype(device: torch.device) -> torch.dtype:
         fast = bf16 < 0.7 * fp32
     return torch.bfloat16 if fast else torch.float32
 
+def lacks_for_compile(device: torch.device) -> str:
+    """What torch.compile would miss on this machine at its first use; nothing: ""."""
+    variable, *names = ("CC", "gcc", "clang") if device.type == "cuda" else ("CXX", "g++", "clang++")
+    if not (os.environ.get(variable) or any(map(shutil.which, names))):
+        return f"a compiler ({' or '.join(names)})"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return "" if header.exists() else f"Python's headers ({header})"
+
 def compile_pays(hp: Hyperparameters, device: torch.device) -> bool:
     """Does torch.compile save more than it costs? With Triton always, on a CPU in longer runs."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (7, 0)
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    return bool(compiler) and tokens_before(hp.num_steps, hp) >= 500_000
+    return not lacks_for_compile(device) and tokens_before(hp.num_steps, hp) >= 500_000
 
 class Watch:
     """One small all-reduce a step: has any rank a signal, or a loss or gradient that is not finite?
@@ -1215,6 +1226,9 @@ def start_run(hp: Hyperparameters, runtime: Runtime) -> tuple[TokenStream, Token
         "torch": str(torch.__version__), "cuda": torch.version.cuda, "device": device_name(device),
         "device_count": runtime.world_size if runtime.cuda else os.cpu_count(),
         "threads": torch.get_num_threads(), "world_size": runtime.world_size})
+    if record["compiled"] and (lacks := lacks_for_compile(device)):
+        raise UserError(f"torch.compile needs {lacks}, which is not here; on Debian and Ubuntu: "
+                        "apt install build-essential python3-dev, or use --compile off")
     found = [path for path in hp.folder.glob("*_step*.pt") if path.is_file()]
     latest = str(max(found, key=lambda path: path.stat().st_mtime, default=""))
     if not (path := runtime.agree(latest if hp.resume == "latest" else hp.resume)):
@@ -1303,7 +1317,14 @@ def run(argv: list[str] | None = None) -> int:
         out_of_memory = (torch.OutOfMemoryError, MemoryError)
         if not isinstance(error, out_of_memory) and "can't allocate memory" not in str(error):
             raise
-        less = f"--sequence_length {hp.sequence_length // 2} --batch_size {2 * hp.batch_size}"
+        length = hp.sequence_length // 2
+        if runtime.cuda:  # bytes a token, as simulated for the model of fineweb (./run.sh simulate)
+            token = 0.5e6 if compile_pays(hp, runtime.device) and hp.compile != "off" else 2.5e6
+            memory = torch.cuda.get_device_properties(runtime.device).total_memory
+            while length > 1024 and length * token > 0.8 * memory:
+                length //= 2
+        batch_size = hp.batch_size * hp.sequence_length // length
+        less = f"--sequence_length {length} --batch_size {batch_size}"
         less = f"--micro_batch {hp.micro_batch // 2}" if hp.micro_batch > 1 else less
         raise UserError(f"out of memory on {device_name(runtime.device)} with {hp.forward_tokens} "
                         f"tokens at once; use {less}, or a smaller --model_dim") from None

@@ -1,22 +1,39 @@
 #!/usr/bin/env bash
-# Every check and measurement that needs a GPU, in three goes of under 10 minutes; logs go to $OUT (default: gpu_logs/).
+# The first ten minutes on a real GPU: every check and measurement that needs one, in three goes of under 10 minutes.
 #
 #   bash tests/gpu.sh CORPUS            CORPUS: a folder with GPT-2 tokens, *_train_*.bin and *_val_*.bin
-#   bash tests/gpu.sh CORPUS entries    the four historical entries at full size: ms a step, memory, loss
+#   bash tests/gpu.sh CORPUS entries    the four historical entries at full size: ms a micro-batch, memory, loss
 #   bash tests/gpu.sh CORPUS ab         ValueEmbed and train_gpt.py in turn, 65,536 tokens a step: loss at equal tokens
+#   SIMULATE=1 bash tests/gpu.sh ...    the same runs on the simulated GPU (./run.sh simulate): do they run at all?
 #
-# It takes the Python it finds (PYTHON=...) and installs nothing. The corpus stands in for FineWeb under its names, so
-# the losses compare runs of this script with each other only.
+# Results come to $OUT (default: gpu_logs/): summary.txt, and logs.tar.gz with all else. It takes the Python it finds
+# (PYTHON=...) and installs nothing. The corpus stands in for FineWeb under its names, and the machine's own Python
+# source for the laptop track's, so the losses compare runs of this script with each other only.
 set -euo pipefail
-corpus=$(realpath "$1")
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[[ -d "${1:-}" ]] || { echo "error: '${1:-}' is no folder; expected: bash tests/gpu.sh CORPUS [entries|ab]" >&2; exit 2; }
+corpus=$(realpath "$1") what=${2:-checks}
+mkdir -p "${OUT:-gpu_logs}"
 out=$(realpath "${OUT:-gpu_logs}")
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
-mkdir -p "$out"
-[[ -e data/fineweb10B ]] && { echo "error: data/fineweb10B exists; move it away, this script writes there" >&2; exit 2; }
-trap 'rm -rf data/fineweb10B' EXIT
+logs=$(mktemp -d)
+for data in data/fineweb10B data/laptop; do
+    [[ ! -e $data ]] || { echo "error: $data exists; move it away, this script writes there" >&2; exit 2; }
+done
+finish() {
+    rm -rf data/fineweb10B data/laptop
+    cp records/scratch/*.txt "$logs" 2>/dev/null || true
+    gzip -9 -c "$logs"/*.trace.json > "$logs/trace.json.gz" 2>/dev/null && rm "$logs"/*.trace.json
+    find "$logs" -size +15M -print -delete  # what comes back may have 16 MiB a file
+    tar -czf "$out/logs.tar.gz" -C "$logs" .
+    rm -rf "$logs"
+}
+trap finish EXIT
+exec > >(tee "$out/summary.txt") 2>&1
+
 "$python" - "$corpus" <<'PY'
 import sys
+import sysconfig
 from pathlib import Path
 import numpy as np
 from data.shards import write_shard
@@ -26,27 +43,57 @@ for number, path in enumerate(sorted(folder.glob("*_train_*.bin")), 1):
     write_shard(ROOT / f"data/fineweb10B/fineweb_train_{number:06d}.bin", open_shard(path))
 val = np.concatenate([open_shard(path) for path in sorted(folder.glob("*_val_*.bin"))])
 write_shard(ROOT / "data/fineweb10B/fineweb_val_000000.bin", np.resize(val, TRACKS["fineweb"].val_tokens + 1))
+files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))  # another corpus than the track's: torch's has its own size
+tokens = np.concatenate([np.array([256, *path.read_bytes()], "<u2") for path in files])
+size = TRACKS["laptop"].val_tokens + 1
+write_shard(ROOT / "data/laptop/laptop_val_000000.bin", tokens[:size])
+write_shard(ROOT / "data/laptop/laptop_train_000001.bin", tokens[size:])
 PY
-nvidia-smi | tee "$out/nvidia-smi.txt"
-if [[ "${2:-}" == entries ]]; then
+
+run() {  # seconds, name, script, flags: a run of the script, or of its simulation
+    local limit=$1 name=$2 script=$3
+    shift 3
+    echo "== $name: $script $*"
+    if [[ -n "${SIMULATE:-}" ]]; then
+        "$python" -m tests.simulate "$script" --gpus 1 "$@" || failed=1
+    else
+        timeout "$limit" "$python" "$script" "$@" > "$logs/$name.txt" 2>&1 || { failed=1; echo "exit code $?"; }
+        tail -n 4 "$logs/$name.txt"
+    fi
+}
+failed=
+[[ -n "${SIMULATE:-}" ]] || nvidia-smi
+case $what in
+checks)
+    if [[ -n "${SIMULATE:-}" ]]; then
+        "$python" -c 'from tests.simulate.__main__ import *; from tests.simulate.judge import *
+import sys; r = simulate_tests(Node(cuda_python(), Path(tempfile.mkdtemp())), "H100"); show("test_cuda.py", r["findings"])
+sys.exit(any(f.verdict == "FAIL" for f in r["findings"]))' || failed=1
+    else
+        "$python" -m pytest -q tests/test_cuda.py || failed=1
+    fi
+    # 100 steps of one micro-batch of 65,536 tokens, the published model: ms a micro-batch, MFU, peak memory, kernels
+    flags="--track fineweb --batch_size 1 --num_steps 100 --cooldown_steps 40 --val_every 0 --log_every 5"
+    run 300 fineweb_100_steps train_gpt.py $flags --profile
+    run 120 laptop_on_gpu train_gpt.py --track laptop --sample_tokens 0
+    if [[ -z "${SIMULATE:-}" ]]; then  # measured beside predicted, with this machine's torch
+        trace=$(ls records/scratch/*.trace.json | tail -n 1)
+        CUDA_PYTHON=$python timeout 300 "$python" -m tests.simulate --gpus 1 --json $flags > "$logs/simulated.json" &&
+            "$python" -m tests.simulate.calibrate "$logs/simulated.json" "$logs/fineweb_100_steps.txt" "$trace" || failed=1
+        mv "$trace" "$logs"
+    fi ;;
+entries)
     for entry in 2024-12-04_ValueEmbed 2024-11-03_UntieEmbed 2024-10-14_ModernArch 2024-06-06_AdamW; do
-        timeout 140 "$python" "records/$entry/train_gpt.py" --num_steps 50 --warmup_steps 5 --cooldown_steps 15 \
-            --val_every 0 --log_every 5 2>&1 | tee "$out/$entry.txt" || true
-    done
-    cp records/scratch/*.txt "$out"/
-    exit
-fi
-if [[ "${2:-}" == ab ]]; then
+        batch=1
+        [[ $entry == 2024-12* ]] || batch=64  # sequences of 1,024 tokens: 65,536 tokens a step too
+        run 145 "$entry" "records/$entry/train_gpt.py" --track fineweb --batch_size $batch --num_steps 60 \
+            --warmup_steps 5 --cooldown_steps 15 --val_every 0 --log_every 5
+    done ;;
+ab)
     for script in records/2024-12-04_ValueEmbed/train_gpt.py train_gpt.py; do
-        timeout 280 "$python" "$script" --track fineweb --batch_size 1 --num_steps 300 --cooldown_steps 120 \
-            --val_every 150 --log_every 10 2>&1 | tee "$out/ab_$(basename "$(dirname "$script")").txt" || true
-    done
-    cp records/scratch/*.txt "$out"/
-    exit
-fi
-"$python" -m pytest -q tests/test_cuda.py 2>&1 | tee "$out/test_cuda.txt" || true
-# 100 micro-batches of 65,536 tokens, the published model: ms a micro-batch, MFU, peak memory
-timeout 280 "$python" train_gpt.py --track fineweb --batch_size 1 --num_steps 100 --cooldown_steps 40 --val_every 0 \
-    --log_every 5 --profile 2>&1 | tee "$out/fineweb_100_steps.txt" || true
-timeout 120 "$python" train_gpt.py --track laptop --sample_tokens 0 2>&1 | tee "$out/laptop_on_gpu.txt" || true
-cp records/scratch/*.txt "$out"/
+        run 280 "ab_$(basename "$(dirname "$(realpath "$script")")")" "$script" --track fineweb --batch_size 1 \
+            --num_steps 300 --cooldown_steps 120 --val_every 150 --log_every 10
+    done ;;
+*) echo "error: '$what' is unknown; expected entries, ab, or nothing"; exit 2 ;;
+esac
+[[ -z "$failed" ]] || { echo "FAILED: something above"; exit 1; }

@@ -182,6 +182,7 @@ def failed(**codes):
     (failed(r0=-15, r1=-9), 137, ["rank 1 was killed by signal 9"]),  # torchrun ended rank 0
     (failed(r0=-15, r1=-15), 143, ["rank 0 was killed by signal 15", "rank 1 was killed by signal 15"]),
     (failed(r0=2), 2, []),  # the script has said it
+    (failed(r0=2, r1=-15), 2, []), (failed(r0=-15, r1=2), 2, []),  # torchrun ended the other one
     (failed(r0=3, r1=3), 3, []),
     (SignalException("stopped", signal.SIGINT), 130, []),
 ])
@@ -248,6 +249,15 @@ def test_ctrl_c_ends_a_run_with_a_checkpoint(sandbox, processes):
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "run ended by SIGINT at step" in out, errors
     assert "Traceback" not in errors and len(list((sandbox.path / "records/scratch").glob("*.pt"))) == 1
+
+
+def test_a_rank_that_fails_alone_ends_the_node_with_its_own_line(sandbox):
+    """Only rank 0 writes a log; the other one waits for it in a collective by then."""
+    (sandbox.path / "records/taken").write_text("a file where the log's folder should be")
+    process, begun = begin(sandbox, "--track=laptop", *TINY, "--entry=taken", NPROC="2"), time.monotonic()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and errors.splitlines()[-1].startswith("error: can't write the log"), errors
+    assert "Traceback" not in errors and time.monotonic() - begun < 60
 
 
 def test_an_interrupted_fetch_ends_in_one_line(sandbox):

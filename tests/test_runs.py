@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -249,6 +250,42 @@ def test_out_of_memory_names_the_flags_to_lower(monkeypatch, capsys, error):
     for flags, advice in ((["--micro_batch=1"], "--sequence_length 128 --batch_size 4"), ([], "--micro_batch 1")):
         assert train_gpt.main(["--track=laptop", *TINY, *flags]) == 2
         assert advice in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("memory, flags, advice", [
+    (80e9, "off", "--sequence_length 16384 --batch_size 32"), (40e9, "off", "--sequence_length 8192 --batch_size 64"),
+    (40e9, "on", "--sequence_length 32768 --batch_size 16"), (12e9, "on", "--sequence_length 16384 --batch_size 32")])
+def test_out_of_memory_on_a_gpu_names_a_length_that_fits(monkeypatch, capsys, memory, flags, advice):
+    """Uncompiled, full size takes 154 GiB, compiled 31 GiB (./run.sh simulate): half the sequence may not be enough."""
+    def fail(hp, runtime):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(train_gpt, "train", fail)
+    monkeypatch.setattr(train_gpt, "start_runtime", lambda hp: train_gpt.Runtime(0, 1, torch.device("cuda")))
+    monkeypatch.setattr(train_gpt, "device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+    assert train_gpt.main(["--track=fineweb", f"--compile={flags}"]) == 2
+    assert f"use {advice}, or" in capsys.readouterr().err
+
+
+def test_compiling_without_a_compiler_is_one_line(sandbox):
+    done = sandbox("--compile=on", env={"PATH": "/nowhere", "CXX": "", "CC": ""})
+    assert_one_line(done, "g++ or clang++", "apt install build-essential python3-dev", "--compile off")
+
+
+def test_what_torch_compile_would_miss(monkeypatch, tmp_path):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(train_gpt.sysconfig, "get_path", lambda name: str(tmp_path))
+    for there, device, missing in (("", cuda, "gcc or clang"), ("", cpu, "g++"), ("g++", cuda, "gcc or clang"),
+                                   ("clang", cpu, "g++"), ("gcc", cuda, "Python.h"), ("g++", cpu, "Python.h")):
+        monkeypatch.setattr(train_gpt.shutil, "which", lambda name, there=there: name if name == there else None)
+        assert missing in train_gpt.lacks_for_compile(device)
+    (tmp_path / "Python.h").touch()
+    assert not train_gpt.lacks_for_compile(cpu)  # with g++, as set last
+    monkeypatch.setenv("CC", "/opt/cc")
+    assert not train_gpt.lacks_for_compile(cuda)
 
 
 def test_failed_run_says_so_in_its_log(sandbox):

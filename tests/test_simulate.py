@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-from tests.simulate import judge, model
+from tests.simulate import calibrate, judge, model
 from tests.simulate.__main__ import CannotRun, Node, cuda_python, has_cuda_build, main, simulate
 from tests.simulate.model import CARDS, Shape, predict
 
@@ -79,6 +79,11 @@ def test_keys_that_a_query_sees():
 
 
 def test_the_error_is_that_of_the_table():
+    page = (REPOSITORY / "tests/simulate/README.md").read_text()
+    for row in model.PUBLISHED:
+        left_out = "" if row.left_out is None else f" {100 * row.left_out:+.1f} %"
+        numbers = re.escape(f" | {row.published_ms} | {row.predicted_ms} |{left_out} |")
+        assert re.search(rf"\| {row.record}\b.*{numbers}", page)
     assert model.left_out_error() == pytest.approx(0.028, abs=5e-4)
     for row in model.PUBLISHED:
         if row.left_out is None:  # what ERROR rests on: never fitted
@@ -176,11 +181,45 @@ def test_no_time_is_printed_without_the_word_predicted(record):
 def test_the_sequence_is_halved_until_the_rest_fits(record):
     for p in record["phases"]:
         p["peak"] = 101 * 2**30  # 1 GiB of it stays after a step
-    assert judge.smaller_sequence(record, H100, 8) == (32_768, 16)
-    assert judge.smaller_sequence(record, CARDS["RTX4090"], 8) == (8_192, 64)
+    assert judge.smaller_sequence(record, H100) == (32_768, 16)
+    assert judge.smaller_sequence(record, CARDS["RTX4090"]) == (8_192, 64)
     for p in record["phases"]:
         p["live"] = 80 * 2**30
-    assert judge.smaller_sequence(record, H100, 8) is None
+    assert judge.smaller_sequence(record, H100) is None
+
+
+# --- Measured beside predicted ---------------------------------------------------------------------------------------
+
+LOG = "step:95/100 train_loss:5.1 train_time:15000ms step_avg:157.89ms\nstep:100/100 val_loss:5.0 train_time:15700ms " \
+      "step_avg:157.00ms\ntokens_per_second:417000 peak_memory_per_rank:31744MiB mfu:40.0%\n"
+REPORT = dict(card=H100.name, torch="2.13.0", peaks={"training_step": 32 * 2**30, "validate": 2**30}, predicted=dict(
+    ms={"matrix products": 72.0, "head and loss": 12.0, "eager": 6.0}, exposed=10.0,
+    kernels=[["head and loss", "triton_red_logits", 12.0, 1], ["matrix products", "mm", 72.0, 99]]))
+
+
+def test_measured_beside_predicted():
+    kernels = {"triton_red_logits": 15_000, "triton_poi_other": 3_000, "nvjet_hsh_256x128": 225_000,
+               "void at::native::elementwise": 21_000, "ncclDevKernel_ReduceScatter": 300}
+    trace = {"traceEvents": [dict(cat="kernel", name=name, dur=us) for name, us in kernels.items()]
+             + [dict(cat="cpu_op", name="aten::mm", dur=10**6), dict(name="no category")]}
+    assert calibrate.measured_parts(trace, {"triton_red_logits": "head and loss"}) == pytest.approx({
+        "head and loss": 5, "generated": 1, "matrix products": 75, "eager": 7, "collectives": 0.1})
+    lines = calibrate.table(REPORT, LOG, trace).splitlines()
+    assert lines[2:5] == ["| ms a step | 100.0 | 157.0 | 1.57 |", "| peak, GiB | 32.0 | 31.0 | 0.97 |",
+                          "| matrix products, ms a step | 72.0 | 75.0 | 1.04 |"]
+    assert len(calibrate.table(REPORT, LOG, None).splitlines()) == 4
+
+
+def test_what_can_t_be_compared_is_one_line(tmp_path, capsys):
+    report, log = tmp_path / "report.json", tmp_path / "log.txt"
+    report.write_text(json.dumps([REPORT]))
+    log.write_text(LOG)
+    assert calibrate.main([str(report), str(log)]) == 0 and "| 157.0 |" in capsys.readouterr().out
+    log.write_text("step:0/100\n")
+    for words in ([], [str(report)], [str(report), str(log)], [str(log), str(log)], [str(report), "nowhere"]):
+        assert calibrate.main(words) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1
 
 
 # --- The command ------------------------------------------------------------------------------------------------------

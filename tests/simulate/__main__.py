@@ -18,9 +18,20 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from tests.simulate.judge import Finding, ends, fits, judge, same_collectives, smaller_sequence, steps
+from tests.simulate.judge import (
+    Finding,
+    ends,
+    fits,
+    judge,
+    peaks,
+    prediction,
+    same_collectives,
+    smaller_sequence,
+    steps,
+)
 from tests.simulate.model import CARDS, PUBLISHED, left_out_error
 
 HERE = Path(__file__).resolve().parent
@@ -122,7 +133,7 @@ def show(title: str, findings: list[Finding]) -> None:
 
 
 def simulate(node: Node, script: Path, flags: list[str], card_name: str, gpus: int, price: float | None) -> dict:
-    """One rank of the script, and the order of the last rank's collectives. Returns the report."""
+    """One rank of the script, and the order of the last rank's collectives. Returns the report. Raises CannotRun."""
     card, started = CARDS[card_name], time.time()
     name = f"{script.parent.name}_{script.stem}_{card_name}_{gpus}"
     request = dict(script=str(script), flags=flags, world_size=gpus)
@@ -134,23 +145,50 @@ def simulate(node: Node, script: Path, flags: list[str], card_name: str, gpus: i
         findings = judge(record, card, gpus, price)
         if gpus > 1 and steps(record):
             findings.insert(3, same_collectives(record, last.result()))
-    if steps(record) and fits(record, card).verdict == "FAIL":
-        findings += [what_fits(node, script, flags, card_name, gpus, record, name)]
-    return dict(script=str(script), card=card.name, gpus=gpus, flags=flags, torch=record.get("torch"),
-                seconds=round(time.time() - started), findings=findings, kernels=record["kernels"])
+    report = dict(script=str(script), card=card.name, gpus=gpus, flags=flags, torch=record.get("torch"),
+                  findings=findings, kernels=record.get("kernels", []))
+    if steps(record):
+        if fits(record, card).verdict == "FAIL":
+            findings.append(what_fits(node, request, card_name, record, name))
+        report |= dict(peaks=peaks(record), predicted=prediction(record, card, gpus)._asdict())
+    return report | dict(seconds=round(time.time() - started))
 
 
-def what_fits(node: Node, script: Path, flags: list[str], card_name: str, gpus: int, record: dict,
-              name: str) -> Finding:
+def what_fits(node: Node, request: dict, card_name: str, record: dict, name: str) -> Finding:
     """Flags with which the card holds the run, tried."""
-    smaller, check = smaller_sequence(record, CARDS[card_name], gpus), "flags that fit"
+    smaller, check = smaller_sequence(record, CARDS[card_name]), "flags that fit"
     if smaller is None:
         return Finding(check, "FAIL", "none: what does not depend on the sequence's length is too large by itself")
     words = [f"--sequence_length={smaller[0]}", f"--batch_size={smaller[1]}"]
-    again = node.run(f"{name}_smaller", card_name, script=str(script), flags=[*flags, *words], world_size=gpus, rank=0,
-                     compile=True)
+    request = dict(request, flags=[*request["flags"], *words])
+    again = node.run(f"{name}_smaller", card_name, rank=0, compile=True, **request)
     found = ends(again) if again["error"] else fits(again, CARDS[card_name])
     return Finding(check, found.verdict, f"{' '.join(words)}: {found.why}")
+
+
+def simulate_tests(node: Node, card_name: str) -> dict:
+    """tests/test_cuda.py on the card: does it run and compile? Returns a report. Raises CannotRun."""
+    found = node.run("test_cuda", card_name, project=str(ROOT))["tests"]
+    return dict(script=str(ROOT / "tests/test_cuda.py"), card=CARDS[card_name].name, gpus=1, flags=[], findings=[
+        Finding(name, "FAIL" if error else "ok", (error.strip().splitlines() or ["numbers not compared"])[-1])
+        for name, error in found.items()])
+
+
+def reports(node: Node, given: argparse.Namespace, flags: list[str]) -> Iterator[dict]:
+    """Each job's report, as it is done."""
+    jobs = [(given.script, given.gpus, flags)]
+    if given.all:
+        short = ["--batch_size=16", "--sequence_length=32768", *flags]  # a step's sequences must divide over 16 ranks
+        jobs = [(given.script, 1, flags), (given.script, 8, flags), (given.script, 16, short)]
+        jobs += [(path, 8, []) for path in sorted((ROOT / "records").glob("20*/train_gpt.py"))]
+    for script, gpus, words in jobs:
+        try:
+            yield simulate(node, script, words, given.gpu, gpus, given.price)
+        except CannotRun as error:
+            yield dict(script=str(script), card=CARDS[given.gpu].name, gpus=gpus, flags=words,
+                       findings=[Finding("the simulation", "not run", str(error))])
+    if given.all:
+        yield simulate_tests(node, given.gpu)
 
 
 class Parser(argparse.ArgumentParser):
@@ -162,7 +200,7 @@ class Parser(argparse.ArgumentParser):
 def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """(the simulation's flags, the script's)."""
     parser = Parser(prog="./run.sh simulate", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     script = words.pop(0) if words and words[0].endswith(".py") else "train_gpt.py"
     parser.add_argument("--gpus", type=int, default=8, help="ranks, one a GPU (8)")
     parser.add_argument("--gpu", default="H100", choices=CARDS, help="the card (H100)")
@@ -180,49 +218,33 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(words: list[str]) -> int:
+    """The command line; returns the exit code."""
     given, flags = parse(words)
     folder = given.keep or Path(tempfile.mkdtemp(prefix="simulate"))
+    done, verdicts = [], set()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        node = Node(cuda_python(), folder.resolve())
-        jobs = [(given.script, given.gpu, given.gpus)]
-        if given.all:
-            entries = sorted((ROOT / "records").glob("20*/train_gpt.py"))
-            jobs = [(given.script, given.gpu, n) for n in (1, 8, 16)] + [(path, given.gpu, 8) for path in entries]
-        reports, verdicts = [], set()
-        for script, card_name, gpus in jobs:
-            try:
-                report = simulate(node, script, flags, card_name, gpus, given.price)
-            except CannotRun as error:
-                report = dict(script=str(script), card=card_name, gpus=gpus,
-                              findings=[Finding("the simulation", "not run", str(error))])
-            reports.append(report)
-            if not given.json:
-                shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script
-                show(f"{shown} {' '.join(flags)} on {gpus} x {CARDS[card_name].name}, simulated", report["findings"])
+        for report in reports(Node(cuda_python(), folder.resolve()), given, flags):
+            done.append(dict(report, findings=[finding._asdict() for finding in report["findings"]]))
             verdicts |= {finding.verdict for finding in report["findings"]}
-        if given.all:
-            tests = node.run("test_cuda", given.gpu, project=str(ROOT))["tests"]
-            findings = [Finding(name, "FAIL" if error else "ok",
-                                (error.strip().splitlines() or ["numbers not compared"])[-1])
-                        for name, error in tests.items()]
-            verdicts |= {finding.verdict for finding in findings}
-            reports.append(dict(script="tests/test_cuda.py", findings=findings))
             if not given.json:
-                show("tests/test_cuda.py, simulated", findings)
-        if given.json:
-            print(json.dumps([dict(r, findings=[f._asdict() for f in r["findings"]]) for r in reports], indent=1))
-        else:
-            print("\nNo number was computed: losses, accuracy and real times are not seen. Predictions are a model's: "
-                  f"off by\n{100 * left_out_error():.1f} % (root mean square) where each of "
-                  f"{sum(row.left_out is not None for row in PUBLISHED)} public records was left out of its fit.")
-        return 1 if "FAIL" in verdicts else 3 if "not run" in verdicts else 0
+                script = Path(report["script"])
+                name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script
+                show(f"{' '.join([str(name), *report['flags']])}, simulated on {report['gpus']} x {report['card']}",
+                     report["findings"])
     except CannotRun as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
     finally:
         if not given.keep:
             shutil.rmtree(folder, ignore_errors=True)
+    if given.json:
+        print(json.dumps(done, indent=1))
+    else:
+        print("\nNo number was computed: losses, accuracy and real times are not seen. Predictions are a model's: off "
+              f"by\n{100 * left_out_error():.1f} % (root mean square) where each of "
+              f"{sum(row.left_out is not None for row in PUBLISHED)} public records was left out of its fit.")
+    return 1 if "FAIL" in verdicts else 3 if "not run" in verdicts else 0
 
 
 if __name__ == "__main__":

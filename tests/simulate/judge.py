@@ -164,7 +164,7 @@ def judge(record: dict, card: Card, world_size: int, price: float | None = None)
     return found + predicted(record, card, world_size, price)
 
 
-def smaller_sequence(record: dict, card: Card, world_size: int) -> tuple[int, int] | None:
+def smaller_sequence(record: dict, card: Card) -> tuple[int, int] | None:
     """(sequence_length, batch_size) with the same tokens a step that may fit; None where none can.
 
     What does not depend on the tokens of a forward pass is what is left after a step.

@@ -532,12 +532,31 @@ def about(module: types.ModuleType, hp) -> dict:
 
 def run_script(request: dict) -> dict:
     """One rank of the script, from its first line to its last. Returns what was seen."""
-    script, folder = Path(request["script"]), Path(request["work"])
-    probe = load(script, "probe")
-    hp = probe.parse_arguments(request["flags"])
-    copy = place(script, probe.TRACKS[hp.track], folder)
-    os.chdir(folder)
-    enter(CARDS[request["card"]], request["world_size"], request["rank"], request["compile"])
+    phases, messages, handler = [], [], logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    for name in ("torch._dynamo", "torch._inductor"):
+        logging.getLogger(name).addHandler(handler)
+    torch._logging.set_logs(recompiles=True, graph_breaks=True)
+    error, code, described = "", 0, {}
+    try:
+        script, folder = Path(request["script"]), Path(request["work"])
+        probe = load(script, "probe")
+        hp = probe.parse_arguments(request["flags"])
+        described = about(probe, hp)
+        copy = place(script, probe.TRACKS[hp.track], folder)
+        os.chdir(folder)
+        enter(CARDS[request["card"]], request["world_size"], request["rank"], request["compile"])
+        code = run_copy(copy, request["flags"], phases)
+    except BaseException as wrong:
+        told = type(wrong).__name__ == "UserError"  # one line for the user
+        code, error = (2, str(wrong)) if told else (1, "".join(traceback.format_exception(wrong))[-6000:])
+    close(phases)
+    return dict(described, code=code, error=error, phases=phases, messages=messages, kernels=kernels(),
+                compilations=compilations(), torch=torch.__version__)
+
+
+def run_copy(copy: Path, flags: list[str], phases: list[dict]) -> int:
+    """The script's own run, watched; its exit code. Raises what it raises."""
     module = load(copy, "script_under_test")
     tracks = {name: dataclasses.replace(track, val_tokens=VAL_TOKENS) for name, track in module.TRACKS.items()}
     module.TRACKS.clear()
@@ -546,31 +565,18 @@ def run_script(request: dict) -> dict:
     module.Runtime.mean = lambda self, value: 3.0
     sys.modules.setdefault("tiktoken", types.SimpleNamespace(
         get_encoding=lambda name: types.SimpleNamespace(decode=lambda ids: f"{len(ids)} tokens")))
-    phases, messages, handler = [], [], logging.Handler()
     for name in PHASES:
         if hasattr(module, name):
             watch(module, name, phases)
-    handler.emit = lambda record: messages.append(record.getMessage())
-    for name in ("torch._dynamo", "torch._inductor"):
-        logging.getLogger(name).addHandler(handler)
-    torch._logging.set_logs(recompiles=True, graph_breaks=True)
     start_modes()
-    error, code = "", 0
-    try:
-        code = module.run(flags_of_a_short_run(module, request["flags"])) or 0
-    except module.UserError as wrong:
-        code, error = 2, str(wrong)
-    except BaseException as wrong:
-        code, error = 1, "".join(traceback.format_exception(wrong))[-6000:]
-    close(phases)
-    return dict(about(module, hp), code=code, error=error, phases=phases, messages=messages, kernels=kernels(),
-                compilations=compilations(), torch=torch.__version__)
+    return module.run(flags_of_a_short_run(module, flags)) or 0
 
 
 def run_tests(request: dict) -> dict:
     """The functions of tests/test_cuda.py, each as it stands; a comparison of numbers counts as true."""
     project = Path(request["project"])
     enter(CARDS[request["card"]], 1, 0, True)
+    fake_process_group(1, 0)
     sys.modules["pytest"] = types.SimpleNamespace(mark=types.SimpleNamespace(skipif=lambda *args, **kwargs: None))
     sys.path.insert(0, str(project))
     tests = load(project / "tests/test_cuda.py", "test_cuda")
