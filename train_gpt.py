@@ -534,7 +534,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, schedule: Schedule) -> None:
-        """One update from the gradients, which are then zero again. Collective."""
+        """One update from the gradients, which are then gone. Collective."""
         self.num_updates += 1
         self.gradient_sum = torch.stack([bucket.reduce() for bucket in self.buckets]).sum()
         moves = []
@@ -788,39 +788,45 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 class Bucket:
     """Parameters of a group as one tensor `values`, of which each rank has my_rows: a table,
-    stacked matrices of one shape (a row is a matrix), or scalars. Parameters and gradients are
-    views of `values` and `grads`. sparse: of the gradients (CPU, one rank); no `grads`."""
+    stacked matrices of one shape (a row is a matrix), or scalars. Parameters are views of it, and
+    `grads` is what travels. sparse: the gradients are (CPU, one rank); then no `grads`."""
     def __init__(self, group: Group, params: list[nn.Parameter], sparse: bool, rank: int = 0,
                  world_size: int = 1):
         self.group, self.params, self.world_size = group, params, world_size
         rule, shape = RULES[group.rule], params[0].shape
         row_shape = shape[-2:] if rule.matrices else shape[1:][-1:]
-        sizes = [p.numel() for p in params]
-        self.rows = sum(sizes) // math.prod(row_shape)
+        self.rows = sum(p.numel() for p in params) // math.prod(row_shape)
         shard_rows = math.ceil(self.rows / world_size)
         self.my_rows = slice(rank * shard_rows, (rank + 1) * shard_rows)
         self.values = params[0].new_zeros(world_size * shard_rows, *row_shape)
-        self.grads = None if sparse else torch.zeros_like(self.values)
-        for i, p in enumerate(params):
-            values, grads = (
-                None if whole is None else whole.view(-1)[:sum(sizes)].split(sizes)[i].view_as(p)
-                for whole in (self.values, self.grads))
-            p.data, p.grad = values.copy_(p.detach()), grads
+        dtype = group.travel_dtype if world_size > 1 else self.values.dtype
+        self.grads = None if sparse else torch.zeros_like(self.values, dtype=dtype)
+        for values, p in zip(self.parts(self.values), params, strict=True):
+            p.data = values.copy_(p.detach())
         self.state = {name: torch.zeros_like(self.values[self.my_rows], dtype=torch.float32)
                       for name in rule.state}
         self.mean = self.sent = self.work = None  # the mean gradient; what travels until work ends
 
+    def parts(self, whole: Tensor) -> list[Tensor]:
+        """Views of a tensor of the values' shape, of the parameters' shapes."""
+        sizes = [p.numel() for p in self.params]
+        parts = whole.view(-1)[:sum(sizes)].split(sizes)
+        return [part.view_as(p) for part, p in zip(parts, self.params, strict=True)]
+
     def reduce(self) -> Tensor:
         """Start the reduce-scatter: this rank gets its rows of the mean gradient. Collective.
-        Returns the sum of this rank's own gradients, which is not finite if one of them is not."""
+        Takes the parameters' gradients. Returns the sum of this rank's own, which is not finite if
+        one of them is not."""
         if self.grads is None:
             self.mean, self.params[0].grad = self.params[0].grad.coalesce(), None
             return self.mean.values().sum(dtype=torch.float32)
+        for part, p in zip(self.parts(self.grads), self.params, strict=True):
+            part.zero_() if p.grad is None else part.copy_(p.grad)
+            p.grad = None
         self.mean = self.grads
         if self.world_size > 1:
-            self.sent = self.grads.to(self.group.travel_dtype)
-            self.mean = torch.empty_like(self.sent[self.my_rows])
-            self.work = _reduce_scatter(self.mean, self.sent, op=dist.ReduceOp.AVG, async_op=True)
+            self.mean = torch.empty_like(self.grads[self.my_rows])
+            self.work = _reduce_scatter(self.mean, self.grads, op=dist.ReduceOp.AVG, async_op=True)
         return self.grads.sum(dtype=torch.float32)
 
     def collect(self) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -853,7 +859,7 @@ class Bucket:
         return rows[:self.rows]
 
     def apply(self, directions: Tensor, state: list[Tensor], lr: float) -> None:
-        """values -= lr * directions, of collect()'s rows; then the gradients are zero."""
+        """values -= lr * directions, of collect()'s rows."""
         self.wait()
         if self.grads is None:
             self.values.index_add_(0, self.touched, directions.to(self.values.dtype), alpha=-lr)
@@ -861,7 +867,6 @@ class Bucket:
                 whole[self.touched] = part
         else:
             self.values.add_(directions, alpha=-lr)
-            self.grads.zero_()
 
 # --- Ranks, devices, signals ----------------------------------------------------------------------
 
@@ -925,7 +930,8 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 def lacks_for_compile(device: torch.device) -> str:
     """What torch.compile would miss on this machine at its first use; nothing: ""."""
-    variable, *names = ("CC", "gcc", "clang") if device.type == "cuda" else ("CXX", "g++", "clang++")
+    cuda = device.type == "cuda"
+    variable, *names = ("CC", "gcc", "clang") if cuda else ("CXX", "g++", "clang++")
     if not (os.environ.get(variable) or any(map(shutil.which, names))):
         return f"a compiler ({' or '.join(names)})"
     header = Path(sysconfig.get_path("include"), "Python.h")

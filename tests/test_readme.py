@@ -11,9 +11,10 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
+from tests.simulate import __main__ as simulate
 from train_gpt import UserError, parse_arguments
 
-PAGES = [REPOSITORY / "README.md", *(REPOSITORY / folder / "README.md" for folder in ("tests", "data")),
+PAGES = [REPOSITORY / "README.md", *(REPOSITORY / folder / "README.md" for folder in ("tests", "tests/simulate", "data")),
          *sorted((REPOSITORY / "docs").glob("*.md")), *sorted((REPOSITORY / "records/studies").glob("*/README.md"))]
 README = PAGES[0].read_text()
 STARTS_TRAINING = r"(?:train_gpt\.py|\./run\.sh|my_idea\.py)(?: |$)"
@@ -30,8 +31,9 @@ def commands(page):
 
 COMMANDS = [command for page in PAGES for command in commands(page)]
 SET_ASIDE = [c for c in COMMANDS if re.match(OTHERS, c)]
+SIMULATIONS = [c for c in COMMANDS if c.startswith("./run.sh simulate")]
 TOOL_CALLS = [c for c in COMMANDS if c not in SET_ASIDE and re.search(TOOLS, c)]
-TRAINING = [c for c in COMMANDS if c not in SET_ASIDE + TOOL_CALLS and re.search(STARTS_TRAINING, c)]
+TRAINING = [c for c in COMMANDS if c not in SET_ASIDE + SIMULATIONS + TOOL_CALLS and re.search(STARTS_TRAINING, c)]
 
 
 def test_readme_opens_with_the_two_commands():
@@ -40,7 +42,7 @@ def test_readme_opens_with_the_two_commands():
 
 def test_every_command_is_checked_by_one_of_these_tests():
     assert len(TRAINING) >= 10 and len(TOOL_CALLS) >= 10
-    assert set(COMMANDS) == {*TRAINING, *TOOL_CALLS, *SET_ASIDE}
+    assert set(COMMANDS) == {*TRAINING, *SIMULATIONS, *TOOL_CALLS, *SET_ASIDE}
 
 
 @pytest.mark.parametrize("command", sorted(set(TRAINING)))
@@ -56,6 +58,12 @@ def test_training_flags_exist(command):
         parse_arguments(words)
     except UserError as error:
         pytest.fail(f"{command}: {error}")
+
+
+@pytest.mark.parametrize("command", sorted(set(SIMULATIONS)))
+def test_simulations_flags_exist(command):
+    words = shlex.split(command.replace("my_idea.py", "train_gpt.py"))[2:]
+    parse_arguments(["--track=fineweb", *simulate.parse(words)[1]])
 
 
 @functools.cache
