@@ -24,6 +24,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -401,6 +402,26 @@ def welch_test_below(a: list[float], b: list[float]) -> float | None:
     return float(stdtr(freedom, (mean(a) - mean(b)) / math.sqrt(va + vb)))
 
 
+def difference(new: dict, old: dict) -> tuple[float, float | None, str]:
+    """(mean of new - mean of old, two-sided p-value or None, how it was tested) of values by seed.
+
+    Paired where both have the same seeds, two or more; else Welch's t-test.
+    """
+    a, b = list(new.values()), list(old.values())
+    apart = mean(a) - mean(b)
+    if len(new) > 1 and new.keys() == old.keys():
+        pairs = [new[seed] - old[seed] for seed in new]
+        how = f"paired by seed, {len(pairs)} pairs"
+        if not deviation(pairs):
+            return apart, None, f"{how} without spread"
+        one_sided = t_test_below(pairs, 0.0)
+    else:
+        one_sided, how = welch_test_below(a, b), "Welch"
+    if one_sided is None:
+        return apart, None, "a test needs 2 runs of each"
+    return apart, min(1.0, 2 * min(one_sided, 1 - one_sided)), how
+
+
 def runs_needed(sd: float, margin: float, p: float, power: float | None = None) -> int:
     """Fewest runs whose t-test gives p or less where mean and deviation come out as told, margin below the target.
 
@@ -606,6 +627,34 @@ def judge(new: Group, old: Group, target: float | None, p: float, systems_only: 
     return rules
 
 
+def by_seed(values: list, runs: list[Run]) -> dict:
+    """values by their runs' seeds; by log, which pairs with nothing, where one tells none or two tell the same."""
+    seeds = [run.hyperparameters.get("seed") for run in runs]
+    told = None not in seeds and len(set(seeds)) == len(seeds)
+    return dict(zip(seeds if told else [(run.path, run.index) for run in runs], values, strict=True))
+
+
+def comparison(new: Group, old: Group) -> list[str]:
+    """Lines that say how the losses of both differ: at the end, and at the last step that all runs validated."""
+    lines = []
+
+    def compare(name, values, others):
+        parts = [f"{mean(v):.4f}" + ("" if (sd := deviation(v)) is None else f" ± {sd:.4f}") + f" (n = {len(v)})"
+                 for v in (values, others)]
+        apart, p, how = difference(by_seed(values, new.runs), by_seed(others, old.runs))
+        verdict = "not tested" if p is None else f"p = {p:.2g}"
+        word = "better" if apart < 0 else "worse" if apart > 0 else "equal"
+        lines.append(f"{name}: candidate {parts[0]}, baseline {parts[1]}: {apart:+.4f}, {word} ({verdict}: {how})")
+
+    compare("final val loss", new.losses, old.losses)
+    curves = [{step: loss for step, loss, _ in run.curve} for run in new.runs + old.runs]
+    common = set.intersection(*map(set, curves)) - {0}
+    if common and not {max(common)} == {run.steps for run in new.runs + old.runs}:
+        losses = [curve[max(common)] for curve in curves]
+        compare(f"val loss at step {max(common)}", losses[:len(new.runs)], losses[len(new.runs):])
+    return lines
+
+
 def verify(args) -> int:
     """Applies the rules; 0 where all hold, else 1."""
     return verdict([args.candidate], [args.baseline], args)
@@ -623,6 +672,8 @@ def verdict(candidate: list[str], baseline: list[str], args) -> int:
     for rule in rules:
         word = {True: "pass", False: "FAIL", None: "unknown"}[rule.passed]
         print(f"{paint(f'{word:8}', {True: 32, False: 31, None: 33}[rule.passed])}{rule.name}: {rule.figures}")
+    if new.runs and old.runs:
+        print(*comparison(new, old), sep="\n")
     failed = [rule.name for rule in rules if rule.passed is False]
     print(f"the claim does not hold: {', '.join(failed)}" if failed else "the claim holds")
     return 1 if failed else 0
@@ -776,17 +827,23 @@ def ab(args) -> int:
     for script in scripts:
         if not script.is_file():
             raise UserError(f"there is no script {script}; expected two train_gpt.py files")
-    name = hashlib.sha256(json.dumps([*(hashlib.sha256(script.read_bytes()).hexdigest() for script in scripts),
-                                      args.args]).encode()).hexdigest()[:12]
+    # A run is kept by its side, script, flags and seed: where B was mended, A's are still those of A.
+    sides = {which: hashlib.sha256(script.read_bytes()).hexdigest()[:12]
+             for which, script in zip("AB", scripts, strict=True)}
+    name = hashlib.sha256(json.dumps(args.args).encode()).hexdigest()[:12]
     state_path = ROOT / "records" / "scratch" / f"ab-{name}" / "state.json"
     state_path.parent.mkdir(parents=True, exist_ok=True)
     done = json.loads(state_path.read_text()) if state_path.exists() else {}
-    before = dict(done)
-    for seed, (which, script) in itertools.product(range(args.runs), zip("AB", scripts, strict=True)):
-        key = f"{which}{seed}"
-        if os.path.exists(done.get(key, "")) and any(run.complete for run in read_log(done[key])):
-            continue
-        print(f"--- {which}, seed {seed}: {script} {' '.join(args.args)}", flush=True)
+    before, took = dict(done), []
+    keys = {(which, seed): f"{which}-{sides[which]}-{seed}" for seed in range(args.runs) for which in "AB"}
+    missing = [where for where, key in keys.items()
+               if not (os.path.exists(done.get(key, "")) and any(run.complete for run in read_log(done[key])))]
+    for number, (which, seed) in enumerate(missing, len(keys) - len(missing) + 1):
+        script, key = scripts["AB".index(which)], keys[which, seed]
+        left = f", about {mean(took) * (len(keys) - number + 1) / 60:.0f} minutes left" if took else ""
+        print(f"--- run {number} of {len(keys)}{left}: {which}, seed {seed}: {script} {' '.join(args.args)}",
+              flush=True)
+        begun = time.monotonic()
         command = [sys.executable, str(script), *args.args, f"--seed={seed}"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         log = None
@@ -797,10 +854,11 @@ def ab(args) -> int:
         if process.wait() or not log:
             raise UserError(f"{script} ended with exit code {process.returncode}"
                             + ("" if log else " and named no log") + "; mend it and run the command again: it goes on")
+        took.append(time.monotonic() - begun)
         done[key] = log
         state_path.with_suffix(".tmp").write_text(json.dumps(done, indent=1))
         os.replace(state_path.with_suffix(".tmp"), state_path)
-    logs = {which: [done[f"{which}{seed}"] for seed in range(args.runs)] for which in "AB"}
+    logs = {which: [done[keys[which, seed]] for seed in range(args.runs)] for which in "AB"}
     if done == before:
         print(f"--- all runs were there already; delete {state_path} to run them anew")
     print("--- logs of A, the baseline, and B, the candidate:", *logs["A"], *logs["B"], sep="\n")

@@ -334,6 +334,41 @@ def test_verify_systems_only(tmp_path, change, code):
     assert run("verify", new, "--baseline", old).returncode == 1
 
 
+def with_seeds(folder, finals, seeds, steps=16):
+    """A folder of logs that tell their seeds."""
+    folder.mkdir()
+    for seed, final in zip(seeds, finals, strict=True):
+        facts = json.dumps({"hyperparameters": {"seed": seed, "num_steps": steps}}, indent=1)
+        text = log(middle=f"Running Python 3.11\nRunning PyTorch 2.13 on a CPU with world_size 1\n{facts}\n",
+                   body=metrics(final))
+        (folder / f"{seed}.txt").write_text(text)
+    return str(folder)
+
+
+def test_the_losses_of_both_sides_are_compared(tmp_path):
+    """Against scipy.stats: paired where the seeds are the same, Welch's where they are not; two-sided."""
+    from scipy import stats
+    a, b = [3.279, 3.271, 3.275, 3.268], [3.282, 3.276, 3.2755, 3.275]
+    old = with_seeds(tmp_path / "old", b, range(4))
+    for name, seeds, p in (("same", range(4), stats.ttest_rel(a, b).pvalue),
+                           ("other", range(1, 5), stats.ttest_ind(a, b, equal_var=False).pvalue)):
+        lines = run("verify", with_seeds(tmp_path / name, a, seeds), "--baseline", old).stdout.splitlines()
+        told = next(line for line in lines if line.startswith("final val loss:"))
+        assert "candidate 3.2732 ± 0.0048 (n = 4), baseline 3.2771 ± 0.0033 (n = 4): -0.0039, better" in told
+        assert f"p = {p:.2g}: {'paired by seed, 4 pairs' if name == 'same' else 'Welch'}" in told
+    one = run("verify", with_seeds(tmp_path / "one", [3.29], [0]), "--baseline", old).stdout
+    assert "+0.0129, worse (not tested: a test needs 2 runs of each)" in one
+
+
+def test_losses_are_compared_at_equal_steps_too(tmp_path):
+    runs = {name: compare.Run(name, steps=steps, curve=curve) for name, steps, curve in (
+        ("new", 10, [(0, 10.0, 0), (5, 4.0, 1), (10, 3.0, 2)]), ("old", 20, [(0, 10.0, 0), (5, 5.0, 1), (20, 3.1, 2)]))}
+    groups = [compare.Group([runs[name]], [], []) for name in ("new", "old")]
+    final, equal = compare.comparison(*groups)
+    assert "-0.1000, better" in final and equal.startswith("val loss at step 5: ") and "-1.0000, better" in equal
+    assert len(compare.comparison(groups[0], groups[0])) == 1  # of equal length: the end says it
+
+
 def test_diff(tmp_path):
     a = sample(tmp_path / "a", [3.28, 3.27, 3.275], [100, 300, 200], code="import torch\nx = 1\n\ny  =  2\n")
     b = sample(tmp_path / "b", [3.26], [150], code="import torch\nx = 3\ny = 2\n", middle=smi(8))
@@ -418,8 +453,10 @@ def test_ab_goes_on_where_it_was_interrupted(sandbox):
     flags = [*TINY, "--val_every=0", "--log_every=0"]
     done = start(flags)
     assert done.returncode == 1 and "FAIL" in done.stdout, done.stderr  # an untrained model meets no target
-    order = re.findall(r"^--- ([AB]), seed (\d)", done.stdout, re.M)
-    assert order == [("A", "0"), ("B", "0"), ("A", "1"), ("B", "1")]
+    order = re.findall(r"^--- run (\d) of 4.*: ([AB]), seed (\d):", done.stdout, re.M)
+    assert order == [("1", "A", "0"), ("2", "B", "0"), ("3", "A", "1"), ("4", "B", "1")]
+    assert re.search(r"run 4 of 4, about \d+ minutes left", done.stdout)
+    assert re.search(r"final val loss: .*n = 2.*: \+0\.0000, equal \(not tested: paired by seed, 2 pairs", done.stdout)
     logs = sorted((root / "records/scratch").glob("*.txt"))
     assert len(logs) == 4
     for path in logs:  # a script that sets itself another target
@@ -433,10 +470,12 @@ def test_ab_goes_on_where_it_was_interrupted(sandbox):
     assert "all runs were there already" in again.stdout and "seed 0:" not in again.stdout
     next(p for p in logs if p.read_text().endswith("\n") and '"seed": 1' in p.read_text()).write_text("cut")
     again = start(flags)
-    assert len(re.findall(r"^--- [AB], seed 1", again.stdout, re.M)) == 1 and "seed 0" not in again.stdout
+    assert len(re.findall(r"^--- .*: [AB], seed 1:", again.stdout, re.M)) == 1 and "seed 0:" not in again.stdout
     assert len(re.findall("^pass +complete runs", again.stdout, re.M)) == 2  # what was cut is not counted
     next(p for p in logs if p.exists() and '"seed": 0' in p.read_text()).unlink()
-    assert len(re.findall(r"^--- [AB], seed 0", start(flags).stdout, re.M)) == 1
+    assert len(re.findall(r"^--- .*: [AB], seed 0:", start(flags).stdout, re.M)) == 1
+    (root / "b.py").write_text((root / "b.py").read_text() + "# mended\n")
+    assert re.findall(r"^--- run (\d) of 4.*: ([AB]), seed", start(flags).stdout, re.M) == [("3", "B"), ("4", "B")]
 
 
 def test_what_changes_no_number_splits_no_group():

@@ -14,7 +14,8 @@ from conftest import REPOSITORY
 from tests.simulate import __main__ as simulate
 from train_gpt import UserError, parse_arguments
 
-PAGES = [REPOSITORY / "README.md", *(REPOSITORY / folder / "README.md" for folder in ("tests", "tests/simulate", "data")),
+FOLDERS = ("tests", "tests/simulate", "data")
+PAGES = [REPOSITORY / "README.md", *(REPOSITORY / folder / "README.md" for folder in FOLDERS),
          *sorted((REPOSITORY / "docs").glob("*.md")), *sorted((REPOSITORY / "records/studies").glob("*/README.md"))]
 README = PAGES[0].read_text()
 STARTS_TRAINING = r"(?:train_gpt\.py|\./run\.sh|my_idea\.py)(?: |$)"
