@@ -1220,7 +1220,8 @@ def start_run(hp: Hyperparameters, runtime: Runtime) -> tuple[TokenStream, Token
             (track.val_files, track.val_tokens)))
     dtype = str(fast_dtype(device)).removeprefix("torch.") if hp.dtype == "auto" else hp.dtype
     record = runtime.agree({
-        "command": sys.argv, "hyperparameters": dataclasses.asdict(hp), "target": track.target,
+        "command": sys.argv, "script": os.path.relpath(__file__, ROOT),
+        "hyperparameters": dataclasses.asdict(hp), "target": track.target,
         "run_id": f"{hp.track}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}",
         "activations": dtype, "git_commit": _output_of("git", "rev-parse", "HEAD") or None,
         "git_dirty": bool(_output_of("git", "status", "--porcelain")),

@@ -93,9 +93,9 @@ class Run:
 
     @property
     def entry(self) -> str:
-        """The folder of the script, where the log tells, else the log's."""
-        script, folder = self.facts.get("script", ""), Path(self.path).resolve().parent.name
-        return Path(script).parent.name if "/" in script else folder
+        """The script's folder, or its name where it has none; where the log does not tell, the log's folder."""
+        script, folder = Path(self.facts.get("script", "")), Path(self.path).resolve().parent.name
+        return script.parent.name.strip(".") or (script.stem if folder == "scratch" else "") or folder
 
     @property
     def target(self) -> float:
@@ -227,6 +227,7 @@ def read_log(path: str) -> list[Run]:
 
     def finish():
         for run in metrics.runs:
+            run.steps = run.steps or steps_shown(run)
             (described if described.found else environment).describe(run)
             run.path, run.code_span = path, code_span
             runs.append(run)
@@ -268,6 +269,14 @@ def read_log(path: str) -> list[Run]:
     return runs
 
 
+def steps_shown(run: Run) -> int | None:
+    """The steps of a run whose log names no number (llm.c): where it ends with a validation out of turn."""
+    steps = [step for step, *_ in run.curve]
+    if len(steps) < 3 or steps[-1] != run.last_step:
+        return None
+    return run.last_step if run.last_step % (steps[1] - steps[0]) else None
+
+
 def code_hash(file, span: tuple[int, int] | None) -> str | None:
     """12 hexadecimal digits that stand for the bytes of a span of an open file."""
     if not span or span[0] == span[1]:
@@ -292,10 +301,11 @@ def code_of(run: Run) -> bytes:
     return code[:-1] if told and hashlib.sha256(code[:-1]).hexdigest()[:12] == told else code
 
 
-def find_runs(paths: list[str]) -> tuple[list[Run], list[str]]:
+def find_runs(paths: list[str], direct: bool = False) -> tuple[list[Run], list[str]]:
     """All runs below paths, and what is to be said of the rest: files that are no logs or can't be read.
 
-    Raises UserError where a path leads nowhere, or nothing holds a run.
+    direct: of a folder only the logs directly in it, if there are any. Raises UserError where a path leads nowhere, or
+    nothing holds a run.
     """
     files, remarks, runs = [], [], []
     for path in paths:
@@ -304,8 +314,9 @@ def find_runs(paths: list[str]) -> tuple[list[Run], list[str]]:
             raise UserError(f"there is no {path}; expected a log, a folder or a glob")
         for item in found:
             if os.path.isdir(item):
-                below = Path(item).rglob("*")
-                files += sorted(str(p) for p in below if p.suffix in (".txt", ".log") and not p.is_dir())
+                here, below = ([str(p) for p in found if p.suffix in (".txt", ".log") and not p.is_dir()]
+                               for found in (Path(item).glob("*"), Path(item).rglob("*")))
+                files += sorted(here if direct and here else below)
             else:
                 files.append(item)
     for path in dict.fromkeys(os.path.normpath(f) for f in files):
@@ -569,12 +580,17 @@ class Rule:
 
 def the_group(paths: list[str], who: str) -> tuple[Group, Rule]:
     """The one group below paths, and the rule that all its runs are whole. Raises UserError where there are several."""
-    groups = group_runs(find_runs(paths)[0])
+    groups = group_runs(find_runs(paths, direct=True)[0])
     if len(groups) > 1:
-        listed = "; ".join(f"{g.any.code_hash} on {g.any.world_size} x {g.any.gpu}, {g.any.steps} steps: "
-                           f"{common_path(g.runs or g.incomplete)}" for g in groups)
-        raise UserError(f"the {who} {' '.join(paths)} holds {len(groups)} sorts of runs, expected one script on one "
-                        f"hardware with one setting; name the logs of one: {listed}")
+        sorts = []
+        for group in groups[:8]:
+            logs = [os.path.relpath(run.path) for run in group.runs or group.incomplete]
+            more = f" and {len(logs) - 2} more" if len(logs) > 2 else ""
+            sorts.append(f"  code {group.any.code_hash} on {group.any.world_size} x {group.any.gpu}, {group.any.steps} "
+                         f"steps: {' '.join(logs[:2])}{more}")
+        raise UserError("\n".join([
+            f"the {who} holds {len(groups)} sorts of runs, expected one script on one hardware with one setting; "
+            "name the logs of one:", *sorts, *(["  ..."] if len(groups) > 8 else [])]))
     broken = ", ".join(f"{run.path} ({why_incomplete(run)})" for run in groups[0].incomplete)
     figures = f"{len(groups[0].runs)} complete" + (f"; incomplete: {broken}" if broken else "")
     return groups[0], Rule(f"complete runs: {who}", bool(groups[0].runs) and not broken, figures)
@@ -634,7 +650,7 @@ def by_seed(values: list, runs: list[Run]) -> dict:
     return dict(zip(seeds if told else [(run.path, run.index) for run in runs], values, strict=True))
 
 
-def comparison(new: Group, old: Group) -> list[str]:
+def comparison(new: Group, old: Group, names: tuple[str, str] = ("candidate", "baseline")) -> list[str]:
     """Lines that say how the losses of both differ: at the end, and at the last step that all runs validated."""
     lines = []
 
@@ -644,7 +660,7 @@ def comparison(new: Group, old: Group) -> list[str]:
         apart, p, how = difference(by_seed(values, new.runs), by_seed(others, old.runs))
         verdict = "not tested" if p is None else f"p = {p:.2g}"
         word = "better" if apart < 0 else "worse" if apart > 0 else "equal"
-        lines.append(f"{name}: candidate {parts[0]}, baseline {parts[1]}: {apart:+.4f}, {word} ({verdict}: {how})")
+        lines.append(f"{name}: {names[0]} {parts[0]}, {names[1]} {parts[1]}: {apart:+.4f}, {word} ({verdict}: {how})")
 
     compare("final val loss", new.losses, old.losses)
     curves = [{step: loss for step, loss, _ in run.curve} for run in new.runs + old.runs]
@@ -657,7 +673,10 @@ def comparison(new: Group, old: Group) -> list[str]:
 
 def verify(args) -> int:
     """Applies the rules; 0 where all hold, else 1."""
-    return verdict([args.candidate], [args.baseline], args)
+    inside = [folder for path in args.candidate if os.path.isdir(folder := os.path.join(path, "baseline"))]
+    if not (args.baseline or inside):
+        raise UserError("--baseline is missing, expected the other side's logs; an entry's stand in its baseline/")
+    return verdict(args.candidate, args.baseline or inside, args)
 
 
 def verdict(candidate: list[str], baseline: list[str], args) -> int:
@@ -704,8 +723,18 @@ def code_diff(a: list[str], b: list[str], context: int = 3) -> list[str]:
 
 
 def diff(args) -> int:
-    """The code, then what else differs, of two logs; of two folders the typical run of each."""
-    a, b = (group_runs(find_runs([path])[0])[0].typical for path in (args.a, args.b))
+    """The code, then what else differs, of two logs; of folders a run of each, with the same seed if there is
+    one, and the results of all."""
+    sides = []
+    for path in (args.a, args.b):
+        groups = group_runs(find_runs([path], direct=True)[0])
+        sides.append(groups[0])
+        if len(groups) > 1:
+            print(f"note: {path} holds {len(groups)} sorts of runs; shown is the fastest, {len(groups[0].runs)} runs "
+                  f"of code {groups[0].any.code_hash}, {groups[0].any.steps} steps")
+    a, seed = sides[0].typical, sides[0].typical.hyperparameters.get("seed")
+    b = next((run for run in sides[1].runs if seed is not None and run.hyperparameters.get("seed") == seed),
+             sides[1].typical)
     print(f"--- {a.path}", f"+++ {b.path}", sep="\n")
     codes = [code_of(run).decode("utf-8", errors="replace").splitlines() if run.code_span else None for run in (a, b)]
     if None in codes:
@@ -714,14 +743,21 @@ def diff(args) -> int:
         print(*(code_diff(*codes) or ["(the code is the same)"]), sep="\n")
     facts = [{**{f"--{name}": value for name, value in run.hyperparameters.items()},
               **{name: run.facts[name] for name in run.facts.keys() - {"hyperparameters", "command", "run_id"}},
-              "gpu": run.gpu, "world_size": run.world_size, "torch": run.torch, "steps": run.steps,
-              "val_loss": run.val_loss, "train_time_ms": run.train_time_ms, "step_avg_ms": run.step_avg_ms}
+              "gpu": run.gpu, "world_size": run.world_size, "torch": run.torch, "steps": run.steps}
              for run in (a, b)]
+    for fact, group in zip(facts, sides, strict=True):
+        averages = [run.step_avg_ms for run in group.runs if run.step_avg_ms is not None]
+        for name, values, form in (("val_loss", group.losses, ".4f"), ("train_time_ms", group.times, ".0f"),
+                                   ("step_avg_ms", averages, ".2f")):
+            spread = "" if (sd := deviation(values)) is None else f" ± {sd:{form}} (n = {len(values)})"
+            fact[name] = f"{mean(values):{form}}{spread}" if values else None
     print()
     for name in sorted({**facts[0], **facts[1]}):
         old, new = facts[0].get(name), facts[1].get(name)
         if old != new:
             print(f"{name}: {paint(str(old), 31)} -> {paint(str(new), 32)}")
+    if sides[0].runs and sides[1].runs:
+        print(*comparison(sides[1], sides[0], ("B", "A")), sep="\n")
     return 0
 
 
@@ -753,6 +789,18 @@ def curves_of(group: Group) -> list[tuple[int, float, float, float, float | None
     return points
 
 
+def labels_of(groups: list[Group]) -> list[str]:
+    """The entries' names, and what tells those of one name apart."""
+    labels, configs = [group.entry for group in groups], [group.any.config for group in groups]
+    differing = [name for name in {**configs[0]} if any(c.get(name) != configs[0].get(name) for c in configs)]
+    for tell in (lambda run: run.code_hash, lambda run: f"{run.world_size or '?'} x {run.gpu or '?'}",
+                 lambda run: f"{run.steps} steps",
+                 lambda run: ", ".join(f"{name} {run.config.get(name)}" for name in differing)):
+        labels = [f"{label}, {tell(group.any)}" if labels.count(label) > 1 else label
+                  for group, label in zip(groups, labels, strict=True)]
+    return labels
+
+
 def plot(args) -> int:
     """Validation loss against steps, tokens where known, and training time."""
     if Path(args.out).suffix not in (".svg", ".png", ".pdf"):
@@ -766,12 +814,9 @@ def plot(args) -> int:
     axes_names = ["step", *(["tokens (millions)"] if tokens_known else []), "training time (seconds)"]
     figure, axes = plt.subplots(1, len(axes_names), figsize=(1 + 4.6 * len(axes_names), 4.6), layout="constrained",
                                 sharey=True, squeeze=False)
-    several = len({group.entry for group in groups}) < len(groups)
     finals = []
-    for number, group in enumerate(groups):
+    for number, (group, label) in enumerate(zip(groups, labels_of(groups), strict=True)):
         points = curves_of(group)
-        label = group.entry + (f", {group.any.code_hash}, {group.any.world_size or '?'} x {group.any.gpu or '?'}"
-                               if several else "")
         label += f" ({len(group.runs)} run{'s' * (len(group.runs) != 1)})"
         look = dict(color=PALETTE[number % len(PALETTE)], marker=MARKERS[number % len(MARKERS)], markersize=4)
         for axis, name in zip(axes[0], axes_names, strict=True):
@@ -793,10 +838,14 @@ def plot(args) -> int:
                          label=f"target {target:g}" if name == "step" else None)
         axis.set(xlabel=name)
         axis.grid(alpha=0.3)
-        axis.set_xlim(left=0)
+        axis.set_xlim(left=-0.02 * axis.get_xlim()[1])  # a point at zero is seen whole
     floor = min([*finals, *targets])
     top = max(point[1] for group in groups for point in curves_of(group)[1:] or curves_of(group))
-    axes[0][0].set(ylabel="validation loss (nats a token)", ylim=(floor - 0.04 * (top - floor), top))
+    units = {"laptop": "byte", "fineweb": "token", None: "token"}  # public logs name no track
+    unit = {units.get(group.any.hyperparameters.get("track")) for group in groups}
+    told = f" a {unit.pop()}" if len(unit) == 1 and None not in unit else ""
+    margin = 0.04 * (top - floor) or 0.01
+    axes[0][0].set(ylabel=f"validation loss (nats{told})", ylim=(floor - margin, top + margin))
     figure.legend(loc="outside lower center", ncols=min(3, len(groups) + len(targets)), frameon=False)
     figure.suptitle("Validation loss: mean over runs; the band reaches from the lowest to the highest")
     figure.savefig(args.out, dpi=130)
@@ -898,8 +947,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     form.add_argument("--markdown", action="store_true", help="as a pull request wants it")
     form.add_argument("--json", action="store_true", help="a list of objects")
     added = command("verify", verify, "apply the rules to a claim; exit code 0 or 1")
-    added.add_argument("candidate", metavar="CANDIDATE")
-    added.add_argument("--baseline", required=True, metavar="OLD")
+    added.add_argument("candidate", nargs="+", metavar="CANDIDATE", help="logs, or folders: the logs directly in them")
+    added.add_argument("--baseline", nargs="+", metavar="OLD", help="likewise (CANDIDATE's folder baseline/)")
     judging(added)
     added = command("diff", diff, "what differs: code, hyperparameters, environment, results")
     added.add_argument("a", metavar="A")

@@ -323,6 +323,55 @@ def test_verify_wants_whole_runs_of_one_script(tmp_path):
     Path(new, "cut.txt").write_text(log(code="import y\n"))
     done = run("verify", new, "--baseline", old)
     assert done.returncode == 2 and "2 sorts of runs" in done.stderr
+    for number in range(30):
+        Path(new, f"sort{number}.txt").write_text(log(code=f"import y{number}\n"))
+    told = run("verify", new, "--baseline", old).stderr.splitlines()
+    assert len(told) == 10 and not any(line.endswith((new, f"{new}/")) for line in told)  # no more of what was refused
+
+
+def test_verify_of_an_entry_takes_the_logs_in_it_against_those_in_baseline(tmp_path):
+    entry = tmp_path / "2030-01-01_New"
+    sample(entry, GOOD, NEW_TIMES)
+    sample(entry / "baseline", [f + 0.0001 for f in GOOD], OLD_TIMES, code="import old\n")
+    sample(entry / "ablation", [3.4], [900], code="import ablation\n")
+    done = run("verify", entry)
+    assert done.returncode == 0 and "the claim holds" in done.stdout, done.stdout + done.stderr
+    assert run("verify", *sorted(entry.glob("*.txt")), "--baseline", entry / "baseline").returncode == 0
+    lonely = run("verify", entry / "ablation")
+    assert lonely.returncode == 2 and "--baseline is missing" in lonely.stderr
+
+
+def test_a_log_that_names_no_steps_is_complete_where_it_ends_out_of_turn(tmp_path):
+    """As llm.c's do: validations every 250 steps and after the last one."""
+    def llm_c(steps, last):
+        lines = [f"s:{s} {'trl' if s % 250 else 'tel'}:{4 - s / 5000:.4f}" for s in range(steps)]
+        return "\n".join([*lines, *last, ""])
+    for name, text, complete in (("whole", llm_c(990, ["s:990 tel:3.3000"]), True), ("cut", llm_c(990, []), False),
+                                 ("perhaps", llm_c(1000, ["s:1000 tel:3.3000"]), False)):
+        (tmp_path / f"{name}.log").write_text(text)
+        (found,) = compare.read_log(str(tmp_path / f"{name}.log"))
+        assert found.complete is complete and found.steps == (990 if complete else None)
+
+
+@pytest.mark.parametrize("script, folder, name", [
+    ("records/2030-01-01_New/train_gpt.py", "baseline", "2030-01-01_New"), ("my_idea.py", "scratch", "my_idea"),
+    ("train_gpt.py", "2030-01-01_New", "2030-01-01_New"), (None, "scratch", "scratch"),
+    ("../idea.py", "scratch", "idea")])
+def test_a_run_is_named_by_its_script(tmp_path, script, folder, name):
+    facts = {} if script is None else {"script": script}
+    assert compare.Run(str(tmp_path / folder / "log.txt"), facts=facts).entry == name
+
+
+def test_no_two_legends_are_alike():
+    def group(code="a", gpu="H100", steps=10, **settings):
+        facts = {"hyperparameters": settings, "script": "records/2030-01-01_New/train_gpt.py"}
+        run = compare.Run("x", code_hash=code, gpu=gpu, world_size=8, steps=steps, facts=facts)
+        return compare.Group([run], [], [])
+    for others in ([group("b")], [group(gpu="A100")], [group(steps=20)], [group(lr=1.0), group(lr=2.0)],
+                   [group("b"), group("b", gpu="A100"), group(lr=1.0)]):
+        labels = compare.labels_of([group(lr=0.5), *others])
+        assert len(set(labels)) == len(labels) and all(label.startswith("2030-01-01_New") for label in labels), labels
+    assert compare.labels_of([group()]) == ["2030-01-01_New"]
 
 
 @pytest.mark.parametrize("change, code", [(0.0, 0), (0.01, 1), (-0.01, 0)])
@@ -375,8 +424,19 @@ def test_diff(tmp_path):
     done = run("diff", a, b)
     assert done.returncode == 0 and "-x = 1\n+x = 3\n" in done.stdout and "\n y = 2\n" in done.stdout  # white space
     assert "a/2.txt" in done.stdout  # the typical run: of the median time
-    assert "val_loss: 3.275 -> 3.26" in done.stdout and "world_size: 1 -> 8" in done.stdout
+    assert "val_loss: 3.2750 ± 0.0050 (n = 3) -> 3.2600\n" in done.stdout and "world_size: 1 -> 8" in done.stdout
+    assert "final val loss: B 3.2600 (n = 1), A 3.2750 ± 0.0050 (n = 3): -0.0150, better (not tested" in done.stdout
     assert "the code is the same" in run("diff", a, a).stdout
+
+
+def test_diff_shows_one_seed_on_both_sides_and_says_what_it_leaves_out(tmp_path):
+    a, b = (with_seeds(tmp_path / name, finals, seeds) for name, finals, seeds in (
+        ("a", [3.28, 3.27, 3.29], (0, 1, 2)), ("b", [3.26, 3.25, 3.27], (2, 1, 5))))
+    done = run("diff", a, b)
+    shown = re.findall(r"^(?:---|\+\+\+) .*/(\d)\.txt", done.stdout, re.M)
+    assert shown[0] == shown[1] and "note:" not in done.stdout
+    Path(b, "other.txt").write_text(log(code="import y\n"))
+    assert re.search(r"^note: .*/b holds 2 sorts of runs; shown is the fastest", run("diff", a, b).stdout, re.M)
 
 
 @pytest.mark.parametrize("code", [CODE, "import x", "import x\n", "# é\r\nimport y\n\n"])
