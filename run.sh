@@ -51,6 +51,7 @@ if [[ "${1:-}" == test ]]; then
 fi
 if [[ "${1:-}" == simulate ]]; then
     shift
+    [[ "$PYTHON" == .venv/bin/python ]] || export SIMULATE_INSTALLS=no
     exec "$PYTHON" -m tests.simulate "$@"
 fi
 exec "$PYTHON" launch.py "$@"  # says the track, checks the flags, fetches the data, trains

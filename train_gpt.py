@@ -391,8 +391,8 @@ def build_model(hp: Hyperparameters, device: torch.device, dtype: torch.dtype, f
 # --- Loss -----------------------------------------------------------------------------------------
 
 def softcap(logits: Tensor, cap: float) -> Tensor:
-    """cap * tanh(logits / cap) in float32 (arXiv 2408.00118), as a sigmoid: before a softmax over
-    a tanh, inductor reads the logits three times."""
+    """cap * tanh(logits / cap) in float32 (arXiv 2408.00118). Written as a sigmoid, for inductor
+    reads the logits three times where a softmax follows a tanh."""
     return 2 * cap * torch.sigmoid(2 / cap * logits.float()) - cap
 
 class CappedCrossEntropy(torch.autograd.Function):
@@ -789,7 +789,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 class Bucket:
     """Parameters of a group as one tensor `values`, of which each rank has my_rows: a table,
     stacked matrices of one shape (a row is a matrix), or scalars. Parameters are views of it, and
-    `grads` is what travels. sparse: the gradients are (CPU, one rank); then no `grads`."""
+    `grads` is what travels. sparse: gradients are sparse (CPU, one rank), and `grads` is None."""
     def __init__(self, group: Group, params: list[nn.Parameter], sparse: bool, rank: int = 0,
                  world_size: int = 1):
         self.group, self.params, self.world_size = group, params, world_size
@@ -913,7 +913,7 @@ def start_runtime(hp: Hyperparameters) -> Runtime:
     if on_gpu:
         torch.cuda.set_device(device)
     if world_size > 1:
-        # torchrun ends this node when a rank fails; for other nodes, longer than a save may take.
+        # torchrun ends its node when a rank fails, this ends others. Saves must be shorter.
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=5),
                                 device_id=device if on_gpu else None)
     return Runtime(rank, world_size, device)
@@ -1319,16 +1319,17 @@ def run(argv: list[str] | None = None) -> int:
     except (RuntimeError, MemoryError) as error:
         lost = "Connection" in str(error) or isinstance(error, dist.DistBackendError)
         if runtime.world_size > 1 and lost:
+            time.sleep(5)  # the one that ended first speaks, and torchrun ends this one
             raise UserError(f"rank {runtime.rank} has lost another rank, which ended first; go on "
                             f"with --resume latest ({one_line(error)[-120:]})") from None
         out_of_memory = (torch.OutOfMemoryError, MemoryError)
         if not isinstance(error, out_of_memory) and "can't allocate memory" not in str(error):
             raise
         length = hp.sequence_length // 2
-        if runtime.cuda:  # bytes a token, as simulated for the model of fineweb (./run.sh simulate)
+        if runtime.cuda:  # bytes, as simulated for the model of fineweb (./run.sh simulate)
             token = 0.5e6 if compile_pays(hp, runtime.device) and hp.compile != "off" else 2.5e6
             memory = torch.cuda.get_device_properties(runtime.device).total_memory
-            while length > 1024 and length * token > 0.8 * memory:
+            while length > 1024 and 4e9 + length * token > 0.8 * memory:
                 length //= 2
         batch_size = hp.batch_size * hp.sequence_length // length
         less = f"--sequence_length {length} --batch_size {batch_size}"

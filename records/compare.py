@@ -427,9 +427,10 @@ def difference(new: dict, old: dict) -> tuple[float, float | None, str]:
             return apart, None, f"{how} without spread"
         one_sided = t_test_below(pairs, 0.0)
     else:
-        one_sided, how = welch_test_below(a, b), "Welch"
+        spread = deviation(a) or deviation(b)
+        one_sided, how = welch_test_below(a, b) if spread else None, "Welch"
     if one_sided is None:
-        return apart, None, "a test needs 2 runs of each"
+        return apart, None, "a test needs 2 runs of each, and a spread"
     return apart, min(1.0, 2 * min(one_sided, 1 - one_sided)), how
 
 
@@ -659,7 +660,7 @@ def comparison(new: Group, old: Group, names: tuple[str, str] = ("candidate", "b
                  for v in (values, others)]
         apart, p, how = difference(by_seed(values, new.runs), by_seed(others, old.runs))
         verdict = "not tested" if p is None else f"p = {p:.2g}"
-        word = "better" if apart < 0 else "worse" if apart > 0 else "equal"
+        word = "better" if apart < 0 else "worse" if apart > 0 else "equal" if apart == 0 else "not finite"
         lines.append(f"{name}: {names[0]} {parts[0]}, {names[1]} {parts[1]}: {apart:+.4f}, {word} ({verdict}: {how})")
 
     compare("final val loss", new.losses, old.losses)
@@ -792,7 +793,8 @@ def curves_of(group: Group) -> list[tuple[int, float, float, float, float | None
 def labels_of(groups: list[Group]) -> list[str]:
     """The entries' names, and what tells those of one name apart."""
     labels, configs = [group.entry for group in groups], [group.any.config for group in groups]
-    differing = [name for name in {**configs[0]} if any(c.get(name) != configs[0].get(name) for c in configs)]
+    names = dict.fromkeys(name for config in configs for name in config)
+    differing = [name for name in names if any(config.get(name) != configs[0].get(name) for config in configs)]
     for tell in (lambda run: run.code_hash, lambda run: f"{run.world_size or '?'} x {run.gpu or '?'}",
                  lambda run: f"{run.steps} steps",
                  lambda run: ", ".join(f"{name} {run.config.get(name)}" for name in differing)):
@@ -830,7 +832,7 @@ def plot(args) -> int:
                 x, middle, low, high = zip(*shown, strict=True)
                 axis.plot(x, middle, label=label if name == "step" else None, linewidth=1.6, **look)
                 axis.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0)
-        finals += [point[1] for point in points[-1:]]
+        finals += [point[2] for point in points[-1:]]
     targets = {group.any.target if args.target is None else args.target for group in groups}
     for axis, name in zip(axes[0], axes_names, strict=True):
         for target in targets:

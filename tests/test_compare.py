@@ -406,7 +406,7 @@ def test_the_losses_of_both_sides_are_compared(tmp_path):
         assert "candidate 3.2732 ± 0.0048 (n = 4), baseline 3.2771 ± 0.0033 (n = 4): -0.0039, better" in told
         assert f"p = {p:.2g}: {'paired by seed, 4 pairs' if name == 'same' else 'Welch'}" in told
     one = run("verify", with_seeds(tmp_path / "one", [3.29], [0]), "--baseline", old).stdout
-    assert "+0.0129, worse (not tested: a test needs 2 runs of each)" in one
+    assert "+0.0129, worse (not tested: a test needs 2 runs of each, and a spread)" in one
 
 
 def test_losses_are_compared_at_equal_steps_too(tmp_path):

@@ -254,7 +254,7 @@ def test_out_of_memory_names_the_flags_to_lower(monkeypatch, capsys, error):
 
 @pytest.mark.parametrize("memory, flags, advice", [
     (80e9, "off", "--sequence_length 16384 --batch_size 32"), (40e9, "off", "--sequence_length 8192 --batch_size 64"),
-    (40e9, "on", "--sequence_length 32768 --batch_size 16"), (12e9, "on", "--sequence_length 16384 --batch_size 32")])
+    (40e9, "on", "--sequence_length 32768 --batch_size 16"), (12e9, "on", "--sequence_length 8192 --batch_size 64")])
 def test_out_of_memory_on_a_gpu_names_a_length_that_fits(monkeypatch, capsys, memory, flags, advice):
     """Uncompiled, full size takes 154 GiB, compiled 31 GiB (./run.sh simulate): half the sequence may not be enough."""
     def fail(hp, runtime):

@@ -9,7 +9,7 @@ END = next(i for i, line in enumerate(LINES, 1) if "The reader may stop here" in
 
 
 def test_lengths():
-    assert len(LINES) <= 1360 and END <= 900 and max(map(len, LINES)) <= 100
+    assert len(LINES) <= 1370 and END <= 900 and max(map(len, LINES)) <= 100
     for node in ast.walk(ast.parse(SOURCE)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, node.name

@@ -128,7 +128,7 @@ class Hyperparameters:
 PRESETS = {
     "fineweb": {},
     "laptop": dict(batch_size=8, sequence_length=256, micro_batch=8, num_layers=4, model_dim=128, log_every=50,
-                   val_every=114, num_steps=2280, warmup_steps=61, cooldown_steps=490, num_heads=4),
+                   val_every=228, num_steps=2280, warmup_steps=61, cooldown_steps=490, num_heads=4, lr=0.00255),
 }
 
 

@@ -129,7 +129,7 @@ class Hyperparameters:
 PRESETS = {
     "fineweb": {},
     "laptop": dict(batch_size=8, sequence_length=256, micro_batch=8, num_layers=4, model_dim=128, log_every=50,
-                   val_every=72, num_steps=1440, cooldown_steps=409, num_heads=2, adam_lr=0.0072, muon_lr=0.00072),
+                   val_every=140, num_steps=1400, cooldown_steps=398, num_heads=2, adam_lr=0.0102, muon_lr=0.00072),
 }
 
 

@@ -130,7 +130,8 @@ class Hyperparameters:
 PRESETS = {
     "fineweb": {},
     "laptop": dict(batch_size=8, sequence_length=256, micro_batch=8, num_layers=4, model_dim=128, log_every=50,
-                   val_every=77, num_steps=1540, cooldown_steps=440, num_heads=2),
+                   val_every=138, num_steps=1380, cooldown_steps=394, num_heads=2, embed_lr=1.2, head_lr=0.008,
+                   muon_lr=0.01),
 }
 
 

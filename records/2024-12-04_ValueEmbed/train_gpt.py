@@ -137,8 +137,8 @@ class Hyperparameters:
 PRESETS = {
     "fineweb": {},
     "laptop": dict(batch_size=8, sequence_length=256, micro_batch=8, num_layers=4, model_dim=128, log_every=50,
-                   val_every=38, num_steps=760, cooldown_steps=298, num_heads=2, momentum_warmup_steps=149,
-                   window_end=191, embed_lr=2.4, head_lr=0.032, scalar_lr=0.16, muon_lr=0.2),
+                   val_every=85, num_steps=850, cooldown_steps=333, num_heads=2, momentum_warmup_steps=167,
+                   window_end=191, embed_lr=1.2, head_lr=0.016),
 }
 
 

@@ -29,8 +29,9 @@ from tests.simulate.judge import (
     peaks,
     prediction,
     same_collectives,
-    smaller_sequence,
+    smaller,
     steps,
+    timed,
 )
 from tests.simulate.model import CARDS, PUBLISHED, left_out_error
 
@@ -60,6 +61,9 @@ def cuda_python() -> str:
     if given:
         raise CannotRun(f"CUDA_PYTHON is '{given}', whose torch is no CUDA build; unset it to have .venv.cuda set up")
     pins = re.findall(r"^(?:torch|numpy)==.+", (ROOT / "requirements.txt").read_text(), re.M)
+    if os.environ.get("SIMULATE_INSTALLS") == "no":
+        raise CannotRun("PYTHON is given, so nothing is installed, and its torch is no CUDA build; unset PYTHON, or "
+                        "name a Python that has one in CUDA_PYTHON")
     print("this Python's torch is not a CUDA build: setting up .venv.cuda with one (once; about 5 GB) ...",
           file=sys.stderr, flush=True)
     shutil.rmtree(ENVIRONMENT, ignore_errors=True)
@@ -101,7 +105,8 @@ class Node:
         card, work, out = CARDS[card_name], self.folder / name, self.folder / f"{name}.json"
         work.mkdir()
         environment = {
-            **os.environ, "LD_PRELOAD": str(self.folder / "libfakecudart.so"), "LD_LIBRARY_PATH": str(self.folder),
+            **os.environ, "LD_PRELOAD": str(self.folder / "libfakecudart.so"),
+            "LD_LIBRARY_PATH": f"{self.folder}:{os.environ.get('LD_LIBRARY_PATH', '')}",
             "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"), "TRITON_CACHE_DIR": str(work / "triton"),
             "PYTHONWARNINGS": "ignore", "FAKE_CUDA_DEVICES": "8", "FAKE_CUDA_NAME": card.name,
             "FAKE_CUDA_MAJOR": str(card.capability[0]), "FAKE_CUDA_MINOR": str(card.capability[1]),
@@ -135,7 +140,7 @@ def show(title: str, findings: list[Finding]) -> None:
 def simulate(node: Node, script: Path, flags: list[str], card_name: str, gpus: int, price: float | None) -> dict:
     """One rank of the script, and the order of the last rank's collectives. Returns the report. Raises CannotRun."""
     card, started = CARDS[card_name], time.time()
-    name = f"{script.parent.name}_{script.stem}_{card_name}_{gpus}"
+    name = f"job{len(list(node.folder.glob('*.txt')))}_{script.parent.name}_{script.stem}_{card_name}_{gpus}"
     request = dict(script=str(script), flags=flags, world_size=gpus)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         first = pool.submit(node.run, name, card_name, rank=0, compile=True, **request)
@@ -144,50 +149,60 @@ def simulate(node: Node, script: Path, flags: list[str], card_name: str, gpus: i
         record = first.result()
         findings = judge(record, card, gpus, price)
         if gpus > 1 and steps(record):
-            findings.insert(3, same_collectives(record, last.result()))
+            try:
+                findings.insert(3, same_collectives(record, last.result()))
+            except CannotRun as error:
+                findings.insert(3, Finding("first and last rank call the same collectives", "not run", str(error)))
     report = dict(script=str(script), card=card.name, gpus=gpus, flags=flags, torch=record.get("torch"),
                   findings=findings, kernels=record.get("kernels", []))
     if steps(record):
         if fits(record, card).verdict == "FAIL":
             findings.append(what_fits(node, request, card_name, record, name))
-        report |= dict(peaks=peaks(record), predicted=prediction(record, card, gpus)._asdict())
+        report |= dict(peaks=peaks(record), peak_timed=max(phase["peak"] for phase in timed(record)),
+                       predicted=prediction(record, card, gpus)._asdict())
     return report | dict(seconds=round(time.time() - started))
 
 
 def what_fits(node: Node, request: dict, card_name: str, record: dict, name: str) -> Finding:
     """Flags with which the card holds the run, tried."""
-    smaller, check = smaller_sequence(record, CARDS[card_name]), "flags that fit"
-    if smaller is None:
+    words, check = smaller(record, CARDS[card_name]), "flags that fit"
+    if words is None:
         return Finding(check, "FAIL", "none: what does not depend on the sequence's length is too large by itself")
-    words = [f"--sequence_length={smaller[0]}", f"--batch_size={smaller[1]}"]
     request = dict(request, flags=[*request["flags"], *words])
-    again = node.run(f"{name}_smaller", card_name, rank=0, compile=True, **request)
+    try:
+        again = node.run(f"{name}_smaller", card_name, rank=0, compile=True, **request)
+    except CannotRun as error:
+        return Finding(check, "not run", f"{' '.join(words)}: {error}")
     found = ends(again) if again["error"] else fits(again, CARDS[card_name])
     return Finding(check, found.verdict, f"{' '.join(words)}: {found.why}")
 
 
 def simulate_tests(node: Node, card_name: str) -> dict:
-    """tests/test_cuda.py on the card: does it run and compile? Returns a report. Raises CannotRun."""
-    found = node.run("test_cuda", card_name, project=str(ROOT))["tests"]
-    return dict(script=str(ROOT / "tests/test_cuda.py"), card=CARDS[card_name].name, gpus=1, flags=[], findings=[
-        Finding(name, "FAIL" if error else "ok", (error.strip().splitlines() or ["numbers not compared"])[-1])
-        for name, error in found.items()])
+    """tests/test_cuda.py on the card: does it run and compile? Returns a report."""
+    try:
+        found = node.run("test_cuda", card_name, project=str(ROOT))["tests"]
+        last = {name: (error.strip().splitlines() or ["numbers not compared"])[-1] for name, error in found.items()}
+        findings = [Finding(name, "FAIL" if error else "ok", last[name]) for name, error in found.items()]
+    except CannotRun as error:
+        findings = [Finding("tests/test_cuda.py", "not run", str(error))]
+    return dict(script=str(ROOT / "tests/test_cuda.py"), card=CARDS[card_name].name, gpus=1, flags=[],
+                findings=findings)
 
 
 def reports(node: Node, given: argparse.Namespace, flags: list[str]) -> Iterator[dict]:
     """Each job's report, as it is done."""
-    jobs = [(given.script, given.gpus, flags)]
+    jobs = [] if given.tests else [(given.script, given.gpus, flags)]
     if given.all:
         short = ["--batch_size=16", "--sequence_length=32768", *flags]  # a step's sequences must divide over 16 ranks
         jobs = [(given.script, 1, flags), (given.script, 8, flags), (given.script, 16, short)]
-        jobs += [(path, 8, []) for path in sorted((ROOT / "records").glob("20*/train_gpt.py"))]
+        jobs += [(path, 8, []) for path in sorted((ROOT / "records").glob("20*/train_gpt.py")) if path != given.script]
     for script, gpus, words in jobs:
         try:
             yield simulate(node, script, words, given.gpu, gpus, given.price)
         except CannotRun as error:
             yield dict(script=str(script), card=CARDS[given.gpu].name, gpus=gpus, flags=words,
                        findings=[Finding("the simulation", "not run", str(error))])
-    if given.all:
+    if given.all or given.tests:
         yield simulate_tests(node, given.gpu)
 
 
@@ -206,21 +221,24 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--gpu", default="H100", choices=CARDS, help="the card (H100)")
     parser.add_argument("--price", type=float, help="of an hour of the node, in any currency")
     parser.add_argument("--all", action="store_true", help="1, 8 and 16 GPUs, every entry, tests/test_cuda.py")
+    parser.add_argument("--tests", action="store_true", help="tests/test_cuda.py alone")
     parser.add_argument("--json", action="store_true", help="the report as JSON instead of text")
-    parser.add_argument("--keep", type=Path, help="a new folder for all that was recorded")
+    parser.add_argument("--folder", type=Path, help="a new folder, to keep all that was recorded")
     given, flags = parser.parse_known_args(words)
     given.script = Path(script).resolve()
     if not given.script.is_file():
         parser.error(f"{script} is no file; expected a script like train_gpt.py")
     if given.gpus < 1:
         parser.error(f"--gpus is {given.gpus}, expected 1 or more")
+    if given.folder and given.folder.exists() and any(given.folder.iterdir()):
+        parser.error(f"--folder {given.folder} is not empty, expected a new one")
     return given, flags
 
 
 def main(words: list[str]) -> int:
     """The command line; returns the exit code."""
     given, flags = parse(words)
-    folder = given.keep or Path(tempfile.mkdtemp(prefix="simulate"))
+    folder = given.folder or Path(tempfile.mkdtemp(prefix="simulate"))
     done, verdicts = [], set()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -236,7 +254,7 @@ def main(words: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 3
     finally:
-        if not given.keep:
+        if not given.folder:
             shutil.rmtree(folder, ignore_errors=True)
     if given.json:
         print(json.dumps(done, indent=1))
@@ -248,4 +266,8 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

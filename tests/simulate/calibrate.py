@@ -45,7 +45,7 @@ def table(report: dict, log: str, trace: dict | None) -> str:
     """Markdown: what, predicted, measured, measured over predicted."""
     predicted, (step, peak) = report["predicted"], measured(log)
     total = sum(predicted["ms"].values()) + predicted["exposed"]
-    rows = [("ms a step", total, step), ("peak, GiB", max(report["peaks"].values()) / 2**30, peak)]
+    rows = [("ms a step", total, step), ("peak, GiB", report["peak_timed"] / 2**30, peak)]
     if trace:
         names = {name: part for part, name, *_ in predicted["kernels"]}
         parts = measured_parts(trace, names)

@@ -23,7 +23,7 @@ def steps(record: dict) -> list[dict]:
 def timed(record: dict) -> list[dict]:
     """The phases after the warm-up; of a script without one (the entries) those after its first steps."""
     phases = record["phases"]
-    warm = max((i for i, phase in enumerate(phases) if phase["name"] == "warm_up"), default=4)
+    warm = max((i for i, phase in enumerate(phases) if phase["name"] == "warm_up"), default=5)
     return phases[warm + 1:]
 
 
@@ -51,7 +51,9 @@ def waits(record: dict) -> Finding:
     """Does the host wait for the GPU inside a step?"""
     found = steps(record)[2:]
     inside = collections.Counter(sync for phase in found for sync in phase["syncs"])
-    between = collections.Counter(sync for phase in found for sync in phase["after"]["syncs"])
+    between = collections.Counter(sync for phase in found for sync in set(phase["after"]["syncs"]))
+    inside += {sync: n for sync, n in between.items() if n == len(found) > 1}  # lines are logged every second step
+    between -= inside
     why = "; ".join(f"{sync}, {n / len(found):.1f} times a step" for sync, n in inside.items())
     if not why:
         why = f"never; between steps, when a line is logged: {', '.join(between)}" if between else "never"
@@ -78,8 +80,12 @@ def fits(record: dict, card: Card) -> Finding:
 def compiled_kernels(record: dict, card: Card) -> list[Finding]:
     """Do the kernels exist, do they spill, how often do they pass over the logits?"""
     kernels, (major, minor) = record["kernels"], card.capability
-    broken = [f"{k['name']}: {k['error']}" for k in kernels if k["error"]]
-    broken += [f"{k['name']} wants {k['shared']:,} B" for k in kernels if k["shared"] > card.shared and not k["error"]]
+    def fails(k):
+        return bool(k["error"]) or k["shared"] > card.shared
+    good = {k["code"] for k in kernels if not fails(k)}  # of several configurations of a kernel one is enough
+    broken = [f"{k['name']} wants {k['shared']:,} B of shared memory {k['error']}" for k in kernels
+              if fails(k) and k["code"] not in good]
+    kernels = [k for k in kernels if not fails(k)]
     most = max((k["shared"] for k in kernels), default=0)
     why = f"{len(kernels)}, largest shared memory {most:,} of {card.shared:,} B, most registers "
     why += f"{max((k['registers'] for k in kernels), default=0)}, spilling: {sum(k['spilled'] > 0 for k in kernels)}"
@@ -118,11 +124,11 @@ def same_collectives(first: dict, last: dict) -> Finding:
     """Do two ranks call the same collectives? A difference is a deadlock on a real node."""
     check = "first and last rank call the same collectives"
     a, b = calls(first), calls(last)
+    if last["error"] and not first["error"]:
+        return Finding(check, "FAIL", f"the last rank ends early: {ends(last).why}")
     differs = next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), None)
     if differs is None and len(a) == len(b):
         return Finding(check, "ok", f"{len(a)} calls")
-    if last["error"] and not first["error"]:
-        return Finding(check, "FAIL", f"the last rank ends early: {ends(last).why}")
     at = min(len(a), len(b)) if differs is None else differs
     one, other = (f"{c[at][0]} of {c[at][1]}" if at < len(c) else "no call" for c in (a, b))
     return Finding(check, "FAIL", f"call {at} of {len(a)} and {len(b)}: {one}; the last rank: {other}")
@@ -138,12 +144,15 @@ def prediction(record: dict, card: Card, world_size: int) -> Prediction:
     return predict(steps(record)[-1]["events"], record["kernels"], shape_of(record), card, world_size)
 
 
+def error_of(record: dict, card: Card, world_size: int) -> str:
+    """How far off a prediction may be, as far as anything supports that."""
+    known = card.name.startswith("NVIDIA H100") and record["window_end"] and world_size <= 8
+    return f"± {100 * ERROR:.0f} %" if known else "error unknown: fitted on a node of 8 H100s and FlexAttention"
+
+
 def predicted(record: dict, card: Card, world_size: int, price: float | None) -> list[Finding]:
     """The model's lines. Every time among them is said to be predicted, with the model's error."""
-    p = prediction(record, card, world_size)
-    error = f"± {100 * ERROR:.0f} %"
-    if card.capability != (9, 0) or not record["window_end"]:
-        error = "error unknown: fitted on H100s and FlexAttention"
+    p, error = prediction(record, card, world_size), error_of(record, card, world_size)
     minutes = p.total * record["num_steps"] / 60_000
     parts = ", ".join(f"{part} {ms:.1f}" for part, ms in sorted(p.ms.items(), key=lambda item: -item[1]))
     found = [
@@ -159,21 +168,30 @@ def predicted(record: dict, card: Card, world_size: int, price: float | None) ->
 def judge(record: dict, card: Card, world_size: int, price: float | None = None) -> list[Finding]:
     """All findings about one rank."""
     if not steps(record):
-        return [ends(record)]
+        missing = Finding("all else", "not run", "no training_step was called: is the script like train_gpt.py?")
+        return [ends(record), missing]
     found = [ends(record), compiles(record), waits(record), fits(record, card), *compiled_kernels(record, card)]
+    if ends(record).verdict == "FAIL":  # the last step may have stopped half-way
+        return found
     return found + predicted(record, card, world_size, price)
 
 
-def smaller_sequence(record: dict, card: Card) -> tuple[int, int] | None:
-    """(sequence_length, batch_size) with the same tokens a step that may fit; None where none can.
+def smaller(record: dict, card: Card) -> list[str] | None:
+    """Flags with which the same tokens a step may fit; None where none can.
 
     What does not depend on the tokens of a forward pass is what is left after a step.
     """
     peak = max(peaks(record).values())
     fixed = min(phase["live"] for phase in steps(record))
-    length, batch_size = record["sequence_length"], record["batch_size"]
-    while length > 1024:
-        length, batch_size = length // 2, batch_size * 2
-        if fixed + (peak - fixed) * length / record["sequence_length"] <= USABLE * card.memory:
-            return length, batch_size
+    length, batch_size, tokens = record["sequence_length"], record["batch_size"], record["tokens"]
+    micro_batch = tokens // length
+    while micro_batch > 1 or length > 1024:
+        if micro_batch > 1:
+            micro_batch //= 2
+        else:
+            length, batch_size = length // 2, batch_size * 2
+        if fixed + (peak - fixed) * micro_batch * length / tokens <= USABLE * card.memory:
+            shorter = [f"--sequence_length={length}", f"--batch_size={batch_size}"]
+            return [f"--micro_batch={micro_batch}"] * (tokens > record["sequence_length"]) + shorter * (
+                length < record["sequence_length"])
     return None

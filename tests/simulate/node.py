@@ -278,6 +278,17 @@ class Watcher(TorchDispatchMode):
         LEDGER.events.append(dict(kind="aten", name=name, where=caller(), moved=moved, flops=flops, tensors=[]))
 
 
+def watch_synchronisation() -> None:
+    """Note what waits for the GPU without an operation on a tensor."""
+    def noted_wait(name, function):
+        def call(*args, **kwargs):
+            LEDGER.syncs.append(f"{name} in {caller()}")
+            return function(*args, **kwargs)
+        return call
+    torch.cuda.synchronize = noted_wait("torch.cuda.synchronize", torch.cuda.synchronize)
+    torch.cuda.Stream.synchronize = noted_wait("Stream.synchronize", torch.cuda.Stream.synchronize)
+
+
 def watch_collectives() -> None:
     """Note which collectives the script does not wait for at once, and where it waits for them."""
     for name in ("all_reduce", "broadcast", "reduce", "all_gather", "all_gather_into_tensor", "all_gather_single",
@@ -447,6 +458,7 @@ def enter(card: Card, world_size: int, rank: int, compiling: bool) -> None:
     if world_size > 1:
         fake_process_group(world_size, rank)
     watch_collectives()
+    watch_synchronisation()
     torch.get_rng_state, torch.set_rng_state = outside(torch.get_rng_state), outside(torch.set_rng_state)
     torch.nn.Module._apply = apply
 
@@ -459,14 +471,15 @@ def start_modes() -> None:
 
 # --- The script itself ------------------------------------------------------------------------------------------------
 
-def place(script: Path, track, folder: Path) -> Path:
-    """A folder that looks like the repository to the script: itself, run.sh, a little of the track's data."""
+def place(script: Path, track, step_tokens: int, folder: Path) -> Path:
+    """A folder that looks like the repository to the script: itself, run.sh, enough of the track's data."""
     copy = folder / (f"records/{script.parent.name}" if script.parent.parent.name == "records" else "") / script.name
     copy.parent.mkdir(parents=True, exist_ok=True)
     copy.write_text(script.read_text())
     (folder / "run.sh").touch()
     random = np.random.RandomState(0)
-    for pattern, count in ((track.train_files, 3 * 2**19 + 1), (track.val_files, VAL_TOKENS + 1)):
+    train_tokens = max(3 * 2**19, 2 * step_tokens)
+    for pattern, count in ((track.train_files, train_tokens + 1), (track.val_files, VAL_TOKENS + 1)):
         path = folder / pattern.replace("*", "000001")
         path.parent.mkdir(parents=True, exist_ok=True)
         tokens = random.randint(0, track.eot_token, count).astype("<u2")
@@ -508,8 +521,11 @@ def watch(module: types.ModuleType, name: str, phases: list[dict]) -> None:
 
 
 def close(phases: list[dict]) -> None:
-    if phases:
-        phases[-1]["after"] = dict(syncs=list(LEDGER.syncs), events=list(LEDGER.events))
+    """What was seen since the last phase belongs to it; before the first, to a phase of its own, "start"."""
+    if not phases:
+        phases.append(dict(name="start", seconds=0.0, compiled=0, peak=LEDGER.peak, live=LEDGER.live, syncs=[],
+                           events=[], peak_tensors=LEDGER.peak_tensors))
+    phases[-1]["after"] = dict(syncs=list(LEDGER.syncs), events=list(LEDGER.events))
     LEDGER.reset()
 
 
@@ -543,7 +559,7 @@ def run_script(request: dict) -> dict:
         probe = load(script, "probe")
         hp = probe.parse_arguments(request["flags"])
         described = about(probe, hp)
-        copy = place(script, probe.TRACKS[hp.track], folder)
+        copy = place(script, probe.TRACKS[hp.track], described["step_tokens"], folder)
         os.chdir(folder)
         enter(CARDS[request["card"]], request["world_size"], request["rank"], request["compile"])
         code = run_copy(copy, request["flags"], phases)
@@ -555,14 +571,31 @@ def run_script(request: dict) -> dict:
                 compilations=compilations(), torch=torch.__version__)
 
 
+def agree(runtime, value):
+    """In place of the script's Runtime.agree, which sends objects: the call is noted."""
+    if runtime.world_size > 1:
+        LEDGER.events.append(dict(kind="collective", name="broadcast_object", where=caller(), number=LEDGER.collectives,
+                                  blocking=True, tensors=[], moved=0))
+        LEDGER.collectives += 1
+    return value
+
+
+def mean(runtime, value) -> float:
+    """In place of Runtime.mean: its collective and its wait, and a number that means nothing."""
+    if runtime.world_size > 1:
+        dist.all_reduce(value.clone())
+    if value.device.type == "cuda":
+        LEDGER.syncs.append(f"item in {caller()}")
+    return 3.0
+
+
 def run_copy(copy: Path, flags: list[str], phases: list[dict]) -> int:
     """The script's own run, watched; its exit code. Raises what it raises."""
     module = load(copy, "script_under_test")
     tracks = {name: dataclasses.replace(track, val_tokens=VAL_TOKENS) for name, track in module.TRACKS.items()}
     module.TRACKS.clear()
     module.TRACKS.update(tracks)
-    module.Runtime.agree = lambda self, value: value
-    module.Runtime.mean = lambda self, value: 3.0
+    module.Runtime.agree, module.Runtime.mean = agree, mean
     sys.modules.setdefault("tiktoken", types.SimpleNamespace(
         get_encoding=lambda name: types.SimpleNamespace(decode=lambda ids: f"{len(ids)} tokens")))
     for name in PHASES:

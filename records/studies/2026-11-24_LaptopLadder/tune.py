@@ -1,0 +1,74 @@
+"""Tunes the learning rates of the four historical records for the laptop track, each by the same rule.
+
+    python records/studies/2026-11-24_LaptopLadder/tune.py ENTRY...
+
+Two factors on the record's published rates: one on those of the embeddings and the head, one on those of the blocks
+(matrices and scalars). AdamW has one rate, so one factor. The search begins at (1, 1). A round tries, factor by factor,
+twice its value; if that is better it goes on doubling while it gets better, otherwise it tries half, and goes on
+halving. A round that found nothing better makes the factor of 2 a factor of 2^(1/2) for the next. It ends after
+NUM_TRIALS runs, of 600 steps each, seed 0; better means a lower final validation loss. Results are appended to
+tuning.tsv, logs go to tuning/.
+"""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+NUM_TRIALS, NUM_STEPS = 9, 600
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+# Rates by factor, as published; the schedule's corners in steps, the same fractions of 600 as of the record's run.
+ENTRIES = {
+    "2024-06-06_AdamW": ([{"lr": 0.0018}], dict(warmup_steps=16, cooldown_steps=129)),
+    "2024-10-14_ModernArch": ([{"adam_lr": 0.0036}, {"muon_lr": 0.00036}], dict(cooldown_steps=171)),
+    "2024-11-03_UntieEmbed": ([{"embed_lr": 0.3, "head_lr": 0.002}, {"muon_lr": 0.02}], dict(cooldown_steps=171)),
+    "2024-12-04_ValueEmbed": ([{"embed_lr": 0.6, "head_lr": 0.008}, {"muon_lr": 0.05, "scalar_lr": 0.04}],
+                              dict(cooldown_steps=235, momentum_warmup_steps=118)),
+}
+
+
+def trial(entry: str, factors: tuple[float, ...]) -> float:
+    """The final validation loss of a run with these factors, nats a byte."""
+    rates, schedule = ENTRIES[entry]
+    flags = {name: f"{rate * factor:.6g}" for group, factor in zip(rates, factors, strict=True)
+             for name, rate in group.items()}
+    flags |= dict(track="laptop", seed=0, num_steps=NUM_STEPS, val_every=150, dtype="bfloat16", compile="on",
+                  entry=f"studies/{HERE.name}/tuning", **schedule)
+    command = [sys.executable, f"records/{entry}/train_gpt.py", *(f"--{name}={value}" for name, value in flags.items())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    losses = re.findall(r"val_loss:(\S+)", done.stdout)
+    if done.returncode or not losses:
+        sys.exit(f"error: {' '.join(command)} failed: {done.stderr[-500:]}")
+    with open(HERE / "tuning.tsv", "a") as table:
+        shown = [f"{factor:.4g}" for factor in factors] + ["-"] * (2 - len(factors))
+        print(entry, *shown, losses[-1], sep="\t", file=table)
+    return float(losses[-1])
+
+
+def search(entry: str) -> None:
+    """Compass search over the factors' logarithms to base 2."""
+    best = (0.0,) * len(ENTRIES[entry][0])
+    seen = {best: trial(entry, tuple(2**x for x in best))}
+    step = 1.0
+    while len(seen) < NUM_TRIALS:
+        improved = False
+        for axis in range(len(best)):
+            for sign in (1, -1):
+                moved = False
+                while len(seen) < NUM_TRIALS:
+                    there = tuple(x + sign * step * (i == axis) for i, x in enumerate(best))
+                    if there not in seen:
+                        seen[there] = trial(entry, tuple(2**x for x in there))
+                    if seen[there] >= seen[best]:
+                        break
+                    best, moved = there, True
+                improved |= moved
+                if moved:
+                    break
+        step = step if improved else step / 2
+    print(entry, tuple(2**x for x in best), seen[best], flush=True)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or ENTRIES:
+        search(name)
