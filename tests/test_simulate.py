@@ -281,7 +281,7 @@ def test_what_is_missing_is_one_line(monkeypatch, capsys):
 SMALL = "--num_layers=2 --sequence_length=2048 --model_dim=256 --num_heads=2 --ngram_rows=1021".split()
 STEP = "mean_loss += loss.detach()"
 FLEX = "flex_attention(q, k, v, block_mask=mask)"
-LARGE = '{"BLOCK_M": 256, "BLOCK_N": 256, "num_stages": 4}'
+LARGE = '{"BLOCK_M": 128, "BLOCK_N": 128}'  # tiles of 128 KB for a head of 512 columns, whatever the pipeline's depth
 DEFECTS = {
     "nothing": ("", "", SMALL, None),
     "an item in a step": (STEP, f"{STEP}; loss.item()", SMALL, "host waits for the GPU inside a step"),
@@ -294,8 +294,9 @@ DEFECTS = {
     "a synchronisation in a step": (STEP, f"{STEP}; torch.cuda.synchronize()", SMALL,
                                     "host waits for the GPU inside a step"),
     "a shape that 8 does not divide": ("", "", [*SMALL, "--batch_size=12"], "runs to its end"),
-    "shared memory over the limit": (FLEX, f"{FLEX[:-1]}, kernel_options={LARGE})", SMALL, "kernels compile for sm_90"),
-    "four times the sequence": ("", "", ["--num_layers=4", "--sequence_length=262144"],
+    "shared memory over the limit": (FLEX, f"{FLEX[:-1]}, kernel_options={LARGE})",
+                                     [*SMALL, "--model_dim=512", "--num_heads=1"], "runs to its end"),
+    "four times the sequence": ("", "", ["--num_layers=8", "--sequence_length=262144"],
                                 "fits into NVIDIA H100 80GB HBM3"),
 }
 
@@ -330,6 +331,8 @@ def test_planted_defects_are_found(node, defect, tmp_path):
     if "mean on rank 0" in defect:  # the same line waits for the GPU
         failed = [finding for finding in failed if "host waits" not in finding.check]
     assert json.dumps(report["kernels"]) and [finding.check for finding in failed] == ([check] if check else []), failed
+    if defect == "shared memory over the limit":  # no configuration is left
+        assert re.search(r"OutOfResources|out of resource|shared memory", failed[0].why), failed
     if defect == "four times the sequence":
         tried = report["findings"][-1]
         assert tried.check == "flags that fit" and tried.verdict == "ok" and "--sequence_length=131072" in tried.why

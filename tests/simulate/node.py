@@ -565,7 +565,8 @@ def run_script(request: dict) -> dict:
         code = run_copy(copy, request["flags"], phases)
     except BaseException as wrong:
         told = type(wrong).__name__ == "UserError"  # one line for the user
-        code, error = (2, str(wrong)) if told else (1, "".join(traceback.format_exception(wrong))[-6000:])
+        last = f"{type(wrong).__name__}: {' '.join(str(wrong).split())[:300]}"  # dynamo puts advice below its errors
+        code, error = (2, str(wrong)) if told else (1, f"{''.join(traceback.format_exception(wrong))[-6000:]}\n{last}")
     close(phases)
     return dict(described, code=code, error=error, phases=phases, messages=messages, kernels=kernels(),
                 compilations=compilations(), torch=torch.__version__)
