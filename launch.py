@@ -110,14 +110,16 @@ def fetch(track: str, shards: int) -> int:
     if track not in ("laptop", "fineweb"):
         return 0
     context = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "fork")
-    process = context.Process(target=fetch_here, args=(track, shards))
-    process.start()
+    # A daemon: should Ctrl-C come at another line than below, Python's exit does not wait for it.
+    process = context.Process(target=fetch_here, args=(track, shards), daemon=True)
     try:
+        process.start()
         process.join()
     except KeyboardInterrupt:
-        process.join(5)  # a terminal sends Ctrl-C to both: the other one says it and tidies up
-        process.terminate()
-        process.join()
+        if process.pid:
+            process.join(5)  # a terminal sends Ctrl-C to both: the other one says it and tidies up
+            process.terminate()
+            process.join()
         return 130
     return process.exitcode if process.exitcode >= 0 else 128 - process.exitcode
 
