@@ -2,22 +2,26 @@
 """Train GPT-2 (124M) to a validation loss of 3.28 on FineWeb in the least time, in one file.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py --track fineweb    # 8 GPUs
-    python train_gpt.py --track fineweb     # one GPU: the same batch, in 8 parts
+    python train_gpt.py --track fineweb     # one GPU: the same batches, in parts
     python train_gpt.py --track laptop      # a CPU: bytes of Python, in minutes
     python train_gpt.py --help              # every setting, with its unit
 
 `./run.sh` does the same and first sets up Python and data. A track fixes data, vocabulary, target;
 all else is yours. A run's log, records/scratch/<run_id>.txt: this source, environment, losses.
 
-The system is the ValueEmbed record of 2024-12-04 (published: 3.2751 after 264.6 s on 8 H100s) plus
-hashed n-gram embeddings, merged QKV, shared value embeddings and fewer bytes between the ranks.
-records/2026-11-22_NGramEmbed has its figures on the laptop track; no GPU has measured it yet.
+The recipe is the public record's of 2026-03-06 (published: 1,490 steps, 87.2 s on 8 H100s with FP8
+and kernels by hand) in plain PyTorch; each idea names its source: a record, by date, or an arXiv id.
+records/2026-11-25_Stages says what was taken, what not, and what it does on a CPU; no GPU has
+measured it yet.
 
-Shapes in comments: T tokens of a sequence, D model width, H heads, V vocabulary, L layers, W ranks.
+Shapes in comments: S sequences of T tokens, N = S T tokens at once, D model width, H heads of width
+d, V vocabulary, K targets of a token, W ranks.
 """
 import argparse
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -31,6 +35,7 @@ import sys
 import sysconfig
 import time
 import timeit
+from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -72,6 +77,56 @@ TRACKS = {
     "laptop": Track("data/laptop/laptop_train_*.bin", "data/laptop/laptop_val_*.bin",
                     262_144, 257, 256, True, 1.10, "python -m data.laptop")}
 
+class Layer(NamedTuple):
+    """What one layer has. Layers are counted from 0."""
+    attention: str | None     # "short" or "long" window, "paired" heads, None: an MLP alone
+    value_table: int | None   # table of the value embeddings that its attention adds
+    skip_from: int | None     # earlier layer whose output is added to its input
+    attends_to: int | None    # earlier layer whose output its attention reads; None: its input
+    backout: bool             # is its output taken out again before the head?
+
+LAYERS = {
+    "fineweb": (  # paired: record 2026-01-07; value tables: 2026-02-03; no attention: 2025-09-21;
+        # skip: 2025-11-18; late attention reads layer 7: 2026-03-06; backout: 2025-10-04
+        #     attention  value  skip  attends  backout
+        Layer("paired",  None,  None, None,    False),
+        Layer("short",   0,     None, None,    False),
+        Layer("paired",  1,     None, None,    False),
+        Layer("long",    None,  None, None,    False),
+        Layer("short",   None,  None, None,    False),
+        Layer("paired",  None,  None, None,    False),
+        Layer(None,      None,  3,    None,    False),
+        Layer("short",   None,  None, None,    True),
+        Layer("short",   2,     None, 7,       False),
+        Layer("paired",  3,     None, 7,       False),
+        Layer("long",    4,     None, 7,       False)),
+    "laptop": (
+        Layer("short",   0,     None, None,    False),
+        Layer("short",   None,  None, None,    False),
+        Layer("short",   0,     0,    None,    False))}
+
+class Stage(NamedTuple):
+    """What holds for a part of the run."""
+    until: float     # its end, as a share of the scheduled steps; inf: the extension after them
+    batch: int       # a step has so many times batch_size sequences
+    window: int      # tokens a query sees in a long layer; elsewhere half of its blocks of 128
+    document: int    # tokens of a document that are read, its rest is dropped; 0: the text as it is
+    lr: float        # factor of all learning rates
+    targets: tuple[float, ...]      # weights of the losses of the 1st, 2nd, ... next token, at the
+    targets_end: tuple[float, ...]  # beginning and at the end of the stage
+    tied: bool       # are embedding and head one matrix?
+
+STAGES = {
+    "fineweb": (  # windows: record 2025-09-03; batches, rates: 2025-11-29, 2025-12-22; documents:
+        # 2026-02-10; targets, untying: 2025-12-22; extension: 2025-09-21
+        #     until     batch  window  document  lr    targets: beginning, end          tied
+        Stage(1 / 3,    1,     384,    896,      1.0,  (1, 0.5, 0.25), (1, 0.5, 0),     True),
+        Stage(2 / 3,    2,     896,    2048,     1.52, (1, 0.5),       (1, 0),          True),
+        Stage(1.0,      3,     1408,   2048,     1.73, (1,),           (1,),            False),
+        Stage(math.inf, 3,     1664,   2048,     1.73, (1,),           (1,),            False)),
+    "laptop": (
+        Stage(1.0,      1,     256,    0,        1.0,  (1,),           (1,),            False),)}
+
 def knob(default, help: str, choices: tuple | None = None, least: float = 0, most: float = 10**12):
     """A field of Hyperparameters: default, help text with the unit, permitted values."""
     return dataclasses.field(default=default, metadata=dict(
@@ -80,36 +135,44 @@ def knob(default, help: str, choices: tuple | None = None, least: float = 0, mos
 @dataclass(frozen=True)
 class Hyperparameters:
     """One run. Each field is a flag; defaults are fineweb's, PRESETS has the other tracks'."""
-    track: str = knob("fineweb", "which data and target", tuple(TRACKS))
+    track: str = knob("fineweb", "which data, target, LAYERS and STAGES", tuple(TRACKS))
     seed: int = knob(0, "of the initial weights; the data's order never changes", most=2**63 - 1)
     # work
-    num_steps: int = knob(1530, "optimizer steps", least=1, most=10**6)
-    batch_size: int = knob(8, "sequences a step, over all ranks", least=1)
-    sequence_length: int = knob(65_536, "tokens a sequence", least=128)
-    micro_batch: int = knob(1, "sequences a rank computes at once; more are done in turn", least=1)
+    num_steps: int = knob(1490, "optimizer steps", least=1, most=10**6)
+    extension_steps: int = knob(40, "how many of them come after the schedule, at its last rate")
+    batch_size: int = knob(8, "sequences a step, over all ranks; a stage multiplies it", least=1)
+    sequence_length: int = knob(16_384, "tokens a sequence", least=128)
+    micro_batch: int = knob(3, "sequences a rank computes at once; more are done in turn", least=1)
+    val_length: int = knob(262_144, "tokens of a sequence of the validation", least=128)
     # model
-    num_layers: int = knob(12, "transformer blocks", least=1, most=1000)
     num_heads: int = knob(6, "attention heads", least=1)
     model_dim: int = knob(768, "width of the residual stream", least=1, most=2**16)
-    value_layers: int = knob(2, "layers at each end that share value embeddings")
-    ngrams: int = knob(2, "longest n: a token brings embeddings of its 2- to n-grams", most=64)
-    ngram_rows: int = knob(24_571, "rows of each n's table of n-grams", least=1, most=2**31)
-    logit_cap: float = knob(30.0, "logits are squashed into (-cap, cap)", least=1e-3)
-    window_start: int = knob(64, "tokens a query sees at step 0; rounded down to 64s", least=64)
-    window_end: int = knob(1792, "tokens a query sees at the end; rounded down to 64s", least=64)
+    ngrams: int = knob(2, "longest n: every layer adds embeddings of the 2- to n-grams", most=6)
+    ngram_rows: int = knob(251_520, "rows of each n's table of n-grams", least=2, most=2**31)
+    attention_scale: float = knob(0.1, "factor of the attention's scores at the first window")
+    final_window: int = knob(2560, "tokens a query sees in a long layer in the last validation")
+    logit_cap: float = knob(23.0, "logits z become cap sigmoid((z + shift) / scale)", least=1e-3)
+    logit_shift: float = knob(5.0, "shift of the logits", least=-10**6)
+    logit_scale: float = knob(7.5, "scale of the logits", least=1e-3)
     # optimizers
-    embed_lr: float = knob(0.6, "Adam learning rate of the embedding and the value embeddings")
+    head_lr: float = knob(0.008, "Adam learning rate of head and embedding")
+    value_lr: float = knob(0.6, "Adam learning rate of the value embeddings")
     ngram_lr: float = knob(0.6, "Adam learning rate of the n-gram embeddings")
-    head_lr: float = knob(0.008, "Adam learning rate of the head")
-    scalar_lr: float = knob(0.04, "Adam learning rate of the learned scalars")
-    adam_beta1: float = knob(0.8, "decay of Adam's first moment, a step", most=0.999999)
-    adam_beta2: float = knob(0.95, "decay of Adam's second moment, a step", most=0.999999)
-    muon_lr: float = knob(0.05, "Muon learning rate of the matrices of the blocks")
-    momentum_start: float = knob(0.85, "Muon's momentum at step 0", most=0.999999)
-    momentum_end: float = knob(0.95, "Muon's momentum after its warmup", most=0.999999)
+    ngram_rule: str = knob("adam", "their update; lazy_adam: rows that did not occur rest",
+                           ("adam", "lazy_adam"))
+    scalar_lr: float = knob(0.04, "Adam learning rate of the learned scalars; a fifth: of gates")
+    adam_every: int = knob(2, "Adam steps once in so many steps, Muon in each", least=1, most=100)
+    adam_decay: float = knob(0.005, "weight decay of Adam's matrices, times squared rate")
+    muon_lr: float = knob(0.023, "Muon learning rate of the matrices of the blocks")
+    muon_decay: float = knob(1.2, "weight decay of Muon's matrices, times squared rate")
+    muon_beta2: float = knob(0.95, "decay of NorMuon's second moment, a step", most=0.999999)
+    momentum_start: float = knob(0.85, "Muon's momentum at step 0 and at the end", most=0.999999)
+    momentum_end: float = knob(0.95, "Muon's momentum between", most=0.999999)
     momentum_warmup_steps: int = knob(300, "steps over which Muon's momentum rises")
-    warmup_steps: int = knob(0, "steps over which the learning rates rise from zero")
-    cooldown_steps: int = knob(600, "steps over which the learning rates fall to zero at the end")
+    momentum_cooldown_steps: int = knob(50, "steps over which it falls again at the end")
+    cooldown: float = knob(0.6, "share of the schedule in which the rates fall to the floor",
+                           least=1e-6, most=1)
+    lr_floor: float = knob(0.15, "factor of the rates at the end of the schedule")
     # run
     val_every: int = knob(125, "steps between validations; 0: only at the end")
     log_every: int = knob(10, "steps between lines with the training loss; 0: none")
@@ -125,68 +188,111 @@ class Hyperparameters:
     profile: bool = knob(False, "write a Chrome trace of steps 3 to 5 beside the log")
     sample_tokens: int = knob(300, "tokens the model writes at the end of the run; 0: none")
 
-    # Tokens of the longest forward pass, also in validation; where logs and checkpoints go.
-    forward_tokens = property(lambda self: self.micro_batch * self.sequence_length)
+    # The rows of the tables that hold for the run; where logs and checkpoints go.
+    layers = property(lambda self: LAYERS[self.track])
+    stages = property(lambda self: STAGES[self.track])
     folder = property(lambda self: ROOT / "records" / (self.entry or "scratch"))
 
 PRESETS = {
     "fineweb": {},
     "laptop": dict(
-        num_steps=390, batch_size=8, sequence_length=256, micro_batch=8, num_layers=3, num_heads=2,
-        model_dim=128, ngrams=6, ngram_rows=65_521, logit_cap=15.0, window_start=128,
-        window_end=128, embed_lr=2.4, ngram_lr=1.5, head_lr=0.012, scalar_lr=0.04, muon_lr=0.045,
-        momentum_warmup_steps=100, cooldown_steps=195, val_every=50, log_every=50)}
+        num_steps=390, extension_steps=0, batch_size=8, sequence_length=256, micro_batch=8,
+        val_length=2048, num_heads=2, model_dim=128, ngrams=6, ngram_rows=65_521,
+        attention_scale=0.125, final_window=256, logit_cap=30.0, logit_shift=0.0, head_lr=0.012,
+        value_lr=2.4, ngram_lr=1.5, ngram_rule="lazy_adam", adam_every=1, adam_decay=0.0,
+        muon_lr=0.045, muon_decay=0.0, momentum_warmup_steps=100, momentum_cooldown_steps=0,
+        cooldown=0.5, lr_floor=0.0, val_every=50, log_every=50)}
 
 # --- Schedules: pure functions of the step, so that a resumed run can't differ --------------------
 
+def stage_ends(hp: Hyperparameters) -> list[int]:
+    """The step at which each stage ends; the last one's is num_steps."""
+    scheduled = hp.num_steps - hp.extension_steps
+    return [*(round(stage.until * scheduled) for stage in hp.stages[:-1]), hp.num_steps]
+
+def stage_index(step: int, hp: Hyperparameters) -> int:
+    """The row of hp.stages that holds at step; at num_steps the last one."""
+    return min(bisect_right(stage_ends(hp), step), len(hp.stages) - 1)
+
 def sequences_before(step: int, hp: Hyperparameters) -> int:
     """The sum of the batch sizes of steps 0 to step - 1: sequences that all ranks have read."""
-    return step * hp.batch_size
+    ends = stage_ends(hp)
+    steps = [max(min(step, end) - begin, 0) for begin, end in zip([0, *ends], ends, strict=False)]
+    return sum(n * stage.batch * hp.batch_size for n, stage in zip(steps, hp.stages, strict=True))
 
 def tokens_before(step: int, hp: Hyperparameters) -> int:
     """Tokens that steps 0 to step - 1 train on, over all ranks."""
     return sequences_before(step, hp) * hp.sequence_length
 
-def batch_sizes(hp: Hyperparameters) -> dict[int, int]:
-    """Each number of sequences that a step takes, with the first step to take so many."""
-    return {sequences_before(step + 1, hp) - sequences_before(step, hp): step
-            for step in reversed(range(hp.num_steps))}
+def unties_at(step: int, hp: Hyperparameters) -> bool:
+    """Does the embedding begin to go its own way at step?"""
+    tied = [hp.stages[stage_index(s, hp)].tied for s in (max(step - 1, 0), step)]
+    return tied == [True, False]
 
 def lr_scale(step: int, hp: Hyperparameters) -> float:
-    """Factor of all learning rates: linear up, flat, linear to 0 (trapezoid, arXiv 2405.18392)."""
-    to_go = hp.num_steps - step
-    warmup = (step + 1) / hp.warmup_steps if step < hp.warmup_steps else 1.0
-    cooldown = to_go / hp.cooldown_steps if to_go < hp.cooldown_steps else 1.0
-    return min(warmup, cooldown)
+    """Factor of all learning rates: the stage's, then linearly down to lr_floor, there flat
+    (trapezoid: arXiv 2405.18392; stages: record 2025-11-29)."""
+    to_go = max(hp.num_steps - hp.extension_steps - step, 0) / (hp.num_steps - hp.extension_steps)
+    flat = min(to_go / hp.cooldown, 1.0)
+    return flat * hp.stages[stage_index(step, hp)].lr + (1 - flat) * hp.lr_floor
 
 def muon_momentum(step: int, hp: Hyperparameters) -> float:
-    """Muon's momentum at step: linear from momentum_start to momentum_end, then flat."""
-    done = min(step / hp.momentum_warmup_steps, 1.0) if hp.momentum_warmup_steps else 1.0
+    """Muon's momentum: up from momentum_start to momentum_end, flat, and back (2025-09-30)."""
+    rise, fall = hp.momentum_warmup_steps, hp.momentum_cooldown_steps
+    done = min(step / rise if rise else 1.0, (hp.num_steps - step) / fall if fall else 1.0, 1.0)
     return (1 - done) * hp.momentum_start + done * hp.momentum_end
 
-def window_size(step: int, hp: Hyperparameters) -> int:
-    """Tokens a query sees at step: grows linearly, rounded down to 64 (record 2024-12-04)."""
-    grown = step / hp.num_steps * (hp.window_end - hp.window_start)
-    return 64 * int((hp.window_start + grown) // 64)
+def short_window(window: int) -> int:
+    """Tokens a query sees in short and paired layers where long ones see window."""
+    return max(window // 256 * 128, min(window, 128))
+
+def rotary_at(index: int, hp: Hyperparameters) -> tuple[Tensor, float]:
+    """Frequencies of the rotary positions in a stage, (d / 4,) radians a token, and the factor of
+    the attention's scores. The other half of a head does not turn (record 2024-12-17). Where the
+    window grows, what turns less than 32 times in it is slowed down (YaRN, arXiv 2309.00071,
+    record 2025-09-10)."""
+    frequency, scale = 1024 ** -torch.linspace(0, 1, hp.model_dim // hp.num_heads // 4), hp.attention_scale
+    for before, stage in itertools.pairwise(hp.stages[:index + 1]):
+        old, new = before.window, stage.window
+        keep = ((old * frequency / (2 * math.pi) - 1) / 31).clamp(0, 1)
+        frequency = frequency * (old / new + keep * (1 - old / new))
+        scale *= 1 + 0.2 * math.log(new / old)
+    return frequency, scale
 
 class Schedule:
     """What the schedules say at one step; model and optimizer get all of it. What compiled parts
     use is a tensor, for torch.compile would compile anew for each new number."""
     def __init__(self, step: int, hp: Hyperparameters, device: torch.device):
         self.step, self.lr_scale, self.momentum = step, lr_scale(step, hp), muon_momentum(step, hp)
-        self.window = torch.full((), window_size(step, hp), device=device)  # 0-dim int64
+        index, ends = stage_index(step, hp), [0, *stage_ends(hp)]
+        self.tied = hp.stages[index].tied
+        tensors = _stage_tensors(index, step == hp.num_steps, hp, device)
+        self.windows, self.frequencies, self.attention_scale, weights, weights_end = tensors
+        done = (step - ends[index]) / max(ends[index + 1] - ends[index], 1)
+        self.target_weights = torch.lerp(weights, weights_end, min(done, 1.0))  # (K,)
+
+@functools.lru_cache(maxsize=64)  # or each step would wait for them to reach the GPU
+def _stage_tensors(index: int, final: bool, hp: Hyperparameters, device: torch.device) -> tuple:
+    """Windows by kind of attention (0-dim), frequencies, score factor, target weights."""
+    stage, (frequency, scale) = hp.stages[index], rotary_at(index, hp)
+    short, window = short_window(stage.window), hp.final_window if final else stage.window
+    windows = {"long": window, "short": short, "paired": short}
+    tensor = functools.partial(torch.tensor, device=device)
+    return ({kind: tensor(tokens) for kind, tokens in windows.items()}, frequency.to(device),
+            tensor(scale), tensor(stage.targets, dtype=torch.float32),
+            tensor(stage.targets_end, dtype=torch.float32))
 
 # --- Attention: one definition of what is visible, two kernels ------------------------------------
 
 def document_start(tokens: Tensor, eot_token: int) -> Tensor:
-    """Where each token's document or sequence begins, (S T,), for S sequences (S, T) end to end."""
+    """Where each token's document or sequence begins, (N,), for S sequences (S, T) end to end."""
     position = torch.arange(tokens.numel(), device=tokens.device)
     begins = tokens == eot_token
     begins[:, 0] = True
     return torch.where(begins.flatten(), position, 0).cummax(0).values
 
 def first_visible_key(start: Tensor, window: Tensor) -> Tensor:
-    """The earliest key each query sees, (S T,): of its document and its last `window` tokens."""
+    """The earliest key each query sees, (N,): of its document and its last `window` positions."""
     return torch.maximum(start, torch.arange(len(start), device=start.device) - window + 1)
 
 def visible(query: Tensor, key: Tensor, first_key: Tensor) -> Tensor:
@@ -194,7 +300,7 @@ def visible(query: Tensor, key: Tensor, first_key: Tensor) -> Tensor:
     return (first_key <= key) & (key <= query)
 
 def block_mask(first_key: Tensor, block: int = 128) -> BlockMask:
-    """FlexAttention's mask from first_visible_key's (T,), T a multiple of block. first_key never
+    """FlexAttention's mask from first_visible_key's (N,), N a multiple of block. first_key never
     decreases, so a query block sees the key blocks from its first query's first key to itself, and
     whole those that begin after its last query's first key."""
     query_block = torch.arange(len(first_key) // block, device=first_key.device)[:, None]
@@ -214,34 +320,40 @@ def block_mask(first_key: Tensor, block: int = 128) -> BlockMask:
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor,
                       max_window: int) -> Tensor:
     """Sliding-window attention for CPUs, where FlexAttention has no backward. q, k, v, result: (1,
-    H, T, d). A chunk of max_window / 2 queries sees its own keys and those of two chunks before."""
-    (_, H, T, d), C = q.shape, max_window // 2
-    N = math.ceil(T / C)
-    padding = N * C - T
-    query = torch.arange(N * C, device=q.device).view(N, C, 1)
-    key = torch.arange(-2 * C, C, device=q.device) + query[:, :1]
+    H, N, d). A chunk of max_window / 2 queries sees its own keys and those of two chunks before."""
+    (_, H, N, d), size = q.shape, max_window // 2
+    chunks = math.ceil(N / size)
+    padding = chunks * size - N
+    query = torch.arange(chunks * size, device=q.device).view(chunks, size, 1)
+    key = torch.arange(-2 * size, size, device=q.device) + query[:, :1]
     # A padded query sees itself: a row of scores without a key would turn the gradients to NaN.
-    first_key = torch.cat([first_key, torch.arange(T, N * C, device=q.device)]).view(N, C, 1)
+    padded = torch.arange(N, chunks * size, device=q.device)
+    first_key = torch.cat([first_key, padded]).view(chunks, size, 1)
 
-    def with_two_chunks_before(x):  # (1, H, T, d) -> (H, N, 3C, d)
-        x = F.pad(x[0], (0, 0, 2 * C, padding)).view(H, N + 2, C, d)
+    def with_two_chunks_before(x):  # (1, H, N, d) -> (H, chunks, 3 size, d)
+        x = F.pad(x[0], (0, 0, 2 * size, padding)).view(H, chunks + 2, size, d)
         return torch.cat([x[:, :-2], x[:, 1:-1], x[:, 2:]], dim=2)
 
-    q = F.pad(q[0], (0, 0, 0, padding)).view(H, N, C, d) * d ** -0.5
-    scores = q @ with_two_chunks_before(k).mT  # (H, N, C, 3C)
+    q = F.pad(q[0], (0, 0, 0, padding)).view(H, chunks, size, d)
+    scores = q @ with_two_chunks_before(k).mT  # (H, chunks, size, 3 size)
     scores = scores.float().masked_fill(~visible(query, key, first_key), -math.inf)
     y = scores.softmax(dim=-1).to(v.dtype) @ with_two_chunks_before(v)
-    return y.view(1, H, N * C, d)[:, :, :T]
+    return y.view(1, H, chunks * size, d)[:, :, :N]
 
-Mask = BlockMask | Tensor  # for FlexAttention (compiled CUDA); first_visible_key's (T,) elsewhere
+Mask = BlockMask | Tensor  # for FlexAttention (compiled CUDA); first_visible_key's (N,) elsewhere
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, max_window: int) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v over visible keys. q, k, v, result: (1, H, T, d)."""
+    """softmax(q k^T) v over visible keys. q, k, v, result: (N, H, d)."""
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     if isinstance(mask, BlockMask):
-        return flex_attention(q, k, v, block_mask=mask)
-    return chunked_attention(q, k, v, mask, max_window)
+        y = flex_attention(q, k, v, block_mask=mask, scale=1.0)
+    else:
+        y = chunked_attention(q, k, v, mask, max_window)
+    return y[0].transpose(0, 1)
 
 # --- Model ----------------------------------------------------------------------------------------
+
+GATE_DIMS = 12  # gates read the first so many dimensions of what they look at (record 2025-08-23)
 
 def norm(x: Tensor) -> Tensor:
     """RMSNorm over the last dimension without a learned scale; its eps is that of x's precision."""
@@ -249,30 +361,40 @@ def norm(x: Tensor) -> Tensor:
 
 class Linear(nn.Module):
     """`parts` maps without bias in one product; Muon orthogonalises each. zero: begins at zero.
-    weight: (parts, out, in) float32, or small updates would be lost."""
+    weight: (parts, out, in), or (1, in, out) where in is larger, so that Muon has tall matrices
+    alone; float32, or small updates would be lost. Standard deviation 0.5 / sqrt(in) at first."""
     def __init__(self, in_features: int, out_features: int, parts: int = 1, zero: bool = False):
         super().__init__()
-        bound = 0.0 if zero else in_features ** -0.5
-        weight = torch.empty(parts, out_features, in_features).uniform_(-bound, bound)
-        self.weight = nn.Parameter(weight)
+        self.transposed = in_features > out_features
+        shape = (in_features, out_features) if self.transposed else (out_features, in_features)
+        bound = 0.0 if zero else 0.5 * (3 / in_features) ** 0.5
+        self.weight = nn.Parameter(torch.empty(parts, *shape).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.flatten(0, 1).to(x.dtype))  # (..., parts * out)
+        weight = self.weight.flatten(0, 1).to(x.dtype)
+        return x @ weight if self.transposed else F.linear(x, weight)  # (..., parts * out)
 
-def rotary_tables(T: int, head_dim: int, base: float = 10_000.0) -> Tensor:
-    """cos and sin of rotary positions (arXiv 2104.09864), (2, T, head_dim / 2) float32."""
-    frequency = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angle = torch.outer(torch.arange(T, dtype=torch.float32), frequency)
+def gate(weight: Tensor, x: Tensor) -> Tensor:
+    """sigmoid(x weight^T), 0.5 at first: weight (H, GATE_DIMS) zeros, x (N, GATE_DIMS) -> (N, H)."""
+    return torch.sigmoid(F.linear(x, weight.to(x.dtype)))
+
+def rotary_tables(frequencies: Tensor, N: int) -> Tensor:
+    """cos and sin of rotary positions 0 to N - 1 (arXiv 2104.09864), (2, N, d / 4) float32."""
+    angle = torch.outer(torch.arange(N, device=frequencies.device, dtype=torch.float32), frequencies)
     return torch.stack([angle.cos(), angle.sin()])
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn the two halves of each head by the position's angles. x, result: (..., T, H, d)."""
-    (a, b), (cos, sin) = x.float().chunk(2, dim=-1), rotary[:, :, None]
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x.dtype)
+    """Turn the first two quarters of each head by the positions' angles. x, result: (N, H, d)."""
+    quarter = x.size(-1) // 4
+    a, b, still = x.float().split([quarter, quarter, 2 * quarter], dim=-1)
+    cos, sin = rotary[:, :, None]
+    return torch.cat([a * cos + b * sin, b * cos - a * sin, still], dim=-1).to(x.dtype)
 
 class NGramEmbed(nn.Module):
-    """The sum of hashed embeddings of the 2- to N-grams that end at each token (arXiv 2412.09871),
-    cut where document or sequence begin; zero at first. sparse: gradients of the tables."""
+    """The sum of hashed embeddings of the 2- to n-grams that end at each token (bigrams: record
+    2026-01-19; longer ones: arXiv 2412.09871); zero at first. sparse: gradients of the tables."""
+    MULTIPLIERS = (36_313, 27_191, 51_637, 14_251, 60_649, 22_109)  # the first two: the record's
+
     def __init__(self, hp: Hyperparameters, sparse: bool):
         super().__init__()
         self.tables = nn.ModuleList(nn.Embedding(hp.ngram_rows, hp.model_dim, sparse=sparse)
@@ -280,34 +402,48 @@ class NGramEmbed(nn.Module):
         for table in self.tables:
             nn.init.zeros_(table.weight)
 
-    def forward(self, tokens: Tensor, start: Tensor) -> Tensor:
-        """tokens (T,), start: document_start's (T,). Returns (T, D)."""
-        position_in_document = torch.arange(len(tokens), device=tokens.device) - start
-        code, total = tokens + 1, 0
+    def forward(self, tokens: Tensor, position_in_document: Tensor) -> Tensor | float:
+        """Both (N,). Returns (N, D). Where the document is too short: the last row."""
+        code, total = self.MULTIPLIERS[0] * tokens, 0.0
         for back, table in enumerate(self.tables, 1):
-            earlier = torch.where(position_in_document >= back, tokens.roll(back) + 1, 0)
-            code = (code * 1_000_003 + earlier) % 2**40
-            total = total + table(code % table.num_embeddings)
+            code = code ^ (self.MULTIPLIERS[back] * tokens.roll(back))
+            last = table.num_embeddings - 1
+            total = total + table(torch.where(position_in_document >= back, code % last, last))
         return total
 
 class Attention(nn.Module):
-    """Causal self-attention with QK-norm (arXiv 2010.04245), rotary and value embeddings."""
-    def __init__(self, hp: Hyperparameters, has_value_embed: bool):
+    """Causal self-attention with QK-norm (arXiv 2010.04245), rotary and value embeddings, gates."""
+    def __init__(self, hp: Hyperparameters, layer: Layer):
         super().__init__()
-        self.num_heads = hp.num_heads
-        self.max_window = min(window_size(hp.num_steps, hp), hp.forward_tokens)
+        self.num_heads, self.paired = hp.num_heads, layer.attention == "paired"
+        self.key_offset = layer.attention == "long"
+        windows = [stage.window for stage in hp.stages]
+        self.max_window = (max(*windows, hp.final_window) if layer.attention == "long" else
+                           short_window(max(windows)))
         self.qkv = Linear(hp.model_dim, hp.model_dim, parts=3)
-        self.value_mix = nn.Parameter(torch.tensor(0.5)) if has_value_embed else None
-        self.proj = Linear(hp.model_dim, hp.model_dim, zero=True)
+        self.proj = Linear(hp.model_dim, hp.model_dim)
+        self.gate = nn.Parameter(torch.zeros(hp.num_heads, GATE_DIMS))
+        self.value_scale = nn.Parameter(torch.tensor(0.5))
+        self.value_gate = (None if layer.value_table is None else
+                           nn.Parameter(torch.zeros(hp.num_heads, GATE_DIMS)))
 
-    def forward(self, x: Tensor, value_embed: Tensor | None, rotary: Tensor, mask: Mask) -> Tensor:
-        """x, value_embed and the result: (T, D)."""
-        q, k, v = self.qkv(x).view(1, len(x), 3, self.num_heads, -1).unbind(2)  # (1, T, H, d)
-        if value_embed is not None:
-            v = (1 - self.value_mix) * v + self.value_mix * value_embed.view_as(v)
-        q, k = rotate(norm(q), rotary), rotate(norm(k), rotary)
-        y = attention(*(t.transpose(1, 2) for t in (q, k, v)), mask, self.max_window)
-        return self.proj(y.transpose(1, 2).reshape(x.shape))
+    def forward(self, x: Tensor, value_embed: Tensor | None, begins: Tensor, rotary: Tensor,
+                scale: Tensor, mask: Mask) -> Tensor:
+        """x, value_embed, result: (N, D); begins: (N,), is it a document's first token?"""
+        N, H, half, P = len(x), self.num_heads, GATE_DIMS // 2, 2 if self.paired else 1
+        q, k, v = self.qkv(x).view(N, 3, H, -1).unbind(1)  # (N, H, d)
+        v = self.value_scale * v
+        if value_embed is not None:  # record 2025-12-29
+            seen = torch.cat([x[:, :half], value_embed[:, :half]], dim=-1)
+            v = v + 2 * gate(self.value_gate, seen)[..., None] * value_embed.view_as(v)
+        # Paired heads (2026-01-07): heads i and H / 2 + i of a token are two positions of one head.
+        q, k = (rotate(norm(t.reshape(P * N, H // P, -1)), rotary) for t in (q, k))
+        if self.key_offset:  # record 2025-12-14: what does not turn comes from the token before
+            before = torch.where(begins[:, None, None], k, k.roll(1, 0))
+            k = torch.cat([t.chunk(2, dim=-1)[i] for i, t in enumerate((k, before))], dim=-1)
+        y = attention(scale * q, k, v.reshape(P * N, H // P, -1), mask, self.max_window).reshape(N, H, -1)
+        y = y * gate(self.gate, x[:, :GATE_DIMS])[..., None]
+        return self.proj(y.flatten(1))
 
 class MLP(nn.Module):
     """Width 4 D, ReLU squared (arXiv 2109.08668)."""
@@ -319,114 +455,170 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(F.relu(self.fc(x)).square())
 
-class Block(nn.Module):
-    """One layer: mix an earlier layer's output and the embedding x0 back in (record 2024-12-04),
-    then attention, then MLP."""
-    def __init__(self, hp: Hyperparameters, has_value_embed: bool, has_skip: bool):
+class Stem(nn.Module):
+    """What the first layer gets. Smear: a gated part of the token before (record 2025-09-18)."""
+    def __init__(self):
         super().__init__()
-        self.attention = Attention(hp, has_value_embed)
-        self.mlp = MLP(hp)
-        self.x0_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
-        self.skip_mix = nn.Parameter(torch.tensor(1.0)) if has_skip else None
+        self.smear_gate = nn.Parameter(torch.zeros(1, GATE_DIMS))
+        self.smear_scale = nn.Parameter(torch.tensor(0.0))
+        self.ngram_scale = nn.Parameter(torch.tensor(0.05))
 
-    def forward(self, x: Tensor, x0: Tensor, skip: Tensor | None, value_embed: Tensor | None,
-                rotary: Tensor, mask: Mask) -> Tensor:
+    def forward(self, embed: Tensor, ngram: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
+        """embed, ngram: (N, D). Returns x0, which all layers see, and the stream, both (N, D)."""
+        before = torch.where(begins[:, None], 0, embed.roll(1, 0))
+        smear = self.smear_scale * gate(self.smear_gate, embed[:, :GATE_DIMS])
+        x0 = norm(embed + smear * before)
+        return x0, x0 + self.ngram_scale * ngram
+
+class Block(nn.Module):
+    """One layer: a skip from an earlier one, attention, MLP; after the attention the embedding x0
+    and the n-grams' are mixed in (records 2025-11-18, 2026-02-12)."""
+    def __init__(self, hp: Hyperparameters, layer: Layer):
+        super().__init__()
+        self.attention = Attention(hp, layer) if layer.attention else None
+        self.mlp = MLP(hp)
+        self.residual_scale = nn.Parameter(torch.full((2,), 1.1 ** 0.5))  # for attention, MLP
+        self.branch_scale = nn.Parameter(torch.tensor([1.0, 1.0, 0.0, 0.05]))  # and x0, n-grams
+        self.skip_scale = None if layer.skip_from is None else nn.Parameter(torch.tensor(-1.5))
+        self.skip_gate = (None if layer.skip_from is None else
+                          nn.Parameter(torch.zeros(1, GATE_DIMS)))
+
+    def forward(self, x: Tensor, attends_to: Tensor, x0: Tensor, ngram: Tensor,
+                skip: Tensor | None, value_embed: Tensor | None, begins: Tensor, rotary: Tensor,
+                scale: Tensor, mask: Mask | None) -> Tensor:
+        """All but the last four, and the result: (N, D)."""
+        residual, branch = self.residual_scale, self.branch_scale
         if skip is not None:
-            x = x + self.skip_mix * skip
-        x = self.x0_mix[0] * x + self.x0_mix[1] * x0
-        x = x + self.attention(norm(x), value_embed, rotary, mask)
-        return x + self.mlp(norm(x))
+            skip = 2 * gate(self.skip_gate, x0[:, :GATE_DIMS]) * skip
+            x = x + torch.sigmoid(self.skip_scale) * skip
+        if self.attention is not None:
+            y = self.attention(norm(attends_to), value_embed, begins, rotary, scale, mask)
+            x = residual[0] * x + branch[0] * y + branch[2] * x0 + branch[3] * ngram
+        return residual[1] * x + branch[1] * self.mlp(norm(x))
 
 class GPT(nn.Module):
-    """The model of hp, for hp.forward_tokens or fewer at once, with U-net skips.
-    flex: FlexAttention; sparse: gradients of the n-gram tables."""
+    """The model of hp. flex: FlexAttention; sparse: gradients of the n-gram tables."""
     def __init__(self, hp: Hyperparameters, flex: bool = False, sparse: bool = False):
         super().__init__()
-        track, self.flex = TRACKS[hp.track], flex
+        track, self.hp, self.flex = TRACKS[hp.track], hp, flex
         self.eot_token, padded_vocab_size = track.eot_token, 128 * math.ceil(track.vocab_size / 128)
-        self.embed = nn.Embedding(padded_vocab_size, hp.model_dim)
-        self.ngram = NGramEmbed(hp, sparse) if hp.ngrams > 1 else None
-        shared = min(hp.value_layers, hp.num_layers // 2)  # the first and the last layers share
-        self.value_tables = [*range(shared), *[None] * (hp.num_layers - 2 * shared), *range(shared)]
-        width = len(set(self.value_tables) - {None}) * hp.model_dim  # one look-up serves all
-        self.value_embed = nn.Embedding(padded_vocab_size, width) if width else None
-        self.num_skips = hp.num_layers // 2  # the last layers take in what the first ones put out
-        self.blocks = nn.ModuleList(
-            Block(hp, table is not None, has_skip=layer >= hp.num_layers - self.num_skips)
-            for layer, table in enumerate(self.value_tables))
         self.head = Head(hp, padded_vocab_size)
-        rotary = rotary_tables(hp.forward_tokens, hp.model_dim // hp.num_heads)
-        self.register_buffer("rotary", rotary, persistent=False)
+        self.embed = nn.Embedding(padded_vocab_size, hp.model_dim, _weight=self.head.linear.weight[0].detach().clone())
+        tables = {layer.value_table for layer in hp.layers} - {None}
+        width = len(tables) * hp.model_dim  # one look-up serves all
+        self.value_embed = nn.Embedding(padded_vocab_size, width) if width else None
+        self.ngram, self.stem = NGramEmbed(hp, sparse), Stem()
+        self.blocks = nn.ModuleList(Block(hp, layer) for layer in hp.layers)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None, schedule: Schedule) -> Tensor:
-        """Mean cross-entropy in nats of targets (S, T) after tokens (S, T), computed as one
-        sequence of S T; without targets float32 logits (S T, V)."""
+    def masks(self, start: Tensor, schedule: Schedule) -> dict[str | None, Mask | None]:
+        """By kind of attention, from document_start's (N,). Paired heads have 2 N positions."""
+        starts, masks = {1: start, 2: (2 * start).repeat_interleave(2)}, {None: None}
+        for kind in {layer.attention for layer in self.hp.layers} - {None}:
+            first_key = first_visible_key(starts[1 + (kind == "paired")], schedule.windows[kind])
+            masks[kind] = block_mask(first_key) if self.flex else first_key
+        return masks
+
+    def forward(self, tokens: Tensor, targets: Tensor | None,
+                schedule: Schedule) -> tuple[Tensor, Tensor] | Tensor:
+        """Of targets (S, T) after tokens (S, T): what is to be minimised, a sum over the tokens;
+        and the mean cross-entropy in nats. Without targets: float32 logits (N, V)."""
         start = document_start(tokens, self.eot_token)
-        first_key = first_visible_key(start, schedule.window)
-        mask = block_mask(first_key) if self.flex else first_key
+        position_in_document = torch.arange(len(start), device=start.device) - start
+        masks, begins = self.masks(start, schedule), position_in_document == 0
+        rotary = rotary_tables(schedule.frequencies, 2 * len(start))
         tokens = tokens.flatten()
-        x, rotary = self.embed(tokens), self.rotary[:, :len(tokens)]
-        x0 = norm(x if self.ngram is None else x + self.ngram(tokens, start))
-        x = x0.view_as(x0)  # another object, or torch.compile would compile block 0 by itself
-        values = () if self.value_embed is None else self.value_embed(tokens).split(x.size(-1), -1)
-        skips = []
-        for block, table in zip(self.blocks, self.value_tables, strict=True):
-            skip = None if block.skip_mix is None else skips.pop()
-            x = block(x, x0, skip, None if table is None else values[table], rotary, mask)
-            if len(skips) < self.num_skips and block.skip_mix is None:
-                skips.append(x.view_as(x))  # another object than x, as above
-        return self.head(x, None if targets is None else targets.flatten())
+        table = self.head.linear.weight.squeeze(0) if schedule.tied else self.embed.weight
+        values = () if self.value_embed is None else self.value_embed(tokens).split(self.hp.model_dim, -1)
+        ngram = self.ngram(tokens, position_in_document)
+        x0, x = self.stem(F.embedding(tokens, table).to(ngram.dtype), ngram, begins)
+        outputs = []
+        for block, layer in zip(self.blocks, self.hp.layers, strict=True):
+            skip, attends_to, value = (None if i is None else of[i] for i, of in (
+                (layer.skip_from, outputs), (layer.attends_to, outputs), (layer.value_table, values)))
+            # x.view_as: another object, or torch.compile would compile some blocks apart
+            x = block(x, x.view_as(x) if attends_to is None else attends_to, x0, ngram, skip, value,
+                      begins, rotary if layer.attention == "paired" else rotary[:, :len(x)],
+                      schedule.attention_scale, masks[layer.attention])
+            outputs.append(x.view_as(x))
+        backout = [out for out, layer in zip(outputs, self.hp.layers, strict=True) if layer.backout]
+        if targets is None:
+            return self.head(x, *backout)
+        training = torch.is_grad_enabled()  # else logits in pieces: a validation's are too many
+        weights = schedule.target_weights if training else torch.ones_like(schedule.target_weights[:1])
+        pieces = (t.split(len(x) if training else self.hp.sequence_length)
+                  for t in (x, *backout, next_targets(targets, len(weights))))
+        objective, loss = map(sum, zip(*(self.head(*piece, weights)
+                                         for piece in zip(*pieces, strict=True)), strict=True))
+        return objective, loss / len(x)
 
 def build_model(hp: Hyperparameters, device: torch.device, dtype: torch.dtype, flex: bool,
                 sparse: bool = False) -> GPT:
-    """The model of hp: embeddings in the activations' precision dtype, all else in float32."""
+    """The model of hp: value and n-gram embeddings in the activations' precision dtype, all else in
+    float32."""
     torch.manual_seed(hp.seed)
     with device:
         model = GPT(hp, flex, sparse)
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            module.to(dtype)
+    model.ngram.to(dtype)
+    if model.value_embed is not None:
+        nn.init.normal_(model.value_embed.to(dtype).weight, std=0.01)
     return model
 
 # --- Loss -----------------------------------------------------------------------------------------
 
-def softcap(logits: Tensor, cap: float) -> Tensor:
-    """cap * tanh(logits / cap) in float32 (arXiv 2408.00118). Written as a sigmoid, for inductor
-    reads the logits three times where a softmax follows a tanh."""
-    return 2 * cap * torch.sigmoid(2 / cap * logits.float()) - cap
+def next_targets(targets: Tensor, K: int) -> Tensor:
+    """The K next tokens of each token, (N, K), from the next ones, (S, T); beyond the end: -1."""
+    later = [F.pad(targets[:, k:], (0, k), value=-1) for k in range(K)]
+    return torch.stack(later, dim=-1).flatten(0, 1)
+
+def softcap(logits: Tensor, cap: float, shift: float, scale: float) -> Tensor:
+    """cap * sigmoid((logits + shift) / scale) in float32 (arXiv 2408.00118, record 2025-12-26)."""
+    return cap * torch.sigmoid((logits.float() + shift) / scale)
 
 class CappedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy, nats, of targets (T,) under softcap(logits (T, V), cap). The backward is
-    one pass over the logits, and nothing else of their size is kept for it."""
+    """Of logits (N, V) under softcap(logits, *cap): the cross-entropies of each of targets (N, K),
+    summed and weighted by weights (K,) (record 2025-12-22); and the unweighted sum of the first,
+    which has no gradient. A target of -1 counts nothing. The backward is one pass over the logits,
+    and nothing else of their size is kept for it."""
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-        capped, ctx.cap = softcap(logits, cap), cap
-        logsumexp = capped.logsumexp(-1, keepdim=True)
-        ctx.save_for_backward(logits, targets, logsumexp)
-        return (logsumexp - capped.gather(-1, targets[:, None])).mean()
+    def forward(ctx, logits: Tensor, targets: Tensor, weights: Tensor, cap: tuple) -> tuple:
+        capped, ctx.cap = softcap(logits, *cap), cap
+        logsumexp = capped.logsumexp(-1, keepdim=True)  # one serves all targets
+        losses = (logsumexp - capped.gather(-1, targets.clamp(min=0))) * (targets >= 0)
+        losses = losses.sum(0)  # (K,)
+        ctx.save_for_backward(logits, targets, weights, logsumexp)
+        ctx.mark_non_differentiable(first := losses[0].clone())
+        return (losses * weights).sum(), first
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        logits, targets, logsumexp = ctx.saved_tensors
-        capped = softcap(logits, ctx.cap)
-        is_target = torch.arange(logits.size(1), device=logits.device) == targets[:, None]
-        error = (capped - logsumexp).exp() - is_target.float()  # softmax - one-hot
-        slope = 1 - (capped / ctx.cap).square()
-        return (grad / len(targets) * error * slope).to(logits.dtype), None, None
+    def backward(ctx, grad: Tensor, _) -> tuple:
+        logits, targets, weights, logsumexp = ctx.saved_tensors
+        cap, _, scale = ctx.cap
+        capped, word = softcap(logits, *ctx.cap), torch.arange(logits.size(1), device=logits.device)
+        error = ((targets >= 0) * weights).sum(-1, keepdim=True) * (capped - logsumexp).exp()
+        for k in range(len(weights)):  # softmax - one-hot, for each target
+            error = error - weights[k] * (word == targets[:, k:k + 1])
+        slope = capped * (1 - capped / cap) / scale
+        return (grad * error * slope).to(logits.dtype), None, None, None
 
 class Head(nn.Module):
-    """Untied, zero at the start, so that the first loss is ln V."""
+    """Logits from the stream, without what an earlier layer put into it (backout, 2025-10-04).
+    The embedding is its copy, or itself (arXiv 1608.05859, record 2025-12-19)."""
     def __init__(self, hp: Hyperparameters, padded_vocab_size: int):
         super().__init__()
-        self.logit_cap = hp.logit_cap
-        self.linear = Linear(hp.model_dim, padded_vocab_size, zero=True)
+        self.cap = (hp.logit_cap, hp.logit_shift, hp.logit_scale)
+        self.linear = Linear(hp.model_dim, padded_vocab_size)
+        nn.init.normal_(self.linear.weight, std=0.005)
+        backout = any(layer.backout for layer in hp.layers)
+        self.backout_scale = nn.Parameter(torch.tensor(0.5)) if backout else None
 
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Float32 logits (T, V) of x (T, D); with targets (T,) their mean cross-entropy, nats."""
+    def forward(self, x: Tensor, *rest: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Of x (N, D), its backout (N, D) if there is one: float32 logits (N, V); or, with targets
+        (N, K) and weights (K,), what CappedCrossEntropy gives of them."""
+        if self.backout_scale is not None:
+            backout, *rest = rest
+            x = x - self.backout_scale * backout
         logits = self.linear(norm(x))
-        if targets is None:
-            return softcap(logits, self.logit_cap)
-        return CappedCrossEntropy.apply(logits, targets, self.logit_cap)
+        return CappedCrossEntropy.apply(logits, *rest, self.cap) if rest else softcap(logits, *self.cap)
 
 # --- Optimizers: what updates which parameters, the mathematics, the division over the ranks ------
 
@@ -437,54 +629,77 @@ class Group(NamedTuple):
     rule: str                  # of RULES
     lr: float                  # learning rate; the schedule scales it
     betas: tuple[float, ...]   # decay of the moments, a step
-    decay: float               # weight decay, decoupled (arXiv 1711.05101); the rate scales it
+    decay: float               # cautious weight decay; the rate scales it, and the schedule twice
     travel_dtype: torch.dtype  # of what goes from rank to rank; Muon computes in it
 
 def optimizer_groups(hp: Hyperparameters, dtype: torch.dtype) -> list[Group]:
-    """Every parameter is in exactly one group. Muon is first: while it computes, others travel."""
-    betas, matrices = (hp.adam_beta1, hp.adam_beta2), r"(attention\.(qkv|proj)|mlp\.(fc|proj))"
-    scalars, tables = r"blocks\..*_mix", r"ngram\.tables\..*"
+    """Every parameter is in exactly one group. Muon is first: while it computes, others travel.
+    Rates and betas: records 2025-12-11 (Muon), 2025-12-31, 2026-02-12 (Adam)."""
+    matrix, decay = (hp.muon_beta2,), hp.muon_lr * hp.muon_decay
+    lr, slow, slower, fp32 = hp.scalar_lr, (0.9, 0.95), (0.9, 0.99), torch.float32
+    table, head = 5 * hp.adam_decay, 150 * hp.adam_decay * hp.head_lr
+    attention, block = r"blocks\.\d+\.attention\.", r"blocks\.\d+\."
     return [  # name, parameters, rule, learning rate, betas, weight decay, travels as
-        Group("blocks", rf"blocks\.\d+\.{matrices}\.weight", "muon", hp.muon_lr, (), 0.0, dtype),
-        Group("scalars", scalars, "adam", hp.scalar_lr, betas, 0.0, torch.float32),
-        Group("embeds", r"(value_)?embed\.weight", "adam", hp.embed_lr, betas, 0.0, dtype),
-        Group("ngrams", tables, "lazy_adam", hp.ngram_lr, betas, 0.0, dtype),
-        Group("head", r"head\.linear\.weight", "adam", hp.head_lr, betas, 0.0, dtype),
+        Group("attention", attention + r"(qkv|proj)\.weight", "muon", hp.muon_lr, matrix, decay, dtype),
+        Group("mlp_in", block + r"mlp\.fc\.weight", "muon", 2 * hp.muon_lr, matrix, decay, dtype),
+        Group("mlp_out", block + r"mlp\.proj\.weight", "muon", 4 * hp.muon_lr, matrix, decay, dtype),
+        Group("residual", block + "residual_scale", "adam", lr, slow, 0.0, fp32),
+        Group("branch", block + "branch_scale", "adam", lr / 5, slow, 0.0, fp32),
+        Group("scalars", ".*(value|skip|smear|backout|ngram)_scale", "adam", lr, slower, 0.0, fp32),
+        Group("gates", attention + "(value_)?gate", "adam", lr / 5, slower, 0.0, fp32),
+        Group("skip_gate", block + "skip_gate", "adam", lr / 100, slower, 0.0, fp32),
+        Group("smear_gate", "stem.smear_gate", "adam", lr / 500, slower, 0.0, fp32),
+        Group("values", r"value_embed\.weight", "adam", hp.value_lr, (0.75, 0.95),
+              table * hp.value_lr, dtype),
+        Group("ngrams", r"ngram\.tables\..*", hp.ngram_rule, hp.ngram_lr, (0.75, 0.95),
+              table * hp.ngram_lr, dtype),
+        Group("head", r"(head\.linear|embed)\.weight", "adam", hp.head_lr, (0.5, 0.95), head, dtype),
     ]
 
-def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
-    """About U V^T of each matrix U S V^T (..., rows, columns): singular values land in (0.7, 1.2).
+POLAR_EXPRESS = (  # a, b, c of each step (arXiv 2505.16932, record 2025-09-29)
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """About U V^T of each matrix U S V^T (..., rows, columns), by five steps of Newton-Schulz type.
     The dtype is the input's: bfloat16 is enough, for errors contract (Muon, record 2024-10-14)."""
-    a, b, c = 3.4445, -4.7750, 2.0315  # the quintic with the steepest slope at zero
-    tall = matrices.size(-2) > matrices.size(-1)
-    x = matrices.mT if tall else matrices  # the Gram matrix below is then the small one
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).flatten(0, -3)
-    for _ in range(steps):
-        gram = torch.bmm(x, x.mT)
+    wide = matrices.size(-1) > matrices.size(-2)
+    x = matrices.mT if wide else matrices  # the Gram matrix below is then the small one
+    x = (x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)).flatten(0, -3)
+    for a, b, c in POLAR_EXPRESS:
+        gram = torch.bmm(x.mT, x)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return (x.mT if tall else x).view(matrices.shape)
+        x = torch.baddbmm(x, x, polynomial, beta=a)
+    return (x.mT if wide else x).view(matrices.shape)
 
-# An update rule takes its group, the mean gradient, the values, its state, Muon's momentum now and
-# 1 - beta^t for each beta (0-dim tensors). It updates the state; values -= lr * what it returns.
+# An update rule takes its group, the mean gradient, its state, Muon's momentum now and 1 - beta^t
+# for each beta (0-dim tensors). It updates the state and returns the direction to go against.
 
-def muon_direction(group: Group, grad: Tensor, values: Tensor, momentum_buffer: Tensor,
-                   momentum: Tensor) -> Tensor:
+def muon_direction(group: Group, grad: Tensor, momentum_buffer: Tensor, second_moment: Tensor,
+                   momentum: Tensor, _: Tensor) -> Tensor:
     """Muon (record 2024-10-14) for matrices (K, rows, columns): Nesterov momentum, orthogonalised,
-    so that all singular directions learn at one rate, scaled so that tall ones move as much."""
+    so that all singular directions learn at one rate. NorMuon (arXiv 2510.05491, record
+    2025-10-24): then each row is divided by its root mean square over time, second_moment (K, rows,
+    1), and each matrix brought back to its norm."""
     grad = grad.float()
-    momentum_buffer.mul_(momentum).add_(grad)
-    direction = newton_schulz((grad + momentum * momentum_buffer).to(group.travel_dtype))
-    return direction * max(1.0, grad.size(-2) / grad.size(-1)) ** 0.5
+    momentum_buffer.add_((1 - momentum) * (grad - momentum_buffer))
+    direction = grad + momentum * (momentum_buffer - grad)
+    direction = orthogonalise(direction.to(group.travel_dtype)).float()
+    second_moment.lerp_(direction.square().mean(-1, keepdim=True), 1 - group.betas[0])
+    even = direction / second_moment.sqrt().clamp(min=1e-10)
+    before, after = (t.norm(dim=(-2, -1), keepdim=True) for t in (direction, even))
+    return even * (before / after.clamp(min=1e-10))
 
-def adam_direction(group: Group, grad: Tensor, values: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
-                   _: Tensor, bias1: Tensor, bias2: Tensor,
-                   touched: Tensor | float = 1.0) -> Tensor:
+def adam_direction(group: Group, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, _: Tensor,
+                   bias1: Tensor, bias2: Tensor, touched: Tensor | float = 1.0) -> Tensor:
     """Adam (arXiv 1412.6980) in float32. bias1, bias2: 1 - beta^t; touched: 0 in rows that stay."""
     grad, (beta1, beta2) = grad.float(), group.betas
     exp_avg.lerp_(grad, (1 - beta1) * touched)
     exp_avg_sq.lerp_(grad.square(), (1 - beta2) * touched)
-    return touched * (exp_avg / bias1) / ((exp_avg_sq / bias2).sqrt() + 1e-8)
+    return touched * (exp_avg / bias1) / ((exp_avg_sq / bias2).sqrt() + 1e-10)
 
 def lazy_adam_direction(group: Group, grad: Tensor, *rest: Tensor) -> Tensor:
     """Adam that leaves rows without gradient alone, moments included."""
@@ -492,28 +707,40 @@ def lazy_adam_direction(group: Group, grad: Tensor, *rest: Tensor) -> Tensor:
     return adam_direction(group, grad, *rest, touched)
 
 class Rule(NamedTuple):
-    """An update rule; its state is float32, of the values' shape."""
+    """An update rule; its state is float32."""
     direction: Callable
-    state: tuple[str, ...]
-    matrices: bool  # it works on stacks of matrices of one shape, not element by element
+    state: tuple[str, ...]      # of the values' shape
+    row_state: tuple[str, ...]  # one number for each row of a matrix
+    matrices: bool  # it works on stacks of matrices of one shape, in each step
 
 RULES = {
-    "muon": Rule(muon_direction, ("momentum",), True),
-    "adam": Rule(adam_direction, ("exp_avg", "exp_avg_sq"), False),
-    "lazy_adam": Rule(lazy_adam_direction, ("exp_avg", "exp_avg_sq"), False)}
+    "muon": Rule(muon_direction, ("momentum",), ("second_moment",), True),
+    "adam": Rule(adam_direction, ("exp_avg", "exp_avg_sq"), (), False),
+    "lazy_adam": Rule(lazy_adam_direction, ("exp_avg", "exp_avg_sq"), (), False)}
+
+def change(direction: Callable, group: Group, grad: Tensor, values: Tensor, state: list[Tensor],
+           lr: Tensor, lr_scale: Tensor, *numbers: Tensor) -> Tensor:
+    """lr * (direction + decayed values), in what travels; lr_scale scales it afterwards. Cautious
+    weight decay (arXiv 2510.12402, records 2025-11-10, 2025-12-18): only where a step goes to zero
+    anyhow. It falls with the square of the schedule."""
+    step = direction(group, grad, *state, *numbers)
+    if group.decay:
+        step = step + group.decay * lr_scale * values * (step * values > 0)
+    return (lr * step).to(group.travel_dtype)
 
 class Optimizer:
     """All groups' updates. Each rank keeps the state of its rows only (ZeRO-1). Gradients travel by
-    reduce-scatter and directions by all-gather while other buckets are computed."""
+    reduce-scatter and changes by all-gather while other buckets are computed. Adam waits for the
+    gradients of adam_every steps and takes their sum (record 2025-09-30)."""
     def __init__(self, model: GPT, hp: Hyperparameters, dtype: torch.dtype, rank: int = 0,
                  world_size: int = 1):
         """Raises UserError where a parameter is in no group or in two, or a rule is unknown."""
-        self.rules, self.num_updates = dict(RULES), 0
+        self.changes, self.num_updates = dict.fromkeys(RULES, change), 0
+        self.adam_every, self.device = hp.adam_every, model.embed.weight.device
         self.gradient_sum = torch.zeros(())  # of this rank: not finite if a gradient is not
         sparse = {id(module.weight) for module in model.modules()
                   if isinstance(module, nn.Embedding) and module.sparse}
-        groups = optimizer_groups(hp, dtype)
-        members = {group.name: {} for group in groups}
+        groups, buckets = optimizer_groups(hp, dtype), {}
         for name, p in model.named_parameters():
             claims = [group for group in groups if re.fullmatch(group.parameters, name)]
             if len(claims) != 1:
@@ -522,32 +749,48 @@ class Optimizer:
                 raise UserError(
                     f"the optimizer group of the parameter {name} is {found}; mend the patterns in "
                     f'optimizer_groups, or add a line: Group("mine", r"{mine}", "adam", '
-                    "hp.scalar_lr, betas, 0.0, dtype)")
-            if claims[0].rule not in RULES:
-                raise UserError(f"the optimizer group {claims[0].name} has the rule "
-                                f"{claims[0].rule}, expected one of RULES: {', '.join(RULES)}")
-            matrices = RULES[claims[0].rule].matrices  # equal matrices, and scalars, share a bucket
-            together = p.shape[-2:] if matrices else name if p.ndim > 1 else "scalars"
-            members[claims[0].name].setdefault(together, []).append(p)
-        self.buckets = [Bucket(group, params, id(params[0]) in sparse, rank, world_size)
-                        for group in groups for params in members[group.name].values()]
+                    "hp.scalar_lr, slow, 0.0, fp32)")
+            group = claims[0]
+            if group.rule not in RULES:
+                raise UserError(f"the optimizer group {group.name} has the rule {group.rule}, "
+                                f"expected one of RULES: {', '.join(RULES)}")
+            # Matrices of a shape share a bucket, and all that is small; a table has its own.
+            together = (p.shape[-2:] if RULES[group.rule].matrices else
+                        name if name.endswith(".weight") else "small")
+            key = (group.rule, group.betas, group.decay, group.travel_dtype, together)
+            buckets.setdefault(key, []).append((p, group))
+        order = sorted(buckets, key=lambda key: min(groups.index(g) for _, g in buckets[key]))
+        self.buckets = [Bucket(*zip(*buckets[key], strict=True), id(buckets[key][0][0]) in sparse,
+                               rank, world_size) for key in order]
+        whose = {id(p): bucket for bucket in self.buckets for p in bucket.params}
+        self.head, self.embed = whose[id(model.head.linear.weight)], whose[id(model.embed.weight)]
+
+    def untie(self) -> None:
+        """The embedding becomes a copy of the head, moments included (record 2025-12-22)."""
+        self.embed.values.copy_(self.head.values)
+        for name, mine in self.embed.state.items():
+            mine.copy_(self.head.state[name])
 
     @torch.no_grad()
     def step(self, schedule: Schedule) -> None:
-        """One update from the gradients, which are then gone. Collective."""
+        """One update from the gradients, which are then gone, but for those that Adam keeps for
+        its next one. A bucket without any gradient rests. Collective."""
         self.num_updates += 1
-        self.gradient_sum = torch.stack([bucket.reduce() for bucket in self.buckets]).sum()
+        adam_steps = self.num_updates % self.adam_every == 0
+        due = [bucket for bucket in self.buckets if any(p.grad is not None for p in bucket.params)
+               and (adam_steps or RULES[bucket.group.rule].matrices)]
+        self.gradient_sum = torch.stack([bucket.reduce() for bucket in due]).sum()
         moves = []
-        for bucket in self.buckets:
-            group, rule = bucket.group, self.rules[bucket.group.rule]
+        for bucket in due:
+            group, rule = bucket.group, RULES[bucket.group.rule]
             grad, values, state = bucket.collect()
-            numbers = schedule.momentum, *(1 - beta ** self.num_updates for beta in group.betas)
-            direction = rule.direction(group, grad, values, *state, *map(torch.tensor, numbers))
-            if group.decay:
-                direction = direction + group.decay * values
-            moves.append((bucket, bucket.gather(direction.to(group.travel_dtype)), state))
-        for bucket, directions, state in moves:
-            bucket.apply(directions, state, schedule.lr_scale * bucket.group.lr)
+            updates = self.num_updates // (1 if rule.matrices else self.adam_every)
+            numbers = schedule.lr_scale, schedule.momentum, *(1 - b ** updates for b in group.betas)
+            step = self.changes[group.rule](rule.direction, group, grad, values, state, bucket.lr,
+                                            *map(torch.tensor, numbers))
+            moves.append((bucket, bucket.gather(step), state))
+        for bucket, steps, state in moves:
+            bucket.apply(steps, state, schedule.lr_scale)
 
     def state_dict(self) -> dict:
         """The whole state, without padding, so that any number of ranks can load it. Collective."""
@@ -592,9 +835,9 @@ def open_shard(path: str | Path, advice: str = "delete it, fetch or build it aga
 
 class TokenStream:
     """All shards that match a pattern, in the order of their names, as one endless stream."""
-    def __init__(self, pattern: str, vocab_size: int, minimum: int, get_data: str):
+    def __init__(self, pattern: str, track: Track, minimum: int):
         """pattern: a glob below the repository. Raises UserError on bad or too few shards."""
-        self.vocab_size, self.get_data = vocab_size, get_data
+        self.track, get_data = track, track.get_data
         self.paths = sorted(ROOT.glob(pattern))
         self.shards = [open_shard(path, f"delete it and run: {get_data}") for path in self.paths]
         self.ends = np.cumsum([0, *map(len, self.shards)])  # [0], then where each shard ends
@@ -612,9 +855,9 @@ class TokenStream:
             position = start % len(self)
             shard = int(np.searchsorted(self.ends, position, side="right")) - 1
             part = self.shards[shard][position - int(self.ends[shard]):][:count]
-            if part.max() >= self.vocab_size:
-                raise UserError(f"{self.paths[shard]} holds the token id {part.max()}, expected "
-                                f"ids below {self.vocab_size}; run: {self.get_data}")
+            if part.max() >= self.track.vocab_size:
+                raise UserError(f"{self.paths[shard]} holds the token id {part.max()}, expected ids "
+                                f"below {self.track.vocab_size}; run: {self.track.get_data}")
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts).astype(np.int64)
@@ -622,6 +865,27 @@ class TokenStream:
     def sequence(self, index: int, length: int) -> tuple[Tensor, Tensor]:
         """The index-th sequence and its targets, one token further on: two (length,) int64."""
         tokens = torch.from_numpy(self.read(index * length, length + 1))
+        return tokens[:-1], tokens[1:]
+
+    @functools.cached_property
+    def documents(self) -> np.ndarray:
+        """Where each document begins, then where the last one ends. Raises UserError for none."""
+        starts = [np.flatnonzero(shard == self.track.eot_token) + end
+                  for shard, end in zip(self.shards, self.ends, strict=False)]
+        if not any(map(len, starts)):
+            raise UserError(f"{self.paths[0]} holds no token {self.track.eot_token}, expected one "
+                            f"before each document; run: {self.track.get_data}")
+        return np.concatenate([*starts, self.ends[-1:]])
+
+    def packed(self, document: int, length: int, cut: int) -> tuple[Tensor, Tensor]:
+        """As sequence(), of documents from that one on, endlessly; of each the first `cut` tokens
+        (record 2025-09-03)."""
+        documents, parts, missing = self.documents, [], length + 1
+        while missing:
+            start, end = documents[document % (len(documents) - 1):][:2].tolist()
+            parts.append(self.read(start, min(end - start, cut, missing)))
+            document, missing = document + 1, missing - len(parts[-1])
+        tokens = torch.from_numpy(np.concatenate(parts))
         return tokens[:-1], tokens[1:]
 
     def fingerprint(self, count: int) -> str:
@@ -632,25 +896,55 @@ class TokenStream:
             count -= min(count, len(shard))
         return digest.hexdigest()[:12]
 
+def first_documents(stream: TokenStream, hp: Hyperparameters) -> np.ndarray:
+    """The document with which each sequence of the run begins, and the one after the run's last;
+    beyond the stream's documents, they are read once more. A sequence begins where a document does
+    (record 2025-07-12): what the one before had no room for is dropped."""
+    lengths, document, firsts = np.diff(stream.documents), 0, []
+    for stage, begin, end in zip(hp.stages, [0, *stage_ends(hp)], stage_ends(hp), strict=False):
+        totals = np.minimum(lengths, stage.document or 2**62).cumsum().tolist()  # a list: bisect is fast
+        for _ in range(sequences_before(begin, hp), sequences_before(end, hp)):
+            firsts.append(document)
+            epoch, document = divmod(document, len(lengths))
+            reach = hp.sequence_length + (totals[document - 1] if document else 0)
+            more, reach = divmod(reach, totals[-1])  # the document that holds its last target is cut
+            document = (epoch + more) * len(lengths) + bisect_right(totals, reach) + 1
+    return np.array([*firsts, document])
+
 class BatchLoader:
     """This rank's micro-batches of each step; a thread reads ahead. Rank r takes a step's sequences
     that are r modulo W: neither W nor a resume changes what a step reads."""
     def __init__(self, stream: TokenStream, hp: Hyperparameters, runtime: "Runtime", step: int = 0):
         self.stream, self.hp, self.runtime, self.step = stream, hp, runtime, step
-        self.order, num_sequences = None, (len(stream) - 1) // hp.sequence_length
+        self.num_sequences = (len(stream) - 1) // hp.sequence_length
+        self.order = np.arange(self.num_sequences)
         if TRACKS[hp.track].shuffled:
-            self.order = np.random.RandomState(0).permutation(num_sequences)
+            self.order = np.random.RandomState(0).permutation(self.num_sequences)
+        cut = any(stage.document for stage in hp.stages)
+        self.firsts = first_documents(stream, hp) if cut else None
         self.pool = ThreadPoolExecutor(1)
         self.future = self.pool.submit(self._read, step)
+
+    def epoch(self, step: int) -> int:
+        """How often all training tokens have been read when a step begins."""
+        index = sequences_before(step, self.hp)
+        if self.firsts is not None:
+            return int(self.firsts[index]) // (len(self.stream.documents) - 1)
+        return index // self.num_sequences
+
+    def _sequence(self, index: int, cut: int) -> tuple[Tensor, Tensor]:
+        if cut:
+            return self.stream.packed(int(self.firsts[index]), self.hp.sequence_length, cut)
+        index = int(self.order[index % self.num_sequences])
+        return self.stream.sequence(index, self.hp.sequence_length)
 
     def _read(self, step: int) -> list[tuple[Tensor, Tensor]]:
         hp, runtime = self.hp, self.runtime
         mine = range(sequences_before(step, hp), sequences_before(step + 1, hp))
         mine = mine[runtime.rank::runtime.world_size]
         size = max(m for m in range(1, min(hp.micro_batch, len(mine)) + 1) if len(mine) % m == 0)
-        if self.order is not None:
-            mine = [int(self.order[i % len(self.order)]) for i in mine]
-        pairs = [self.stream.sequence(i, hp.sequence_length) for i in mine]
+        cut = hp.stages[stage_index(step, hp)].document
+        pairs = [self._sequence(index, cut) for index in mine]
         batch = [tuple(map(torch.stack, zip(*pairs[i:i + size], strict=True)))
                  for i in range(0, len(pairs), size)]
         return [(a.pin_memory(), b.pin_memory()) for a, b in batch] if runtime.cuda else batch
@@ -664,24 +958,21 @@ class BatchLoader:
 # --- Training -------------------------------------------------------------------------------------
 
 def compile_parts(model: GPT, optimizer: Optimizer, device: torch.device) -> None:
-    """torch.compile each block and the head: one compilation serves all blocks of a kind."""
-    torch._dynamo.config.recompile_limit = 64  # kinds of blocks, each with and without gradients
-    for part in [*model.blocks, model.head]:
+    """torch.compile each block, stem and head: one compilation serves all blocks of a kind."""
+    torch._dynamo.config.recompile_limit = 128  # kinds of blocks, batches; with, without gradients
+    for part in [*model.blocks, model.stem, model.head]:
         part.compile(dynamic=False)
     if device.type == "cuda":  # fuses Adam's ten passes over large tables; a CPU's are small
-        for name, rule in RULES.items():
-            if not rule.matrices:
-                compiled = torch.compile(rule.direction, dynamic=False)
-                optimizer.rules[name] = rule._replace(direction=compiled)
+        optimizer.changes = {name: torch.compile(change, dynamic=False) for name in RULES}
 
 def training_step(model: GPT, optimizer: Optimizer, batch: list[tuple[Tensor, Tensor]],
                   schedule: Schedule) -> Tensor:
-    """One update by the mean gradient over all ranks. Returns this rank's mean loss, 0-dim."""
+    """One update by the gradient, summed over tokens and ranks. Returns this rank's mean loss."""
     mean_loss = torch.zeros((), device=batch[0][0].device)
     for tokens, targets in batch:
-        loss = model(tokens, targets, schedule) / len(batch)
-        loss.backward()
-        mean_loss += loss.detach()
+        objective, loss = model(tokens, targets, schedule)
+        objective.backward()
+        mean_loss += loss / len(batch)
     optimizer.step(schedule)
     return mean_loss
 
@@ -690,11 +981,11 @@ def validate(model: GPT, stream: TokenStream, step: int, hp: Hyperparameters,
              runtime: "Runtime") -> float:
     """Mean cross-entropy in nats over the track's validation tokens. Collective."""
     schedule = Schedule(step, hp, runtime.device)
-    num_sequences = TRACKS[hp.track].val_tokens // hp.forward_tokens
+    num_sequences = TRACKS[hp.track].val_tokens // hp.val_length
     loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
     for index in range(runtime.rank, num_sequences, runtime.world_size):
-        sequence = stream.sequence(index, hp.forward_tokens)
-        loss_sum += model(*(t[None].to(runtime.device) for t in sequence), schedule)
+        sequence = stream.sequence(index, hp.val_length)
+        loss_sum += model(*(t[None].to(runtime.device) for t in sequence), schedule)[1]
     return runtime.mean(loss_sum) * runtime.world_size / num_sequences
 
 def warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperparameters,
@@ -702,15 +993,16 @@ def warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperpara
     """Compile and load every kernel on random tokens, then put everything back as it was."""
     random_state, vocab_size = torch.get_rng_state(), TRACKS[hp.track].vocab_size
     before = [p.detach().clone() for p in model.parameters()]
-    text = torch.randint(vocab_size, (1, hp.forward_tokens), device=runtime.device)
-    for step in sorted({0, hp.num_steps // 2, *batch_sizes(hp).values()}):
-        schedule = Schedule(step, hp, runtime.device)
-        loader = BatchLoader(stream, hp, runtime, step)  # for the shapes
+    text = torch.randint(vocab_size, (1, hp.val_length), device=runtime.device)
+    for begin in sorted({0, *(end for end in stage_ends(hp) if end < hp.num_steps)}):
+        schedule = Schedule(begin, hp, runtime.device)
+        loader = BatchLoader(stream, hp, runtime, begin)  # for the shapes
         batch = [tuple(torch.randint_like(t, vocab_size) for t in pair) for pair in loader.next()]
         loader.pool.shutdown(cancel_futures=True)
+        for _ in range(2 * hp.adam_every):  # twice: what keeps gradients has other kernels
+            training_step(model, optimizer, batch, schedule)
         with torch.no_grad():
             model(text, text, schedule)
-        training_step(model, optimizer, batch, schedule)
     with torch.no_grad():
         for p, value in zip(model.parameters(), before, strict=True):
             p.copy_(value)
@@ -726,7 +1018,8 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
     progress, compiled = saved["progress"] if saved else Progress(), record["compiled"]
     dtype = getattr(torch, record["activations"])
     model = build_model(hp, runtime.device, dtype, flex=compiled and runtime.cuda,
-                        sparse=not runtime.cuda and runtime.world_size == 1)
+                        sparse=(hp.ngram_rule == "lazy_adam" and not runtime.cuda and
+                                runtime.world_size == 1))
     optimizer = Optimizer(model, hp, dtype, runtime.rank, runtime.world_size)
     log = Log(hp, runtime, record)
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -745,10 +1038,16 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
         loader, first_step = BatchLoader(train_stream, hp, runtime, progress.step), progress.step
         started = runtime.seconds()  # progress.train_time_ms is the time until then
         for step in range(first_step, hp.num_steps + 1):
-            progress.step, last, stop = step, step == hp.num_steps, watch.read()
+            progress.step, last = step, step == hp.num_steps
+            # Where Adam keeps a gradient for its next step, none is lost: no end, no checkpoint.
+            whole = last or step % hp.adam_every == 0
+            stop = watch.read() if whole else 0
+            if unties_at(step, hp):
+                optimizer.untie()
             val_due = last or (hp.val_every and step % hp.val_every == 0)
             val_due = val_due and not stop and progress.validated < step
-            save_due = stop or (hp.save_every and step % hp.save_every == 0 and step > first_step)
+            save_due = stop or (whole and step > first_step and hp.save_every and
+                                step % hp.save_every < hp.adam_every)
             if val_due or save_due:  # neither is training time
                 progress.train_time_ms += 1000 * (runtime.seconds() - started)
                 watch.read(everything=True)  # what is not finite must not be saved
@@ -772,8 +1071,9 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
                 mean = runtime.mean(loss)  # waits for the device, so that the time is this step's
                 now = progress.train_time_ms + 1000 * (time.perf_counter() - started)
                 log.metric(step + 1, "train_loss", mean, now)
-            if tokens_before(step, hp) < len(train_stream) <= tokens_before(step + 1, hp):
-                log.say(f"all {len(train_stream):,} training tokens are read: epoch 2 begins")
+            if loader.epoch(step + 1) > loader.epoch(step):
+                log.say(f"all {len(train_stream):,} training tokens are read: epoch "
+                        f"{loader.epoch(step + 1) + 1} begins")
             if profile:
                 profile.step()
         loader.pool.shutdown(cancel_futures=True)
@@ -787,25 +1087,33 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 class Bucket:
-    """Parameters of a group as one tensor `values`, of which each rank has my_rows: a table,
-    stacked matrices of one shape (a row is a matrix), or scalars. Parameters are views of it, and
-    `grads` is what travels. sparse: gradients are sparse (CPU, one rank), and `grads` is None."""
-    def __init__(self, group: Group, params: list[nn.Parameter], sparse: bool, rank: int = 0,
-                 world_size: int = 1):
-        self.group, self.params, self.world_size = group, params, world_size
-        rule, shape = RULES[group.rule], params[0].shape
-        row_shape = shape[-2:] if rule.matrices else shape[1:][-1:]
-        self.rows = sum(p.numel() for p in params) // math.prod(row_shape)
+    """Parameters as one tensor `values`, of which each rank has my_rows: a table, stacked matrices
+    of one shape (a row is a matrix), or numbers. Their groups, one for each parameter, may differ
+    in the rate alone. Parameters are views of it, and `grads` is what travels. sparse: gradients
+    are sparse (CPU, one rank), and `grads` is None."""
+    def __init__(self, params: list[nn.Parameter], groups: list[Group], sparse: bool,
+                 rank: int = 0, world_size: int = 1):
+        self.group, self.params, self.world_size = groups[0], params, world_size
+        rule, shape = RULES[self.group.rule], params[0].shape
+        row_shape = shape[-2:] if rule.matrices else shape[-1:] if len(params) == 1 else ()
+        rows = [p.numel() // math.prod(row_shape) for p in params]
+        self.rows = sum(rows)
         shard_rows = math.ceil(self.rows / world_size)
         self.my_rows = slice(rank * shard_rows, (rank + 1) * shard_rows)
         self.values = params[0].new_zeros(world_size * shard_rows, *row_shape)
-        dtype = group.travel_dtype if world_size > 1 else self.values.dtype
+        dtype = self.group.travel_dtype if world_size > 1 else self.values.dtype
         self.grads = None if sparse else torch.zeros_like(self.values, dtype=dtype)
         for values, p in zip(self.parts(self.values), params, strict=True):
             p.data = values.copy_(p.detach())
-        self.state = {name: torch.zeros_like(self.values[self.my_rows], dtype=torch.float32)
-                      for name in rule.state}
-        self.mean = self.sent = self.work = None  # the mean gradient; what travels until work ends
+        mine = self.values[self.my_rows]
+        self.state = {name: torch.zeros_like(like, dtype=torch.float32)
+                      for names, like in ((rule.state, mine), (rule.row_state, mine[..., :1]))
+                      for name in names}
+        lr = [torch.full((n,), group.lr) for n, group in zip(rows, groups, strict=True)]
+        lr = F.pad(torch.cat(lr), (0, world_size * shard_rows - self.rows)).to(mine.device)
+        lr = lr[self.my_rows].view(-1, *[1] * len(row_shape))
+        self.lr = lr if len({group.lr for group in groups}) > 1 else lr.new_tensor(groups[0].lr)
+        self.grad = self.sent = self.work = None  # the summed gradient; what travels until work ends
 
     def parts(self, whole: Tensor) -> list[Tensor]:
         """Views of a tensor of the values' shape, of the parameters' shapes."""
@@ -814,35 +1122,36 @@ class Bucket:
         return [part.view_as(p) for part, p in zip(parts, self.params, strict=True)]
 
     def reduce(self) -> Tensor:
-        """Start the reduce-scatter: this rank gets its rows of the mean gradient. Collective.
+        """Start the reduce-scatter: this rank gets its rows of the ranks' sum. Collective.
         Takes the parameters' gradients. Returns the sum of this rank's own, which is not finite if
         one of them is not."""
         if self.grads is None:
-            self.mean, self.params[0].grad = self.params[0].grad.coalesce(), None
-            return self.mean.values().sum(dtype=torch.float32)
+            self.grad, self.params[0].grad = self.params[0].grad.coalesce(), None
+            return self.grad.values().sum(dtype=torch.float32)
         for part, p in zip(self.parts(self.grads), self.params, strict=True):
             part.zero_() if p.grad is None else part.copy_(p.grad)
             p.grad = None
-        self.mean = self.grads
+        self.grad = self.grads
         if self.world_size > 1:
-            self.mean = torch.empty_like(self.grads[self.my_rows])
-            self.work = _reduce_scatter(self.mean, self.grads, op=dist.ReduceOp.AVG, async_op=True)
+            self.grad = torch.empty_like(self.grads[self.my_rows])
+            self.work = _reduce_scatter(self.grad, self.grads, op=dist.ReduceOp.SUM, async_op=True)
         return self.grads.sum(dtype=torch.float32)
 
     def collect(self) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """My rows of mean gradient, values and state; of a sparse table the touched ones."""
+        """My rows of gradient, values and state; of a sparse table the touched ones."""
         if self.grads is None:
-            self.touched = self.mean.indices()[0]
+            self.touched = self.grad.indices()[0]
             state = [part[self.touched] for part in self.state.values()]
-            return self.mean.values(), self.values[self.touched], state
+            return self.grad.values(), self.values[self.touched], state
         self.wait()
-        return self.mean, self.values[self.my_rows], list(self.state.values())
+        return self.grad, self.values[self.my_rows], list(self.state.values())
 
     def gather(self, mine: Tensor) -> Tensor:
         """Start the all-gather of every rank's rows; read the result after wait(). Collective."""
         if self.world_size == 1:
             return mine
-        self.sent, whole = mine.contiguous(), mine.new_empty(self.values.shape)  # as NCCL wants it
+        self.sent = mine.contiguous()  # as NCCL wants it
+        whole = mine.new_empty(self.world_size * len(mine), *mine.shape[1:])
         self.work = _all_gather(whole, self.sent, async_op=True)
         return whole
 
@@ -858,15 +1167,15 @@ class Bucket:
         self.wait()
         return rows[:self.rows]
 
-    def apply(self, directions: Tensor, state: list[Tensor], lr: float) -> None:
-        """values -= lr * directions, of collect()'s rows."""
+    def apply(self, steps: Tensor, state: list[Tensor], lr_scale: float) -> None:
+        """values -= lr_scale * steps, of collect()'s rows."""
         self.wait()
         if self.grads is None:
-            self.values.index_add_(0, self.touched, directions.to(self.values.dtype), alpha=-lr)
+            self.values.index_add_(0, self.touched, steps.to(self.values.dtype), alpha=-lr_scale)
             for whole, part in zip(self.state.values(), state, strict=True):
                 whole[self.touched] = part
         else:
-            self.values.add_(directions, alpha=-lr)
+            self.values.add_(steps, alpha=-lr_scale)
 
 # --- Ranks, devices, signals ----------------------------------------------------------------------
 
@@ -1105,8 +1414,8 @@ def write_sample(model: GPT, hp: Hyperparameters, device: torch.device) -> str:
     schedule = Schedule(hp.num_steps, hp, device)
     model.flex = False  # the run is over, and so short a text needs no kernel of its own
     with torch.compiler.set_stance("force_eager"):
-        for i in range(min(hp.sample_tokens, hp.forward_tokens)):
-            logits = model(tokens[None, :hp.forward_tokens], None, schedule)[i, :track.eot_token]
+        for i in range(min(hp.sample_tokens, hp.sequence_length)):
+            logits = model(tokens[None, :hp.sequence_length], None, schedule)[i, :track.eot_token]
             chances = (logits.cpu() / 0.8).softmax(-1)
             tokens[i + 1] = torch.multinomial(chances, 1, generator=generator)
     return decode(tokens[1:i + 2].tolist())
@@ -1122,9 +1431,10 @@ def finish(stop: int, model: GPT, progress: "Progress", watch: Watch, hp: Hyperp
     per_second = 1000 * tokens_before(hp.num_steps, hp) / max(progress.train_time_ms, 1e-3)
     # Forward and backward, a token: 6 FLOPs a weight, 12 D a layer and visible key; look-ups none.
     weights = sum(p.numel() for name, p in model.named_parameters()
-                  if re.fullmatch(r"(blocks|head)\..*weight", name))
-    keys = (hp.window_start + hp.window_end) / 2
-    flops = (6 * weights + 12 * hp.num_layers * hp.model_dim * keys) * per_second
+                  if re.fullmatch(r"(blocks|head)\..*\.weight", name))
+    keys = sum(Schedule(hp.num_steps // 2, hp, torch.device("cpu")).windows[layer.attention].item()
+               for layer in hp.layers if layer.attention)
+    flops = (6 * weights + 12 * hp.model_dim * keys) * per_second
     name, memory = device_name(runtime.device), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     memory *= 1 if sys.platform == "darwin" else 1024
     if runtime.cuda:
@@ -1215,8 +1525,8 @@ def start_run(hp: Hyperparameters, runtime: Runtime) -> tuple[TokenStream, Token
     from ({} for none). Collective. Raises UserError where data or checkpoint are unfit."""
     track, device = TRACKS[hp.track], runtime.device
     train_stream, val_stream = (
-        TokenStream(files, track.vocab_size, tokens + 1, track.get_data) for files, tokens in (
-            (track.train_files, max(batch_sizes(hp)) * hp.sequence_length),
+        TokenStream(files, track, tokens + 1) for files, tokens in (
+            (track.train_files, hp.batch_size * hp.sequence_length),
             (track.val_files, track.val_tokens)))
     dtype = str(fast_dtype(device)).removeprefix("torch.") if hp.dtype == "auto" else hp.dtype
     record = runtime.agree({
@@ -1287,23 +1597,21 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
         value, low, high = getattr(hp, f.name), f.metadata["least"], f.metadata["most"]
         if f.type in (int, float) and not low <= value <= high:  # nor NaN
             raise UserError(f"--{f.name} is {value}, expected from {low:,} to {high:,}")
-    steps, uneven = hp.num_steps, [n for n in batch_sizes(hp) if n < 1 or n % world_size]
+    sizes = [stage.batch * hp.batch_size for stage in hp.stages]
+    uneven = [n for n in sizes if n < 1 or n % world_size]
     val_tokens, records = TRACKS[hp.track].val_tokens, (ROOT / "records").resolve()
     for wrong, message in (
-        (hp.window_end < hp.window_start,
-         f"--window_end {hp.window_end} is below --window_start {hp.window_start}"),
-        (hp.warmup_steps + hp.cooldown_steps > steps, f"--cooldown_steps {hp.cooldown_steps} and "
-         f"--warmup_steps {hp.warmup_steps} are more than --num_steps {steps}; use "
-         f"--cooldown_steps {steps // 2} --warmup_steps {min(hp.warmup_steps, steps // 2)}"),
+        (hp.extension_steps >= hp.num_steps, f"--extension_steps {hp.extension_steps} are not fewer "
+         f"than --num_steps {hp.num_steps}; use --extension_steps {hp.num_steps // 40}"),
         (uneven, f"{min(uneven, default=0)} sequences a step can't be divided over {world_size} "
          f"ranks; use --batch_size {-hp.batch_size // world_size * -world_size} or another NPROC"),
         (hp.sequence_length % 128, f"--sequence_length {hp.sequence_length} is no multiple of 128"),
-        (val_tokens % hp.forward_tokens, f"--micro_batch {hp.micro_batch} * --sequence_length "
-         f"{hp.sequence_length} must divide {val_tokens:,} validation tokens; use powers of two"),
+        (val_tokens % hp.val_length or hp.val_length % 128, f"--val_length {hp.val_length} must "
+         f"divide {val_tokens:,} validation tokens and be a multiple of 128; use a power of two"),
         (not hp.folder.resolve().is_relative_to(records),
          f"--entry {hp.entry!r} is no folder below records/"),
-        (hp.model_dim % (2 * hp.num_heads), f"--model_dim {hp.model_dim} is no multiple of twice "
-         f"--num_heads {hp.num_heads}: a head's width must be even"),
+        (hp.model_dim % (4 * hp.num_heads), f"--model_dim {hp.model_dim} is no multiple of four "
+         f"times --num_heads {hp.num_heads}: a quarter of a head's width turns with another one"),
     ):
         if wrong:
             raise UserError(message)
@@ -1325,17 +1633,18 @@ def run(argv: list[str] | None = None) -> int:
         out_of_memory = (torch.OutOfMemoryError, MemoryError)
         if not isinstance(error, out_of_memory) and "can't allocate memory" not in str(error):
             raise
-        length = hp.sequence_length // 2
+        less, length = hp.micro_batch // 2, hp.sequence_length
         if runtime.cuda:  # bytes, as simulated for the model of fineweb (./run.sh simulate)
             token = 0.5e6 if compile_pays(hp, runtime.device) and hp.compile != "off" else 2.5e6
             memory = torch.cuda.get_device_properties(runtime.device).total_memory
-            while length > 1024 and 4e9 + length * token > 0.8 * memory:
-                length //= 2
-        batch_size = hp.batch_size * hp.sequence_length // length
-        less = f"--sequence_length {length} --batch_size {batch_size}"
-        less = f"--micro_batch {hp.micro_batch // 2}" if hp.micro_batch > 1 else less
-        raise UserError(f"out of memory on {device_name(runtime.device)} with {hp.forward_tokens} "
-                        f"tokens at once; use {less}, or a smaller --model_dim") from None
+            less = min(less, int((0.8 * memory - 6e9) / (length * token)))
+        flags = f"--micro_batch {less}"
+        if less < 1:
+            flags = (f"--micro_batch 1 --sequence_length {length // 2} "
+                     f"--batch_size {2 * hp.batch_size} --val_length {min(hp.val_length, length)}")
+        raise UserError(f"out of memory on {device_name(runtime.device)} with {hp.micro_batch} "
+                        f"sequences of {length} tokens at once; use {flags}, or a smaller "
+                        "--model_dim") from None
     if dist.is_initialized():
         dist.destroy_process_group()
     return code
