@@ -120,7 +120,7 @@ def compiled_kernels(record: dict, card: Card) -> list[Finding]:
     names, counts = logit_kernels(record), instructions(kernels)
     counted = {code: counts[code] for code in names if code in counts}
     if counted:
-        each = ", ".join(f"{n:.0f} in {names[code][:70]}" for code, n in counted.items())
+        each = ", ".join(f"{n:.0f} in {names[code][:40]}" for code, n in counted.items())
         slow = sum(counted.values()) > MOST_INSTRUCTIONS
         each += f" (slow from {MOST_INSTRUCTIONS} on in all)"
         found.append(Finding("instructions a logit", "slow" if slow else "ok", each))
