@@ -74,10 +74,11 @@ checks)
     flags="--track fineweb --batch_size 1 --cooldown_steps 5 --val_every 0 --log_every 5 --sample_tokens 0"
     run 150 fineweb_100_steps train_gpt.py $flags --num_steps 100
     entry=gpu_trace_$$  # the profiler's own time must not be in the run above
-    run 90 fineweb_trace train_gpt.py $flags --num_steps 10 --profile --entry "$entry"
+    run 90 fineweb_trace train_gpt.py $flags --num_steps 60 --profile --entry "$entry"
     run 60 laptop_on_gpu train_gpt.py --track laptop --sample_tokens 0 --num_steps 100 --cooldown_steps 50
     if [[ -z "${SIMULATE:-}" ]]; then  # measured beside predicted, with this machine's torch
-        CUDA_PYTHON=$python timeout 150 "$python" -m tests.simulate --gpus 1 --json $flags > "$logs/simulated.json" || failed=1
+        CUDA_PYTHON=$python timeout 150 "$python" -m tests.simulate --gpus 1 --json $flags --num_steps 100 \
+            > "$logs/simulated.json" || failed=1
         mv records/"$entry"/* "$logs"/ && rmdir records/"$entry" || failed=1
         "$python" -m tests.simulate.calibrate "$logs/simulated.json" "$logs/fineweb_100_steps.txt" "$logs"/*.trace.json ||
             failed=1

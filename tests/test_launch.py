@@ -9,6 +9,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.run
@@ -18,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 import launch
 import train_gpt
+from data.shards import write_shard
 
 ADAMW = "2024-06-06_AdamW"
 
@@ -258,6 +260,20 @@ def test_a_rank_that_fails_alone_ends_the_node_with_its_own_line(sandbox):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2 and errors.splitlines()[-1].startswith("error: can't write the log"), errors
     assert "Traceback" not in errors and time.monotonic() - begun < 60
+
+
+def test_a_rank_other_than_0_that_fails_alone_ends_the_node_with_its_own_line(sandbox):
+    """Rank 1 of 2 alone reads the sequence with the impossible token, while rank 0 is in the step's collectives."""
+    path, length, step = sandbox.path / "data/laptop/laptop_train_000002.bin", 256, 4
+    order = np.random.RandomState(0).permutation((6000 - 1) // length)
+    bad = next(i for i in range(2 * step + 1, 12, 2) if order[i] * length > 3000)  # in the second of two shards
+    tokens = np.array(train_gpt.open_shard(path))
+    tokens[order[bad] * length + 9 - 3000] = 300
+    write_shard(path, tokens)
+    process, begun = begin(sandbox, "--track=laptop", *TINY, "--num_steps=12", NPROC="2"), time.monotonic()
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and errors.splitlines()[-1].startswith(f"error: {path} holds the token id"), errors
+    assert "Traceback" not in errors and f"step:{bad // 2}/" in out and time.monotonic() - begun < 60
 
 
 def test_an_interrupted_fetch_ends_in_one_line(sandbox):

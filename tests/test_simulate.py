@@ -1,17 +1,21 @@
 """The simulated node: its model of the time, its verdicts, and defects planted into train_gpt.py that it must find."""
 import copy
+import dataclasses
 import json
 import os
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY
 
-from tests.simulate import calibrate, judge, model
-from tests.simulate.__main__ import CannotRun, Node, cuda_python, has_cuda_build, main, simulate
+import train_gpt
+from tests.simulate import calibrate, judge, model, stages
+from tests.simulate.__main__ import CannotRun, Node, cuda_python, divided, has_cuda_build, main, simulate
 from tests.simulate.model import CARDS, Shape, predict
+from tests.simulate.stages import Step
 
 H100 = CARDS["H100"]
 SHAPE = Shape(tokens=65_536, model_dim=768, vocab_size=50_304, keys=549)
@@ -73,9 +77,70 @@ def test_collectives_hide_behind_kernels_until_somebody_waits():
 
 
 def test_keys_that_a_query_sees():
-    assert model.visible_keys(64, 1792, 65_536) == pytest.approx(549, abs=3)  # of 25,000 documents of the web
-    assert 60 < model.visible_keys(64, 64, 65_536) < 64
-    assert model.visible_keys(1792, 1792, 256) < 256 and model.visible_keys(64, 10**9, 10**9) <= model.DOCUMENT
+    grown = [train_gpt.window_size(step, train_gpt.Hyperparameters()) for step in range(1530)]
+    assert (grown[0], grown[-1]) == (64, 1728)
+    assert model.visible_keys(grown, 65_536) == pytest.approx(549, abs=1)  # of 25,000 documents of the web
+    assert 60 < model.visible_keys([64], 65_536) < 64 and model.visible_keys([], 65_536) == 0
+    assert model.visible_keys([1792], 256) < 256 and model.visible_keys([10**9], 10**9) <= model.DOCUMENT
+
+
+def test_the_mean_of_steps_is_weighted_by_how_often_they_occur():
+    small, large = (predict([event(moved=n * 10**9), event("triton", "a", n * 10**9), collective(0, 10**6)], [], SHAPE,
+                            H100, 8) for n in (1, 2))
+    mean = model.mean([(3, small), (1, large)])
+    assert mean.total == pytest.approx((3 * small.total + large.total) / 4) and mean.sent == 10**6
+    assert mean.ms == pytest.approx({part: (3 * small.ms[part] + large.ms[part]) / 4 for part in small.ms})
+    assert {(part, name): launches for part, name, _, launches in mean.kernels} == {
+        ("eager", "mul"): 1, ("generated", "a"): 1}
+    assert sum(ms for _, _, ms, _ in mean.kernels) == pytest.approx(sum(mean.ms.values()))
+
+
+# --- Which real steps a short run stands for --------------------------------------------------------------------------
+
+def in_thirds(num_steps, sizes=(2, 4, 6)):
+    """Steps of a run in three stages, as a script's schedules would say them."""
+    return [Step(sizes[3 * i // num_steps], (64 + 64 * i // num_steps,)) for i in range(num_steps)]
+
+
+def test_a_script_is_asked_for_its_tokens_and_windows():
+    hp = dataclasses.replace(train_gpt.Hyperparameters(), num_steps=30)
+    steps = stages.schedule(train_gpt, hp)
+    assert [step.tokens for step in steps] == [524_288] * 30
+    assert [step.windows for step in steps] == [(train_gpt.window_size(i, hp),) for i in range(30)]
+    assert stages.unpacked(json.loads(json.dumps(stages.packed(steps)))) == steps and len(stages.packed(steps)) < 30
+    script = SimpleNamespace(tokens_before=lambda step, hp: step**2, window_size=lambda step, hp: [0, 64, None, 128])
+    assert stages.schedule(script, SimpleNamespace(num_steps=2)) == [Step(1, (64, 128)), Step(3, (64, 128))]
+    entry = SimpleNamespace(num_steps=2, batch_size=8, sequence_length=100)  # has neither function
+    assert stages.schedule(SimpleNamespace(), entry) == [Step(800, ())] * 2
+
+
+def test_a_short_run_has_every_kind_of_step():
+    """First of a stage, odd, even: of three stages nine steps have them all, of one stage the fewest that are run."""
+    assert stages.steps_of_a_short_run(in_thirds(1600), in_thirds) == 9
+    alike = [Step(4, ())] * 1530
+    assert stages.steps_of_a_short_run(alike, lambda count: alike[:count]) == stages.FEWEST
+    assert stages.steps_of_a_short_run(in_thirds(1600), lambda count: alike[:count]) == stages.FEWEST
+
+
+@pytest.mark.parametrize("num_steps", [100, 1601])
+@pytest.mark.parametrize("sizes", [(2, 4, 6), (2, 4, 2), (4, 4, 6)])
+def test_real_steps_are_taken_for_steps_like_them(num_steps, sizes):
+    real, short = in_thirds(num_steps, sizes), in_thirds(12, sizes)
+    numbered = [step._replace(windows=(i,)) for i, step in enumerate(real)]
+    meant = stages.stand_for(numbered, short)
+    assert sorted(step.windows[0] for steps in meant for step in steps) == list(range(num_steps))  # each once
+    for i, steps in enumerate(meant):
+        assert all(step.tokens == short[i].tokens for step in steps)
+        first = i == 0 or short[i].tokens != short[i - 1].tokens
+        assert len(steps) == 1 if first else len({step.windows[0] % 2 for step in steps}) == 1
+        if not first:  # of its parity, and the nearest: at most a third of the run away
+            assert steps[0].windows[0] % 2 == i % 2
+            assert all(abs(step.windows[0] / num_steps - i / 12) < 1 / 3 for step in steps)
+
+
+def test_steps_that_the_short_run_lacks_are_named():
+    with pytest.raises(LookupError, match="step 66 of 100 trains on 6 tokens"):
+        stages.stand_for(in_thirds(99) + in_thirds(1), in_thirds(12)[:8])
 
 
 def test_the_error_is_that_of_the_table():
@@ -95,6 +160,7 @@ def test_the_error_is_that_of_the_table():
 def phase(name, **more):
     after = dict(syncs=[], events=[])
     return dict(name=name, seconds=1.0, compiled=0, peak=30 * 2**30, live=2**30, syncs=[], events=[event(moved=10**9)],
+                tokens=65_536,
                 peak_tensors=[["bfloat16[65536, 50304] forward graph 3", 6 * 2**30]], after=after) | more
 
 
@@ -105,9 +171,9 @@ def record():
               *[phase("training_step", events=[event(moved=10**9), collective(0, 10**6)]) for _ in range(6)]]
     kernel = dict(name="triton_tem_fused", code="k", shared=131_072, registers=200, spilled=0, warps=8, wgmma=24,
                   error="", constants={})
-    return dict(code=0, error="", phases=phases, messages=[], compilations=6, kernels=[kernel], num_steps=1530,
-                step_tokens=524_288, batch_size=8, sequence_length=65_536, tokens=65_536, model_dim=768,
-                vocab_size=50_304, window_start=64, window_end=1792)
+    return dict(code=0, error="", phases=phases, messages=[], compilations=6, kernels=[kernel],
+                real=[[1530, [524_288, [1000]]]], short=[[6, [524_288, [1000]]]], batch_size=8, sequence_length=65_536,
+                model_dim=768, vocab_size=50_304)
 
 
 def verdicts(record, card=H100):
@@ -174,8 +240,53 @@ def test_the_error_is_said_where_it_is_known_alone(record):
         return next(f.why for f in judge.judge(record, CARDS[card], world_size) if f.check == "a step")
     assert "± 7 %" in told("H100", 8)
     assert all("error unknown" in told(*other) for other in (("H100", 16), ("H200", 8), ("A100", 8)))
-    record["window_end"] = 0
+    record["real"][0][1][1] = []
     assert "error unknown" in told("H100", 8)
+
+
+def staged(record):
+    """The record of a script in three stages; every second step of each moves a second GB."""
+    record |= dict(real=stages.packed(in_thirds(1500)), short=stages.packed(in_thirds(12)))
+    step = record["phases"][-1]
+    steps = [dict(step, tokens=65_536, peak=(10 + 5 * (i // 4)) * 2**30,
+                  events=[event(moved=(10 * (i // 4) + 1 + i % 2) * 10**9)]) for i in range(12)]
+    record["phases"] = [phase for phase in record["phases"] if phase["name"] != "training_step"] + steps
+    return record
+
+
+def test_a_run_in_stages_is_the_sum_over_its_real_steps(record):
+    found = judge.predictions(staged(record), H100, 8)
+    assert [(stage.tokens, stage.steps, stage.peak >> 30) for stage in found] == [
+        (2, 500, 10), (4, 500, 15), (6, 500, 20)]
+
+    def ms(gigabytes):
+        return 1e3 * (1e9 * gigabytes / (model.MEMORY * H100.bytes) + model.LAUNCH)
+    for i, stage in enumerate(found):  # half of the steps are odd
+        assert stage.mean.total == pytest.approx(ms(10 * i + 1.5))
+        assert (stage.fastest, stage.slowest) == pytest.approx((ms(10 * i + 1), ms(10 * i + 2)))
+    assert judge.whole(found).total == pytest.approx(ms(11.5))
+    lines = {finding.check: finding for finding in judge.judge(record, H100, 8, price=60.0)}
+    assert [check for check in lines if check.startswith("a step")] == [f"a step of {n} tokens" for n in (2, 4, 6)]
+    assert f"{1500 * ms(11.5) / 60_000:.2f} minutes" in lines["the whole run"].why
+    assert "1,500 steps, 6,000 tokens" in lines["the whole run"].why
+    assert "500 of 1,500 steps" in lines["a step of 4 tokens"].why
+    assert lines["its price"].why.startswith(f"{1500 * ms(11.5) / 60_000:.2f} at 60")
+
+
+def test_a_stage_that_the_short_run_does_not_reach_is_said(record):
+    staged(record)["short"] = [[12, [2, [64]]]]
+    lines = {finding.check: finding for finding in judge.judge(record, H100, 8)}
+    assert lines["a step"].verdict == "not run" and "trains on 4 tokens" in lines["a step"].why
+    assert "the whole run" not in lines
+    del staged(record)["phases"][-1]
+    lines = {finding.check: finding for finding in judge.judge(record, H100, 8)}
+    assert lines["a step"].verdict == "not run" and "called 11 times in a run of 12" in lines["a step"].why
+
+
+def test_kernels_of_a_kind_are_one_line(record):
+    record["kernels"] += [dict(record["kernels"][0], code="l", registers=208, spilled=32)]
+    lines = [finding for finding in judge.judge(record, H100, 8) if finding.check == "FlexAttention forward"]
+    assert len(lines) == 1 and "200 to 208 registers, 0 to 32 B spilled" in lines[0].why
 
 
 def test_what_the_warm_up_compiles_and_what_waits_between_steps_is_fine(record):
@@ -225,6 +336,7 @@ LOG = "step:95/100 train_loss:5.1 train_time:15000ms step_avg:157.89ms\nstep:100
 REPORT = dict(card=H100.name, torch="2.13.0", peak_timed=32 * 2**30, predicted=dict(
     ms={"matrix products": 72.0, "head and loss": 12.0, "eager": 6.0}, exposed=10.0,
     kernels=[["head and loss", "triton_red_logits", 12.0, 1], ["matrix products", "mm", 72.0, 99]]))
+REPORT["stages"] = [dict(mean=REPORT["predicted"])]
 
 
 def test_measured_beside_predicted():
@@ -238,6 +350,10 @@ def test_measured_beside_predicted():
     assert lines[2:5] == ["| ms a step | 100.0 | 157.0 | 1.57 |", "| peak, GiB | 32.0 | 31.0 | 0.97 |",
                           "| matrix products, ms a step | 72.0 | 75.0 | 1.04 |"]
     assert len(calibrate.table(REPORT, LOG, None).splitlines()) == 4
+    first = dict(REPORT["predicted"], ms={"matrix products": 30.0})  # the trace is of the first steps
+    lines = calibrate.table(dict(REPORT, stages=[dict(mean=first), *REPORT["stages"]]), LOG, trace).splitlines()
+    assert lines[2] == "| ms a step | 100.0 | 157.0 | 1.57 |"
+    assert lines[4] == "| matrix products, ms a step, first stage | 30.0 | 75.0 | 2.50 |"
 
 
 def test_what_can_t_be_compared_is_one_line(tmp_path, capsys):
@@ -262,6 +378,12 @@ def test_a_wrong_flag_is_one_line(words, told, capsys):
         main(words)
     err = capsys.readouterr().err
     assert ended.value.code == 2 and told in err and err.count("\n") == 1 and err.startswith("error: ")
+
+
+def test_as_many_tokens_are_divided_over_more_gpus():
+    assert divided(8, 65_536, 8) == divided(8, 65_536, 1) == divided(512, 1024, 16) == []
+    assert divided(8, 65_536, 16) == ["--batch_size=16", "--sequence_length=32768"]
+    assert divided(12, 1024, 8) == ["--batch_size=24", "--sequence_length=512"]
 
 
 def test_what_is_missing_is_one_line(monkeypatch, capsys):
@@ -312,6 +434,42 @@ def node(tmp_path_factory):
         return Node(cuda_python(), tmp_path_factory.mktemp("node"))
     except CannotRun as error:
         pytest.skip(str(error))
+
+
+STAGED = {  # three stages, of 1, 2 and 4 sequences a rank; Adam in every second step; the last stage has a loss more
+    "    return step * hp.batch_size\n": """\
+    return sum(hp.batch_size * (1, 2, 4)[3 * i // hp.num_steps] for i in range(step))
+""",
+    "        moves = []\n        for bucket in self.buckets:\n": """\
+        moves = []
+        for bucket in self.buckets:
+            if bucket.group.rule != "muon" and self.num_updates % 2:
+                continue
+""",
+    "        loss = model(tokens, targets, schedule) / len(batch)\n": """\
+        loss = model(tokens, targets, schedule) / len(batch)
+        if tokens.numel() == 8192:
+            loss = loss + 0 * model.head.linear.weight.square().sum()
+"""}
+
+
+def test_a_script_in_stages_is_predicted_by_stage(node, tmp_path):
+    source = (REPOSITORY / "train_gpt.py").read_text()
+    for old, new in STAGED.items():
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    script = tmp_path / "train_gpt.py"
+    script.write_text(source)
+    report = simulate(node, script, [*SMALL, "--micro_batch=4", "--num_steps=100"], "H100", 8, None)
+    assert {finding.verdict for finding in report["findings"]} == {"ok", "predicted"}, report["findings"]
+    found = report["stages"]
+    assert [stage["tokens"] for stage in found] == [8 * 2048 * n for n in (1, 2, 4)]
+    assert [stage["steps"] for stage in found] == [34, 33, 33]
+    total = [sum(stage["mean"]["ms"].values()) + stage["mean"]["exposed"] for stage in found]
+    assert total[0] < total[1] < total[2] and found[0]["peak"] < found[1]["peak"] < found[2]["peak"]
+    assert all(stage["fastest"] < ms < stage["slowest"] for stage, ms in zip(found, total, strict=True))
+    mean = sum(report["predicted"]["ms"].values()) + report["predicted"]["exposed"]
+    assert mean == pytest.approx(sum(n * ms for n, ms in zip((34, 33, 33), total, strict=True)) / 100)
 
 
 @pytest.mark.parametrize("defect", DEFECTS)

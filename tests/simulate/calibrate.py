@@ -46,10 +46,11 @@ def table(report: dict, log: str, trace: dict | None) -> str:
     predicted, (step, peak) = report["predicted"], measured(log)
     total = sum(predicted["ms"].values()) + predicted["exposed"]
     rows = [("ms a step", total, step), ("peak, GiB", report["peak_timed"] / 2**30, peak)]
-    if trace:
-        names = {name: part for part, name, *_ in predicted["kernels"]}
-        parts = measured_parts(trace, names)
-        rows += [(f"{part}, ms a step", predicted["ms"].get(part, 0.0), parts.get(part, 0.0)) for part in PARTS]
+    if trace:  # of the run's first steps, so of its first stage
+        stages, where = report["stages"], ", first stage" * (len(report["stages"]) > 1)
+        first = stages[0]["mean"]
+        parts = measured_parts(trace, {name: part for part, name, *_ in first["kernels"]})
+        rows += [(f"{part}, ms a step{where}", first["ms"].get(part, 0.0), parts.get(part, 0.0)) for part in PARTS]
     lines = [f"| {report['card']}, torch {report['torch']} | predicted | measured | ratio |", "|---|---|---|---|"]
     for what, guess, value in rows:
         ratio = f"{value / guess:.2f}" if guess else ""

@@ -2,7 +2,19 @@
 import collections
 from typing import NamedTuple
 
-from tests.simulate.model import ERROR, GIB, Card, Prediction, Shape, instructions, predict, utilisation, visible_keys
+from tests.simulate import stages
+from tests.simulate.model import (
+    ERROR,
+    GIB,
+    Card,
+    Prediction,
+    Shape,
+    instructions,
+    mean,
+    predict,
+    utilisation,
+    visible_keys,
+)
 
 USABLE = 0.9  # of a card's memory; CUDA, cuBLAS, NCCL and fragmentation take what is left
 MOST_STACK = 256  # bytes of spilled registers that an attention kernel may have
@@ -18,6 +30,11 @@ class Finding(NamedTuple):
 
 def steps(record: dict) -> list[dict]:
     return [phase for phase in record["phases"] if phase["name"] == "training_step"]
+
+
+def steps_of_the_run(record: dict) -> list[dict]:
+    """The steps but those of a warm-up, which come first."""
+    return steps(record)[-len(stages.unpacked(record["short"])):]
 
 
 def timed(record: dict) -> list[dict]:
@@ -49,7 +66,8 @@ def compiles(record: dict) -> Finding:
 
 def waits(record: dict) -> Finding:
     """Does the host wait for the GPU inside a step?"""
-    found = steps(record)[2:]
+    warmed = any(phase["name"] == "warm_up" for phase in record["phases"])
+    found = steps_of_the_run(record)[0 if warmed else 2:]
     inside = collections.Counter(sync for phase in found for sync in phase["syncs"])
     between = collections.Counter(sync for phase in found for sync in set(phase["after"]["syncs"]))
     inside += {sync: n for sync, n in between.items() if n == len(found) > 1}  # lines are logged every second step
@@ -70,8 +88,8 @@ def fits(record: dict, card: Card) -> Finding:
     """Does the card hold it?"""
     most = max(record["phases"], key=lambda phase: phase["peak"])
     usable = USABLE * card.memory
-    why = ", ".join(f"{name} {peak / GIB:.1f}" for name, peak in peaks(record).items())
-    why += f" GiB of {usable / GIB:.1f} usable of {card.memory / GIB:.1f}"
+    why = f"GiB, {usable / GIB:.1f} usable of {card.memory / GIB:.1f}: "
+    why += ", ".join(f"{name} {peak / GIB:.1f}" for name, peak in peaks(record).items())
     if most["peak"] > usable:
         why += "; largest: " + ", ".join(f"{size / GIB:.1f} GiB {what}" for what, size in most["peak_tensors"][:3])
     return Finding(f"fits into {card.name}", "FAIL" if most["peak"] > usable else "ok", why)
@@ -91,27 +109,36 @@ def compiled_kernels(record: dict, card: Card) -> list[Finding]:
     why += f"{max((k['registers'] for k in kernels), default=0)}, spilling: {sum(k['spilled'] > 0 for k in kernels)}"
     found = [Finding(f"kernels compile for sm_{major}{minor}", "FAIL" if broken else "ok" if kernels else "slow",
                      "; ".join(broken) or (why if kernels else "nothing is compiled"))]
-    attention = {(k["name"], k["shared"], k["registers"]): k for k in kernels if "tem_fused" in k["name"]}
-    for k in attention.values():
-        kind = "backward" if "backward" in k["name"] else "forward"
-        slow = k["spilled"] >= MOST_STACK or (major == 9 and not k["wgmma"])
-        found.append(Finding(f"FlexAttention {kind}", "slow" if slow else "ok",
-                             f"{k['shared']:,} B shared, {k['registers']} registers, {k['spilled']} B spilled, "
-                             f"{k['warps']} warps" + (f", {k['wgmma']} wgmma" if major == 9 else "")))
+    for kind in ("forward", "backward"):
+        of_kind = [k for k in kernels if "tem_fused" in k["name"] and ("backward" in k["name"]) == (kind == "backward")]
+        if of_kind:
+            slow = any(k["spilled"] >= MOST_STACK or (major == 9 and not k["wgmma"]) for k in of_kind)
+            why = f"{span(of_kind, 'shared')} B shared, {span(of_kind, 'registers')} registers, "
+            why += f"{span(of_kind, 'spilled')} B spilled, {span(of_kind, 'warps')} warps"
+            why += f", {span(of_kind, 'wgmma')} wgmma" * (major == 9)
+            found.append(Finding(f"FlexAttention {kind}", "slow" if slow else "ok", why))
     names, counts = logit_kernels(record), instructions(kernels)
     counted = {code: counts[code] for code in names if code in counts}
     if counted:
-        each = ", ".join(f"{n:.0f} in {names[code][:70]}" for code, n in counted.items())
+        each = ", ".join(f"{n:.0f} in {names[code][:40]}" for code, n in counted.items())
         slow = sum(counted.values()) > MOST_INSTRUCTIONS
+        each += f" (slow from {MOST_INSTRUCTIONS} on in all)"
         found.append(Finding("instructions a logit", "slow" if slow else "ok", each))
     return found
 
 
+def span(kernels: list[dict], what: str) -> str:
+    """From the least to the most of several kernels."""
+    least, most = min(k[what] for k in kernels), max(k[what] for k in kernels)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+
+
 def logit_kernels(record: dict) -> dict[str, str]:
     """Generated kernels of a step that go over all logits: hash of the source -> name."""
-    logits = record["tokens"] * record["vocab_size"]
-    return {event["code"]: event["name"] for event in steps(record)[-1]["events"]
-            if event["kind"] == "triton" and event["elements"] == logits}
+    last = steps(record)[-1]
+    logits = last["tokens"] * record["vocab_size"]
+    return {event["code"]: event["name"] for event in last["events"]
+            if event["kind"] == "triton" and event["elements"] == logits > 0}
 
 
 def calls(record: dict) -> list[tuple[str, list]]:
@@ -134,35 +161,75 @@ def same_collectives(first: dict, last: dict) -> Finding:
     return Finding(check, "FAIL", f"call {at} of {len(a)} and {len(b)}: {one}; the last rank: {other}")
 
 
-def shape_of(record: dict) -> Shape:
-    keys = visible_keys(record["window_start"], record["window_end"], record["sequence_length"])
-    return Shape(record["tokens"], record["model_dim"], record["vocab_size"], keys if record["window_end"] else 0)
+class Stage(NamedTuple):
+    """Real steps with equally many tokens, one after the other."""
+    tokens: int        # a step, over all ranks
+    steps: int
+    mean: Prediction   # of a step
+    fastest: float     # ms of a step
+    slowest: float
+    peak: int          # bytes
 
 
-def prediction(record: dict, card: Card, world_size: int) -> Prediction:
-    """Of the record's last step."""
-    return predict(steps(record)[-1]["events"], record["kernels"], shape_of(record), card, world_size)
+def predictions(record: dict, card: Card, world_size: int) -> list[Stage]:
+    """The stages of the real run, from the steps of the short one. Raises LookupError where it lacks some."""
+    short = stages.unpacked(record["short"])
+    real = stages.stand_for(stages.unpacked(record["real"]), short)
+    if len(steps(record)) < len(short):
+        raise LookupError(f"training_step was called {len(steps(record))} times in a run of {len(short)} steps")
+    found = [(i, [], []) for i, step in enumerate(short) if i == 0 or step.tokens != short[i - 1].tokens]
+    for i, (phase, meant) in enumerate(zip(steps_of_the_run(record), real, strict=True)):
+        windows = [window for step in meant for window in step.windows]
+        keys = visible_keys(windows, record["sequence_length"])
+        shape = Shape(phase["tokens"] or short[i].tokens // world_size, record["model_dim"], record["vocab_size"], keys)
+        _, timed_steps, phases = [stage for stage in found if stage[0] <= i][-1]
+        phases.append(phase)
+        if meant:
+            timed_steps.append((len(meant), predict(phase["events"], record["kernels"], shape, card, world_size)))
+    return [Stage(short[i].tokens, sum(times for times, _ in each), mean(each), min(p.total for _, p in each),
+                  max(p.total for _, p in each), max(phase["peak"] for phase in phases))
+            for i, each, phases in found if each]
+
+
+def whole(found: list[Stage]) -> Prediction:
+    """Of the mean step of the run."""
+    return mean([(stage.steps, stage.mean) for stage in found])
 
 
 def error_of(record: dict, card: Card, world_size: int) -> str:
     """How far off a prediction may be, as far as anything supports that."""
-    known = card.name.startswith("NVIDIA H100") and record["window_end"] and world_size <= 8
-    return f"± {100 * ERROR:.0f} %" if known else "error unknown: fitted on a node of 8 H100s and FlexAttention"
+    known = card.name.startswith("NVIDIA H100") and record["real"][0][1][1] and world_size <= 8
+    return f"± {100 * ERROR:.0f} %" if known else "error unknown"
 
 
 def predicted(record: dict, card: Card, world_size: int, price: float | None) -> list[Finding]:
     """The model's lines. Every time among them is said to be predicted, with the model's error."""
-    p, error = prediction(record, card, world_size), error_of(record, card, world_size)
-    minutes = p.total * record["num_steps"] / 60_000
-    parts = ", ".join(f"{part} {ms:.1f}" for part, ms in sorted(p.ms.items(), key=lambda item: -item[1]))
-    found = [
-        Finding("a step", "predicted", f"{p.total:.0f} ms ({error}), MFU {utilisation(p, card):.2f}: {parts}, "
-                f"exposed collectives {p.exposed:.1f} of {p.collectives:.1f} ms, {p.sent / 1e6:.0f} MB"),
-        Finding("the whole run", "predicted", f"{minutes:.2f} minutes ({error}): {record['num_steps']:,} steps of "
-                f"{record['step_tokens']:,} tokens, without compilation and validation")]
+    error = error_of(record, card, world_size)
+    try:
+        found = predictions(record, card, world_size)
+    except LookupError as lacks:
+        return [Finding("a step", "not run", str(lacks))]
+    findings, count = [], sum(stage.steps for stage in found)
+    for stage in found:
+        p, name, why = stage.mean, "a step", f"{stage.mean.total:.0f} ms ({error}"
+        if stage.slowest > 1.02 * stage.fastest:
+            why += f"; from {stage.fastest:.0f} to {stage.slowest:.0f}"
+        why += f"), MFU {utilisation(p, card):.2f}"
+        if len(found) > 1:
+            name = f"a step of {stage.tokens:,} tokens"
+            why += f", peak {stage.peak / GIB:.1f} GiB, {stage.steps:,} of {count:,} steps"
+        why += ": " + ", ".join(f"{part} {ms:.1f}" for part, ms in sorted(p.ms.items(), key=lambda item: -item[1]))
+        if world_size > 1:
+            why += f", exposed collectives {p.exposed:.1f} of {p.collectives:.1f} ms, {p.sent / 1e6:.0f} MB"
+        findings.append(Finding(name, "predicted", why))
+    minutes = sum(stage.steps * stage.mean.total for stage in found) / 60_000
+    tokens = sum(stage.steps * stage.tokens for stage in found)
+    each = f"steps of {found[0].tokens:,} tokens" if len(found) == 1 else f"steps, {tokens:,} tokens"
+    findings.append(Finding("the whole run", "predicted", f"{minutes:.2f} minutes ({error}): {count:,} {each}, without "
+                            "compilation and validation"))
     if price is not None:
-        found.append(Finding("its price", "predicted", f"{price * minutes / 60:.2f} at {price:g} an hour ({error})"))
-    return found
+        findings.append(Finding("its price", "predicted", f"{price * minutes / 60:.2f} at {price:g} an hour ({error})"))
+    return findings
 
 
 def judge(record: dict, card: Card, world_size: int, price: float | None = None) -> list[Finding]:
@@ -183,7 +250,8 @@ def smaller(record: dict, card: Card) -> list[str] | None:
     """
     peak = max(peaks(record).values())
     fixed = min(phase["live"] for phase in steps(record))
-    length, batch_size, tokens = record["sequence_length"], record["batch_size"], record["tokens"]
+    length, batch_size = record["sequence_length"], record["batch_size"]
+    tokens = max(phase["tokens"] for phase in steps(record))
     micro_batch = tokens // length
     while micro_batch > 1 or length > 1024:
         if micro_batch > 1:

@@ -17,9 +17,9 @@ ISSUE = 0.813      # of one instruction a cycle for each of a multiprocessor's 4
 LAUNCH = 2.4e-6    # seconds a kernel takes besides
 
 ERROR = 0.07  # of a prediction for 8 H100s, either way: what was found on two scripts that nothing was fitted on
-# Mean tokens of a document, such that windows that grow from 64 to 1,792 show a query 549 keys on average, as in 25,000
-# documents of the web.
-DOCUMENT = 985
+# Mean tokens of a document, such that ValueEmbed's windows, which grow from 64 to 1,792 in steps of 64, show a query
+# 549 keys on average, as in 25,000 documents of the web.
+DOCUMENT = 1044
 
 
 class Card(NamedTuple):
@@ -77,11 +77,11 @@ PUBLISHED = [
 
 
 class Shape(NamedTuple):
-    """What the model must know of a run."""
+    """What the model must know of a step."""
     tokens: int     # of a forward pass
     model_dim: int
     vocab_size: int  # padded
-    keys: float     # that a query sees, mean over the run; FlexAttention computes the block of 128 around them too
+    keys: float     # that a query sees, on average; FlexAttention computes the block of 128 around them too
 
 
 class Prediction(NamedTuple):
@@ -91,7 +91,7 @@ class Prediction(NamedTuple):
     exposed: float           # ms of it in which the GPU computes nothing
     flops: float             # of matrix products and attention
     sent: int                # bytes handed to collectives
-    kernels: list[tuple[str, str, float, int]]  # (part, name, ms, launches), dearest first
+    kernels: list[tuple[str, str, float, float]]  # (part, name, ms, launches), dearest first
 
     @property
     def total(self) -> float:
@@ -99,12 +99,11 @@ class Prediction(NamedTuple):
         return sum(self.ms.values()) + self.exposed
 
 
-def visible_keys(window_start: int, window_end: int, sequence_length: int) -> float:
-    """Mean number of keys that a query sees while the window grows evenly, cut where documents begin."""
-    def mean(window: float) -> float:  # documents' lengths are exponential, so that a token's place in one is too
+def visible_keys(windows: list[int], sequence_length: int) -> float:
+    """Mean number of keys that a query sees through windows, cut where documents begin."""
+    def mean(window: int) -> float:  # documents' lengths are exponential, so that a token's place in one is too
         return DOCUMENT * (1 - math.exp(-min(window, sequence_length) / DOCUMENT))
-    steps = 100
-    return sum(mean(window_start + (i + 0.5) / steps * (window_end - window_start)) for i in range(steps)) / steps
+    return sum(map(mean, windows)) / max(len(windows), 1)
 
 
 def instructions_an_element(kernel: dict) -> float:
@@ -191,6 +190,22 @@ def predict(events: list[dict], kernels: list[dict], shape: Shape, card: Card, w
     exposed = 1e3 * max(now, network) - sum(ms.values())
     kernels_by_time = [(*key, value, launches[key]) for key, value in detail.most_common(40)]
     return Prediction(dict(ms), 1e3 * busy, exposed, total_flops, int(sent), kernels_by_time)
+
+
+def mean(predictions: list[tuple[int, Prediction]]) -> Prediction:
+    """Of steps that occur so often, (times, Prediction)."""
+    ms, detail, launches, numbers = (collections.Counter() for _ in range(4))
+    total = sum(times for times, _ in predictions)
+    for times, p in predictions:
+        weight = times / total
+        numbers.update(collectives=weight * p.collectives, exposed=weight * p.exposed, flops=weight * p.flops,
+                       sent=weight * p.sent)
+        ms.update({part: weight * value for part, value in p.ms.items()})
+        detail.update({(part, name): weight * value for part, name, value, _ in p.kernels})
+        launches.update({(part, name): weight * count for part, name, _, count in p.kernels})
+    kernels = [(*key, value, launches[key]) for key, value in detail.most_common()]
+    return Prediction(dict(ms), numbers["collectives"], numbers["exposed"], numbers["flops"], round(numbers["sent"]),
+                      kernels)
 
 
 def left_out_error() -> float:

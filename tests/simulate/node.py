@@ -39,6 +39,7 @@ from torch.utils.flop_counter import flop_registry
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 
+from tests.simulate import stages
 from tests.simulate.model import CARDS, Card
 
 VAL_TOKENS = 2**20  # a validation of the simulated run, instead of the track's
@@ -471,15 +472,15 @@ def start_modes() -> None:
 
 # --- The script itself ------------------------------------------------------------------------------------------------
 
-def place(script: Path, track, step_tokens: int, folder: Path) -> Path:
-    """A folder that looks like the repository to the script: itself, run.sh, enough of the track's data."""
+def place(script: Path, track, tokens: int, folder: Path) -> Path:
+    """A folder that looks like the repository to the script: itself, run.sh, data for a run of so many tokens."""
     copy = folder / (f"records/{script.parent.name}" if script.parent.parent.name == "records" else "") / script.name
     copy.parent.mkdir(parents=True, exist_ok=True)
     copy.write_text(script.read_text())
     (folder / "run.sh").touch()
     random = np.random.RandomState(0)
-    train_tokens = max(3 * 2**19, 2 * step_tokens)
-    for pattern, count in ((track.train_files, train_tokens + 1), (track.val_files, VAL_TOKENS + 1)):
+    # Twice as many: a script may leave out the ends of long documents.
+    for pattern, count in ((track.train_files, 2 * tokens + 1), (track.val_files, VAL_TOKENS + 1)):
         path = folder / pattern.replace("*", "000001")
         path.parent.mkdir(parents=True, exist_ok=True)
         tokens = random.randint(0, track.eot_token, count).astype("<u2")
@@ -515,9 +516,15 @@ def watch(module: types.ModuleType, name: str, phases: list[dict]) -> None:
             phases.append(dict(
                 name=name, seconds=time.time() - start, compiled=compilations() - before, peak=LEDGER.peak,
                 live=LEDGER.live, syncs=list(LEDGER.syncs), events=list(LEDGER.events),
-                peak_tensors=LEDGER.peak_tensors, after=dict(syncs=[], events=[])))
+                peak_tensors=LEDGER.peak_tensors, tokens=first_tokens(args, kwargs), after=dict(syncs=[], events=[])))
             LEDGER.reset()
     setattr(module, name, call)
+
+
+def first_tokens(args: tuple, kwargs: dict) -> int:
+    """How many elements the first tensor of whole numbers has: a micro-batch's tokens, among a step's arguments."""
+    tensors = (t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+    return next((t.numel() for t in tensors if not t.dtype.is_floating_point and t.ndim), 0)
 
 
 def close(phases: list[dict]) -> None:
@@ -529,21 +536,23 @@ def close(phases: list[dict]) -> None:
     LEDGER.reset()
 
 
-def flags_of_a_short_run(module: types.ModuleType, words: list[str]) -> list[str]:
-    """The words, and after them those that shorten the run to six steps."""
-    fields = {f.name for f in dataclasses.fields(module.Hyperparameters)}
-    short = dict(num_steps=6, cooldown_steps=3, warmup_steps=1, momentum_warmup_steps=3, val_every=4, log_every=2,
-                 save_every=0, sample_tokens=2)
-    return [*words, *(f"--{name}={value}" for name, value in short.items() if name in fields)]
+def shortened(hp, num_steps: int) -> dict:
+    """The fields of hp that make it a run of so many steps, and what they are then."""
+    short = dict(num_steps=num_steps, cooldown_steps=3, warmup_steps=1, momentum_warmup_steps=3, val_every=4,
+                 log_every=2, save_every=0, sample_tokens=2)
+    return {name: value for name, value in short.items() if hasattr(hp, name)}
 
 
-def about(module: types.ModuleType, hp) -> dict:
-    """What the model of the time and the report must know of the whole run."""
-    vocab_size = module.TRACKS[hp.track].vocab_size
-    return dict(num_steps=hp.num_steps, step_tokens=hp.batch_size * hp.sequence_length, batch_size=hp.batch_size,
-                sequence_length=hp.sequence_length, tokens=hp.forward_tokens, model_dim=hp.model_dim,
-                vocab_size=-(-vocab_size // 128) * 128, window_start=getattr(hp, "window_start", 0),
-                window_end=getattr(hp, "window_end", 0))
+def about(module: types.ModuleType, hp) -> tuple[dict, dict]:
+    """(what the model of the time and the report must know of the whole run, the fields that shorten it)."""
+    def short_run(num_steps):
+        return stages.schedule(module, dataclasses.replace(hp, **shortened(hp, num_steps)))
+    real, vocab_size = stages.schedule(module, hp), module.TRACKS[hp.track].vocab_size
+    num_steps = stages.steps_of_a_short_run(real, short_run)
+    described = dict(real=stages.packed(real), short=stages.packed(short_run(num_steps)), batch_size=hp.batch_size,
+                     sequence_length=hp.sequence_length, model_dim=hp.model_dim,
+                     vocab_size=-(-vocab_size // 128) * 128)
+    return described, shortened(hp, num_steps)
 
 
 def run_script(request: dict) -> dict:
@@ -558,11 +567,12 @@ def run_script(request: dict) -> dict:
         script, folder = Path(request["script"]), Path(request["work"])
         probe = load(script, "probe")
         hp = probe.parse_arguments(request["flags"])
-        described = about(probe, hp)
-        copy = place(script, probe.TRACKS[hp.track], described["step_tokens"], folder)
+        described, short = about(probe, hp)
+        tokens = sum(step.tokens for step in stages.unpacked(described["short"]))
+        copy = place(script, probe.TRACKS[hp.track], tokens, folder)
         os.chdir(folder)
         enter(CARDS[request["card"]], request["world_size"], request["rank"], request["compile"])
-        code = run_copy(copy, request["flags"], phases)
+        code = run_copy(copy, [*request["flags"], *(f"--{name}={value}" for name, value in short.items())], phases)
     except BaseException as wrong:
         told = type(wrong).__name__ == "UserError"  # one line for the user
         last = f"{type(wrong).__name__}: {' '.join(str(wrong).split())[:300]}"  # dynamo puts advice below its errors
@@ -603,7 +613,7 @@ def run_copy(copy: Path, flags: list[str], phases: list[dict]) -> int:
         if hasattr(module, name):
             watch(module, name, phases)
     start_modes()
-    return module.run(flags_of_a_short_run(module, flags)) or 0
+    return module.run(flags) or 0
 
 
 def run_tests(request: dict) -> dict:
