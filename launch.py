@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-TOKENS_A_SHARD = 10**8  # of FineWeb
+TOKENS_A_SHARD, ALL_SHARDS = 10**8, 103  # of fineweb10B; a run that needs more reads them again
 
 
 def split_record(words: list[str]) -> tuple[str, list[str]]:
@@ -87,18 +87,42 @@ def start(module: ModuleType, script: str, words: list[str]) -> int:
     shards = number("SHARDS", module.UserError)
     hp = module.parse_arguments(words)
     module.check_hyperparameters(hp, processes)
-    code = fetch(hp.track, shards or shards_read(module, hp))
+    code = bring(module, hp, shards)
     if code:
         return code
     sys.argv = [script, *words]  # the log shows it as the run's command
     return module.main(words) if processes == 1 else torchrun(processes, script, words)
 
 
-def shards_read(module: ModuleType, hp) -> int:
-    """How many of FineWeb's training shards the run reads."""
+def bring(module: ModuleType, hp, shards: int | None) -> int:
+    """Fetch the run's data, of FineWeb shards or else as many as the run reads; an exit code."""
+    fetched = shards or shards_at_least(module, hp)
+    code = fetch(hp.track, fetched)
+    while not (code or shards or fetched >= ALL_SHARDS) and reads_beyond(module, hp):
+        fetched += 1
+        code = fetch(hp.track, fetched)
+    return code
+
+
+def shards_at_least(module: ModuleType, hp) -> int:
+    """How many of FineWeb's training shards hold the run's tokens, if it drops none."""
     if hasattr(module, "tokens_before"):  # a script whose batch may grow
-        return math.ceil(module.tokens_before(hp.num_steps, hp) / TOKENS_A_SHARD)
-    return math.ceil(hp.num_steps * hp.step_tokens / TOKENS_A_SHARD)
+        tokens = module.tokens_before(hp.num_steps, hp)
+    else:
+        tokens = hp.num_steps * hp.step_tokens
+    return min(math.ceil(tokens / TOKENS_A_SHARD), ALL_SHARDS)
+
+
+def reads_beyond(module: ModuleType, hp) -> bool:
+    """Does a run of cut documents on FineWeb need more shards than are there? Counted in them."""
+    if hp.track != "fineweb" or not hasattr(module, "first_documents"):
+        return False
+    if not any(stage.document for stage in hp.stages):
+        return False
+    track = module.TRACKS[hp.track]
+    stream = module.TokenStream(track.train_files, track, 1)
+    # The last document may go on in the next shard: the run must end before it.
+    return module.first_documents(stream, hp)[-1] > len(stream.documents) - 2
 
 
 def fetch(track: str, shards: int) -> int:

@@ -9,10 +9,10 @@
 `./run.sh` does the same and first sets up Python and data. A track fixes data, vocabulary, target;
 all else is yours. A run's log, records/scratch/<run_id>.txt: this source, environment, losses.
 
-The recipe is the public record's of 2026-03-06 (published: 1,490 steps, 87.2 s on 8 H100s with FP8
-and kernels by hand) in plain PyTorch; each idea names its source: a record, by date, or an arXiv id.
-records/2026-11-25_Stages says what was taken, what not, and what it does on a CPU; no GPU has
-measured it yet.
+The recipe is that of the public record of 2026-03-06 (published: 1,490 steps, 87.2 s on 8 H100s,
+with FP8 and kernels by hand) in plain PyTorch. An idea names its source: a record, by its date, or
+an arXiv id. records/2026-11-25_Stages has what was taken and what not, and its figures on a CPU; no
+GPU has measured it yet.
 
 Shapes in comments: S sequences of T tokens, N = S T tokens at once, D model width, H heads of width
 d, V vocabulary, K targets of a token, W ranks.
@@ -224,11 +224,6 @@ def tokens_before(step: int, hp: Hyperparameters) -> int:
     """Tokens that steps 0 to step - 1 train on, over all ranks."""
     return sequences_before(step, hp) * hp.sequence_length
 
-def unties_at(step: int, hp: Hyperparameters) -> bool:
-    """Does the embedding begin to go its own way at step?"""
-    tied = [hp.stages[stage_index(s, hp)].tied for s in (max(step - 1, 0), step)]
-    return tied == [True, False]
-
 def lr_scale(step: int, hp: Hyperparameters) -> float:
     """Factor of all learning rates: the stage's, then linearly down to lr_floor, there flat
     (trapezoid: arXiv 2405.18392; stages: record 2025-11-29)."""
@@ -246,12 +241,19 @@ def short_window(window: int) -> int:
     """Tokens a query sees in short and paired layers where long ones see window."""
     return max(window // 256 * 128, min(window, 128))
 
+def window_size(step: int, hp: Hyperparameters) -> tuple[int, ...]:
+    """Tokens a query sees at step in each layer that has attention (record 2025-09-03)."""
+    window = hp.stages[stage_index(step, hp)].window
+    return tuple(window if layer.attention == "long" else short_window(window)
+                 for layer in hp.layers if layer.attention)
+
 def rotary_at(index: int, hp: Hyperparameters) -> tuple[Tensor, float]:
     """Frequencies of the rotary positions in a stage, (d / 4,) radians a token, and the factor of
     the attention's scores. The other half of a head does not turn (record 2024-12-17). Where the
     window grows, what turns less than 32 times in it is slowed down (YaRN, arXiv 2309.00071,
     record 2025-09-10)."""
-    frequency, scale = 1024 ** -torch.linspace(0, 1, hp.model_dim // hp.num_heads // 4), hp.attention_scale
+    frequency = 1024 ** -torch.linspace(0, 1, hp.model_dim // hp.num_heads // 4)
+    scale = hp.attention_scale
     for before, stage in itertools.pairwise(hp.stages[:index + 1]):
         old, new = before.window, stage.window
         keep = ((old * frequency / (2 * math.pi) - 1) / 31).clamp(0, 1)
@@ -266,6 +268,7 @@ class Schedule:
         self.step, self.lr_scale, self.momentum = step, lr_scale(step, hp), muon_momentum(step, hp)
         index, ends = stage_index(step, hp), [0, *stage_ends(hp)]
         self.tied = hp.stages[index].tied
+        self.unties = not self.tied and hp.stages[stage_index(max(step - 1, 0), hp)].tied
         tensors = _stage_tensors(index, step == hp.num_steps, hp, device)
         self.windows, self.frequencies, self.attention_scale, weights, weights_end = tensors
         done = (step - ends[index]) / max(ends[index + 1] - ends[index], 1)
@@ -375,12 +378,12 @@ class Linear(nn.Module):
         return x @ weight if self.transposed else F.linear(x, weight)  # (..., parts * out)
 
 def gate(weight: Tensor, x: Tensor) -> Tensor:
-    """sigmoid(x weight^T), 0.5 at first: weight (H, GATE_DIMS) zeros, x (N, GATE_DIMS) -> (N, H)."""
+    """sigmoid(x weight^T), (N, H), of x (N, GATE_DIMS); weight (H, GATE_DIMS) is zero at first."""
     return torch.sigmoid(F.linear(x, weight.to(x.dtype)))
 
 def rotary_tables(frequencies: Tensor, N: int) -> Tensor:
     """cos and sin of rotary positions 0 to N - 1 (arXiv 2104.09864), (2, N, d / 4) float32."""
-    angle = torch.outer(torch.arange(N, device=frequencies.device, dtype=torch.float32), frequencies)
+    angle = torch.arange(N, device=frequencies.device)[:, None] * frequencies
     return torch.stack([angle.cos(), angle.sin()])
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
@@ -441,8 +444,8 @@ class Attention(nn.Module):
         if self.key_offset:  # record 2025-12-14: what does not turn comes from the token before
             before = torch.where(begins[:, None, None], k, k.roll(1, 0))
             k = torch.cat([t.chunk(2, dim=-1)[i] for i, t in enumerate((k, before))], dim=-1)
-        y = attention(scale * q, k, v.reshape(P * N, H // P, -1), mask, self.max_window).reshape(N, H, -1)
-        y = y * gate(self.gate, x[:, :GATE_DIMS])[..., None]
+        y = attention(scale * q, k, v.reshape(P * N, H // P, -1), mask, self.max_window)
+        y = y.reshape(N, H, -1) * gate(self.gate, x[:, :GATE_DIMS])[..., None]
         return self.proj(y.flatten(1))
 
 class MLP(nn.Module):
@@ -503,7 +506,8 @@ class GPT(nn.Module):
         track, self.hp, self.flex = TRACKS[hp.track], hp, flex
         self.eot_token, padded_vocab_size = track.eot_token, 128 * math.ceil(track.vocab_size / 128)
         self.head = Head(hp, padded_vocab_size)
-        self.embed = nn.Embedding(padded_vocab_size, hp.model_dim, _weight=self.head.linear.weight[0].detach().clone())
+        self.embed = nn.Embedding(padded_vocab_size, hp.model_dim)
+        self.embed.weight.data.copy_(self.head.linear.weight[0])
         tables = {layer.value_table for layer in hp.layers} - {None}
         width = len(tables) * hp.model_dim  # one look-up serves all
         self.value_embed = nn.Embedding(padded_vocab_size, width) if width else None
@@ -528,25 +532,26 @@ class GPT(nn.Module):
         rotary = rotary_tables(schedule.frequencies, 2 * len(start))
         tokens = tokens.flatten()
         table = self.head.linear.weight.squeeze(0) if schedule.tied else self.embed.weight
-        values = () if self.value_embed is None else self.value_embed(tokens).split(self.hp.model_dim, -1)
+        values = self.value_embed(tokens).split(self.hp.model_dim, -1) if self.value_embed else ()
         ngram = self.ngram(tokens, position_in_document)
         x0, x = self.stem(F.embedding(tokens, table).to(ngram.dtype), ngram, begins)
         outputs = []
         for block, layer in zip(self.blocks, self.hp.layers, strict=True):
-            skip, attends_to, value = (None if i is None else of[i] for i, of in (
-                (layer.skip_from, outputs), (layer.attends_to, outputs), (layer.value_table, values)))
             # x.view_as: another object, or torch.compile would compile some blocks apart
-            x = block(x, x.view_as(x) if attends_to is None else attends_to, x0, ngram, skip, value,
-                      begins, rotary if layer.attention == "paired" else rotary[:, :len(x)],
+            x = block(x, x.view_as(x) if layer.attends_to is None else outputs[layer.attends_to],
+                      x0, ngram, None if layer.skip_from is None else outputs[layer.skip_from],
+                      None if layer.value_table is None else values[layer.value_table], begins,
+                      rotary if layer.attention == "paired" else rotary[:, :len(x)],
                       schedule.attention_scale, masks[layer.attention])
             outputs.append(x.view_as(x))
         backout = [out for out, layer in zip(outputs, self.hp.layers, strict=True) if layer.backout]
         if targets is None:
             return self.head(x, *backout)
-        training = torch.is_grad_enabled()  # else logits in pieces: a validation's are too many
-        weights = schedule.target_weights if training else torch.ones_like(schedule.target_weights[:1])
-        pieces = (t.split(len(x) if training else self.hp.sequence_length)
-                  for t in (x, *backout, next_targets(targets, len(weights))))
+        weights, length = schedule.target_weights, len(x)
+        if not torch.is_grad_enabled():  # the next token alone; a validation's logits are too many
+            weights, length = torch.ones_like(weights[:1]), self.hp.sequence_length
+        targets = next_targets(targets, len(weights))
+        pieces = (t.split(length) for t in (x, *backout, targets))
         objective, loss = map(sum, zip(*(self.head(*piece, weights)
                                          for piece in zip(*pieces, strict=True)), strict=True))
         return objective, loss / len(x)
@@ -618,7 +623,9 @@ class Head(nn.Module):
             backout, *rest = rest
             x = x - self.backout_scale * backout
         logits = self.linear(norm(x))
-        return CappedCrossEntropy.apply(logits, *rest, self.cap) if rest else softcap(logits, *self.cap)
+        if not rest:
+            return softcap(logits, *self.cap)
+        return CappedCrossEntropy.apply(logits, *rest, self.cap)
 
 # --- Optimizers: what updates which parameters, the mathematics, the division over the ranks ------
 
@@ -635,25 +642,26 @@ class Group(NamedTuple):
 def optimizer_groups(hp: Hyperparameters, dtype: torch.dtype) -> list[Group]:
     """Every parameter is in exactly one group. Muon is first: while it computes, others travel.
     Rates and betas: records 2025-12-11 (Muon), 2025-12-31, 2026-02-12 (Adam)."""
-    matrix, decay = (hp.muon_beta2,), hp.muon_lr * hp.muon_decay
+    muon, beta2, shrink = hp.muon_lr, (hp.muon_beta2,), hp.muon_lr * hp.muon_decay
     lr, slow, slower, fp32 = hp.scalar_lr, (0.9, 0.95), (0.9, 0.99), torch.float32
-    table, head = 5 * hp.adam_decay, 150 * hp.adam_decay * hp.head_lr
+    tables, heads = (0.75, 0.95), (0.5, 0.95)
     attention, block = r"blocks\.\d+\.attention\.", r"blocks\.\d+\."
     return [  # name, parameters, rule, learning rate, betas, weight decay, travels as
-        Group("attention", attention + r"(qkv|proj)\.weight", "muon", hp.muon_lr, matrix, decay, dtype),
-        Group("mlp_in", block + r"mlp\.fc\.weight", "muon", 2 * hp.muon_lr, matrix, decay, dtype),
-        Group("mlp_out", block + r"mlp\.proj\.weight", "muon", 4 * hp.muon_lr, matrix, decay, dtype),
+        Group("attention", attention + r"(qkv|proj)\.weight", "muon", muon, beta2, shrink, dtype),
+        Group("mlp_in", block + r"mlp\.fc\.weight", "muon", 2 * muon, beta2, shrink, dtype),
+        Group("mlp_out", block + r"mlp\.proj\.weight", "muon", 4 * muon, beta2, shrink, dtype),
         Group("residual", block + "residual_scale", "adam", lr, slow, 0.0, fp32),
-        Group("branch", block + "branch_scale", "adam", lr / 5, slow, 0.0, fp32),
-        Group("scalars", ".*(value|skip|smear|backout|ngram)_scale", "adam", lr, slower, 0.0, fp32),
+        Group("branch", ".*(branch|ngram)_scale", "adam", lr / 5, slow, 0.0, fp32),
+        Group("scalars", ".*(value|skip|smear|backout)_scale", "adam", lr, slower, 0.0, fp32),
         Group("gates", attention + "(value_)?gate", "adam", lr / 5, slower, 0.0, fp32),
         Group("skip_gate", block + "skip_gate", "adam", lr / 100, slower, 0.0, fp32),
         Group("smear_gate", "stem.smear_gate", "adam", lr / 500, slower, 0.0, fp32),
-        Group("values", r"value_embed\.weight", "adam", hp.value_lr, (0.75, 0.95),
-              table * hp.value_lr, dtype),
-        Group("ngrams", r"ngram\.tables\..*", hp.ngram_rule, hp.ngram_lr, (0.75, 0.95),
-              table * hp.ngram_lr, dtype),
-        Group("head", r"(head\.linear|embed)\.weight", "adam", hp.head_lr, (0.5, 0.95), head, dtype),
+        Group("values", r"value_embed\.weight", "adam", hp.value_lr, tables,
+              5 * hp.adam_decay * hp.value_lr, dtype),
+        Group("ngrams", r"ngram\.tables\..*", hp.ngram_rule, hp.ngram_lr, tables,
+              5 * hp.adam_decay * hp.ngram_lr, dtype),
+        Group("head", r"(head\.linear|embed)\.weight", "adam", hp.head_lr, heads,
+              150 * hp.adam_decay * hp.head_lr, dtype),
     ]
 
 POLAR_EXPRESS = (  # a, b, c of each step (arXiv 2505.16932, record 2025-09-29)
@@ -736,24 +744,13 @@ class Optimizer:
                  world_size: int = 1):
         """Raises UserError where a parameter is in no group or in two, or a rule is unknown."""
         self.changes, self.num_updates = dict.fromkeys(RULES, change), 0
-        self.adam_every, self.device = hp.adam_every, model.embed.weight.device
+        self.adam_every = hp.adam_every
         self.gradient_sum = torch.zeros(())  # of this rank: not finite if a gradient is not
         sparse = {id(module.weight) for module in model.modules()
                   if isinstance(module, nn.Embedding) and module.sparse}
         groups, buckets = optimizer_groups(hp, dtype), {}
         for name, p in model.named_parameters():
-            claims = [group for group in groups if re.fullmatch(group.parameters, name)]
-            if len(claims) != 1:
-                found = " and ".join(group.name for group in claims) or "none"
-                mine = re.sub(r"\d+", r"\\d+", re.escape(name))  # of all layers
-                raise UserError(
-                    f"the optimizer group of the parameter {name} is {found}; mend the patterns in "
-                    f'optimizer_groups, or add a line: Group("mine", r"{mine}", "adam", '
-                    "hp.scalar_lr, slow, 0.0, fp32)")
-            group = claims[0]
-            if group.rule not in RULES:
-                raise UserError(f"the optimizer group {group.name} has the rule {group.rule}, "
-                                f"expected one of RULES: {', '.join(RULES)}")
+            group = group_of(name, groups)
             # Matrices of a shape share a bucket, and all that is small; a table has its own.
             together = (p.shape[-2:] if RULES[group.rule].matrices else
                         name if name.endswith(".weight") else "small")
@@ -793,26 +790,166 @@ class Optimizer:
             bucket.apply(steps, state, schedule.lr_scale)
 
     def state_dict(self) -> dict:
-        """The whole state, without padding, so that any number of ranks can load it. Collective."""
-        buckets = [{name: bucket.whole(mine) for name, mine in bucket.state.items()}
-                   for bucket in self.buckets]
-        return {"num_updates": self.num_updates, "buckets": buckets}
+        """The whole state, so that any number of ranks can load it. Collective."""
+        return {"num_updates": self.num_updates, "buckets": [b.whole_state() for b in self.buckets]}
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict | None) -> None:
-        """Take this rank's rows of any number of ranks' state_dict; None: as if never stepped."""
+        """Take this rank's rows of a state_dict; None: as if never stepped. Raises ValueError."""
         self.num_updates = state["num_updates"] if state else 0
         for i, bucket in enumerate(self.buckets):
-            for name, mine in bucket.state.items():
-                mine.zero_()
-                if state:
-                    whole = state["buckets"][i][name]
-                    if whole.shape != (bucket.rows, *mine.shape[1:]):
-                        raise ValueError(f"the optimizer's {name} has another shape")
-                    share = whole[bucket.my_rows]
-                    mine[:len(share)].copy_(share)
+            bucket.load(state["buckets"][i] if state else None)
 
 # --- Data -----------------------------------------------------------------------------------------
+
+def first_documents(stream: "TokenStream", hp: Hyperparameters) -> np.ndarray:
+    """The document with which each sequence of the run begins, and the one after the run's last;
+    beyond the stream's documents, they are read once more. A sequence begins where a document does
+    (record 2025-07-12): what the one before had no room for is dropped."""
+    lengths, document, firsts = np.diff(stream.documents), 0, []
+    for stage, begin, end in zip(hp.stages, [0, *stage_ends(hp)], stage_ends(hp), strict=False):
+        totals = np.minimum(lengths, stage.document or 2**62).cumsum().tolist()
+        for _ in range(sequences_before(begin, hp), sequences_before(end, hp)):
+            firsts.append(document)
+            epoch, document = divmod(document, len(lengths))
+            reach = hp.sequence_length + (totals[document - 1] if document else 0)
+            more, reach = divmod(reach, totals[-1])
+            last = bisect_right(totals, reach)  # the document that holds the last target
+            document = (epoch + more) * len(lengths) + last + 1
+    return np.array([*firsts, document])
+
+class BatchLoader:
+    """This rank's micro-batches of each step; a thread reads ahead. Rank r takes a step's sequences
+    that are r modulo W: neither W nor a resume changes what a step reads."""
+    def __init__(self, stream: "TokenStream", hp: Hyperparameters, runtime: "Runtime", step: int = 0):
+        self.stream, self.hp, self.runtime, self.step = stream, hp, runtime, step
+        self.num_sequences = (len(stream) - 1) // hp.sequence_length
+        self.order = np.arange(self.num_sequences)
+        if TRACKS[hp.track].shuffled:
+            self.order = np.random.RandomState(0).permutation(self.num_sequences)
+        cut = any(stage.document for stage in hp.stages)
+        self.firsts = first_documents(stream, hp) if cut else None
+        self.pool = ThreadPoolExecutor(1)
+        self.future = self.pool.submit(self._read, step)
+
+    def epoch(self, step: int) -> int:
+        """How often all training tokens have been read when a step begins."""
+        index = sequences_before(step, self.hp)
+        if self.firsts is not None:
+            return int(self.firsts[index]) // (len(self.stream.documents) - 1)
+        return index // self.num_sequences
+
+    def _sequence(self, index: int, cut: int) -> tuple[Tensor, Tensor]:
+        if self.firsts is not None:
+            first = int(self.firsts[index])
+            return self.stream.packed(first, self.hp.sequence_length, cut or len(self.stream))
+        index = int(self.order[index % self.num_sequences])
+        return self.stream.sequence(index, self.hp.sequence_length)
+
+    def _read(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        hp, runtime = self.hp, self.runtime
+        mine = range(sequences_before(step, hp), sequences_before(step + 1, hp))
+        mine = mine[runtime.rank::runtime.world_size]
+        size = max(m for m in range(1, min(hp.micro_batch, len(mine)) + 1) if len(mine) % m == 0)
+        cut = hp.stages[stage_index(step, hp)].document
+        pairs = [self._sequence(index, cut) for index in mine]
+        batch = [tuple(map(torch.stack, zip(*pairs[i:i + size], strict=True)))
+                 for i in range(0, len(pairs), size)]
+        return [(a.pin_memory(), b.pin_memory()) for a, b in batch] if runtime.cuda else batch
+
+    def next(self) -> list[tuple[Tensor, Tensor]]:
+        """The next step's micro-batches, [(tokens (S, T), targets (S, T)), ...] on the device."""
+        batch, self.step, device = self.future.result(), self.step + 1, self.runtime.device
+        self.future = self.pool.submit(self._read, self.step)
+        return [tuple(t.to(device, non_blocking=True) for t in pair) for pair in batch]
+
+# --- Training -------------------------------------------------------------------------------------
+
+def training_step(model: GPT, optimizer: Optimizer, batch: list[tuple[Tensor, Tensor]],
+                  schedule: Schedule) -> Tensor:
+    """One update by the gradient, summed over tokens and ranks. Returns this rank's mean loss."""
+    mean_loss = torch.zeros((), device=batch[0][0].device)
+    for tokens, targets in batch:
+        objective, loss = model(tokens, targets, schedule)
+        objective.backward()
+        mean_loss += loss / len(batch)
+    optimizer.step(schedule)
+    return mean_loss
+
+@torch.no_grad()
+def validate(model: GPT, stream: "TokenStream", schedule: Schedule, hp: Hyperparameters,
+             runtime: "Runtime") -> float:
+    """Mean cross-entropy in nats over the track's validation tokens. Collective."""
+    num_sequences = TRACKS[hp.track].val_tokens // hp.val_length
+    loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    for index in range(runtime.rank, num_sequences, runtime.world_size):
+        sequence = stream.sequence(index, hp.val_length)
+        loss_sum += model(*(t[None].to(runtime.device) for t in sequence), schedule)[1]
+    return runtime.mean(loss_sum) * runtime.world_size / num_sequences
+
+def train(hp: Hyperparameters, runtime: "Runtime") -> int:
+    """One run on this rank, from its data to its report; the exit code. Raises UserError."""
+    watch = Watch(runtime)
+    train_stream, val_stream, record, saved = start_run(hp, runtime)
+    progress, compiled = saved["progress"] if saved else Progress(), record["compiled"]
+    dtype = getattr(torch, record["activations"])
+    model = build_model(hp, runtime.device, dtype, flex=compiled and runtime.cuda,
+                        sparse=(hp.ngram_rule == "lazy_adam" and not runtime.cuda and
+                                runtime.world_size == 1))
+    optimizer = Optimizer(model, hp, dtype, runtime.rank, runtime.world_size)
+    log = Log(hp, runtime, record)
+    with supervised(watch, log, progress), profiler(hp, runtime, log) as profile:
+        log.say(f"track {hp.track}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+                f"{record['activations']}, {runtime.world_size} x {record['device']}, "
+                f"log {log.path}")
+        log.begin("compiling, about a minute the first time" if compiled else "warming up")
+        started = time.perf_counter()
+        if compiled:
+            compile_parts(model, optimizer, runtime.device)
+        warm_up(model, optimizer, train_stream, hp, runtime)
+        log.say(f"{'compiled' if compiled else 'warmed up'} in {time.perf_counter() - started:.1f} "
+                "s (not training time)")
+        resume(saved, model, optimizer, watch, hp, log)
+
+        loader, first_step = BatchLoader(train_stream, hp, runtime, progress.step), progress.step
+        started = runtime.seconds()  # progress.train_time_ms is the time until then
+        for step in range(first_step, hp.num_steps + 1):
+            progress.step, last = step, step == hp.num_steps
+            schedule = Schedule(step, hp, runtime.device)
+            whole = last or step % hp.adam_every == 0  # Adam keeps no gradient: a run may end here
+            stop = watch.read() if whole else 0
+            if schedule.unties:
+                optimizer.untie()
+            val_due = (last or (hp.val_every and step % hp.val_every == 0)) and not stop
+            val_due = val_due and progress.validated < step
+            save_due = stop or (whole and step > first_step and hp.save_every and
+                                step % hp.save_every < hp.adam_every)
+            if val_due or save_due:  # neither is training time
+                progress.train_time_ms += 1000 * (runtime.seconds() - started)
+                watch.read(everything=True)  # what is not finite must not be saved
+                if val_due:
+                    log.begin(f"validating on {TRACKS[hp.track].val_tokens:,} tokens")
+                    progress.validate(validate(model, val_stream, schedule, hp, runtime), hp, log)
+                if save_due:
+                    save_checkpoint(progress, record, model, optimizer, runtime, watch, hp, log)
+                started = runtime.seconds()
+            if last or stop:
+                break
+            loss = training_step(model, optimizer, loader.next(), schedule)
+            watch.post(step, loss + optimizer.gradient_sum)
+            if hp.log_every and (step + 1) % hp.log_every == 0:
+                mean = runtime.mean(loss)  # waits for the device, so that the time is this step's
+                now = progress.train_time_ms + 1000 * (time.perf_counter() - started)
+                log.metric(step + 1, "train_loss", mean, now)
+            if loader.epoch(step + 1) > loader.epoch(step):
+                log.say(f"all {len(train_stream):,} training tokens are read: epoch "
+                        f"{loader.epoch(step + 1) + 1} begins")
+            if profile:
+                profile.step()
+        loader.pool.shutdown(cancel_futures=True)
+        return finish(stop, model, progress, watch, hp, runtime, log)
+
+# ==== The reader may stop here: that was the training. What follows is machinery. =================
+# --- Shards of tokens ----------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 
@@ -856,8 +993,8 @@ class TokenStream:
             shard = int(np.searchsorted(self.ends, position, side="right")) - 1
             part = self.shards[shard][position - int(self.ends[shard]):][:count]
             if part.max() >= self.track.vocab_size:
-                raise UserError(f"{self.paths[shard]} holds the token id {part.max()}, expected ids "
-                                f"below {self.track.vocab_size}; run: {self.track.get_data}")
+                raise UserError(f"{self.paths[shard]} holds the token id {part.max()}, expected "
+                                f"ids below {self.track.vocab_size}; run: {self.track.get_data}")
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts).astype(np.int64)
@@ -896,195 +1033,25 @@ class TokenStream:
             count -= min(count, len(shard))
         return digest.hexdigest()[:12]
 
-def first_documents(stream: TokenStream, hp: Hyperparameters) -> np.ndarray:
-    """The document with which each sequence of the run begins, and the one after the run's last;
-    beyond the stream's documents, they are read once more. A sequence begins where a document does
-    (record 2025-07-12): what the one before had no room for is dropped."""
-    lengths, document, firsts = np.diff(stream.documents), 0, []
-    for stage, begin, end in zip(hp.stages, [0, *stage_ends(hp)], stage_ends(hp), strict=False):
-        totals = np.minimum(lengths, stage.document or 2**62).cumsum().tolist()  # a list: bisect is fast
-        for _ in range(sequences_before(begin, hp), sequences_before(end, hp)):
-            firsts.append(document)
-            epoch, document = divmod(document, len(lengths))
-            reach = hp.sequence_length + (totals[document - 1] if document else 0)
-            more, reach = divmod(reach, totals[-1])  # the document that holds its last target is cut
-            document = (epoch + more) * len(lengths) + bisect_right(totals, reach) + 1
-    return np.array([*firsts, document])
-
-class BatchLoader:
-    """This rank's micro-batches of each step; a thread reads ahead. Rank r takes a step's sequences
-    that are r modulo W: neither W nor a resume changes what a step reads."""
-    def __init__(self, stream: TokenStream, hp: Hyperparameters, runtime: "Runtime", step: int = 0):
-        self.stream, self.hp, self.runtime, self.step = stream, hp, runtime, step
-        self.num_sequences = (len(stream) - 1) // hp.sequence_length
-        self.order = np.arange(self.num_sequences)
-        if TRACKS[hp.track].shuffled:
-            self.order = np.random.RandomState(0).permutation(self.num_sequences)
-        cut = any(stage.document for stage in hp.stages)
-        self.firsts = first_documents(stream, hp) if cut else None
-        self.pool = ThreadPoolExecutor(1)
-        self.future = self.pool.submit(self._read, step)
-
-    def epoch(self, step: int) -> int:
-        """How often all training tokens have been read when a step begins."""
-        index = sequences_before(step, self.hp)
-        if self.firsts is not None:
-            return int(self.firsts[index]) // (len(self.stream.documents) - 1)
-        return index // self.num_sequences
-
-    def _sequence(self, index: int, cut: int) -> tuple[Tensor, Tensor]:
-        if cut:
-            return self.stream.packed(int(self.firsts[index]), self.hp.sequence_length, cut)
-        index = int(self.order[index % self.num_sequences])
-        return self.stream.sequence(index, self.hp.sequence_length)
-
-    def _read(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        hp, runtime = self.hp, self.runtime
-        mine = range(sequences_before(step, hp), sequences_before(step + 1, hp))
-        mine = mine[runtime.rank::runtime.world_size]
-        size = max(m for m in range(1, min(hp.micro_batch, len(mine)) + 1) if len(mine) % m == 0)
-        cut = hp.stages[stage_index(step, hp)].document
-        pairs = [self._sequence(index, cut) for index in mine]
-        batch = [tuple(map(torch.stack, zip(*pairs[i:i + size], strict=True)))
-                 for i in range(0, len(pairs), size)]
-        return [(a.pin_memory(), b.pin_memory()) for a, b in batch] if runtime.cuda else batch
-
-    def next(self) -> list[tuple[Tensor, Tensor]]:
-        """The next step's micro-batches, [(tokens (S, T), targets (S, T)), ...] on the device."""
-        batch, self.step, device = self.future.result(), self.step + 1, self.runtime.device
-        self.future = self.pool.submit(self._read, self.step)
-        return [tuple(t.to(device, non_blocking=True) for t in pair) for pair in batch]
-
-# --- Training -------------------------------------------------------------------------------------
-
-def compile_parts(model: GPT, optimizer: Optimizer, device: torch.device) -> None:
-    """torch.compile each block, stem and head: one compilation serves all blocks of a kind."""
-    torch._dynamo.config.recompile_limit = 128  # kinds of blocks, batches; with, without gradients
-    for part in [*model.blocks, model.stem, model.head]:
-        part.compile(dynamic=False)
-    if device.type == "cuda":  # fuses Adam's ten passes over large tables; a CPU's are small
-        optimizer.changes = {name: torch.compile(change, dynamic=False) for name in RULES}
-
-def training_step(model: GPT, optimizer: Optimizer, batch: list[tuple[Tensor, Tensor]],
-                  schedule: Schedule) -> Tensor:
-    """One update by the gradient, summed over tokens and ranks. Returns this rank's mean loss."""
-    mean_loss = torch.zeros((), device=batch[0][0].device)
-    for tokens, targets in batch:
-        objective, loss = model(tokens, targets, schedule)
-        objective.backward()
-        mean_loss += loss / len(batch)
-    optimizer.step(schedule)
-    return mean_loss
-
-@torch.no_grad()
-def validate(model: GPT, stream: TokenStream, step: int, hp: Hyperparameters,
-             runtime: "Runtime") -> float:
-    """Mean cross-entropy in nats over the track's validation tokens. Collective."""
-    schedule = Schedule(step, hp, runtime.device)
-    num_sequences = TRACKS[hp.track].val_tokens // hp.val_length
-    loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    for index in range(runtime.rank, num_sequences, runtime.world_size):
-        sequence = stream.sequence(index, hp.val_length)
-        loss_sum += model(*(t[None].to(runtime.device) for t in sequence), schedule)[1]
-    return runtime.mean(loss_sum) * runtime.world_size / num_sequences
-
-def warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperparameters,
-            runtime: "Runtime") -> None:
-    """Compile and load every kernel on random tokens, then put everything back as it was."""
-    random_state, vocab_size = torch.get_rng_state(), TRACKS[hp.track].vocab_size
-    before = [p.detach().clone() for p in model.parameters()]
-    text = torch.randint(vocab_size, (1, hp.val_length), device=runtime.device)
-    for begin in sorted({0, *(end for end in stage_ends(hp) if end < hp.num_steps)}):
-        schedule = Schedule(begin, hp, runtime.device)
-        loader = BatchLoader(stream, hp, runtime, begin)  # for the shapes
-        batch = [tuple(torch.randint_like(t, vocab_size) for t in pair) for pair in loader.next()]
-        loader.pool.shutdown(cancel_futures=True)
-        for _ in range(2 * hp.adam_every):  # twice: what keeps gradients has other kernels
-            training_step(model, optimizer, batch, schedule)
-        with torch.no_grad():
-            model(text, text, schedule)
-    with torch.no_grad():
-        for p, value in zip(model.parameters(), before, strict=True):
-            p.copy_(value)
-    optimizer.load_state_dict(None)
-    torch.set_rng_state(random_state)
-    if runtime.cuda:  # the copies above are no part of what training needs
-        torch.cuda.reset_peak_memory_stats()
-
-def train(hp: Hyperparameters, runtime: "Runtime") -> int:
-    """One run on this rank, from its data to its report; the exit code. Raises UserError."""
-    track, watch = TRACKS[hp.track], Watch(runtime)
-    train_stream, val_stream, record, saved = start_run(hp, runtime)
-    progress, compiled = saved["progress"] if saved else Progress(), record["compiled"]
-    dtype = getattr(torch, record["activations"])
-    model = build_model(hp, runtime.device, dtype, flex=compiled and runtime.cuda,
-                        sparse=(hp.ngram_rule == "lazy_adam" and not runtime.cuda and
-                                runtime.world_size == 1))
-    optimizer = Optimizer(model, hp, dtype, runtime.rank, runtime.world_size)
-    log = Log(hp, runtime, record)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    with supervised(watch, log, progress), profiler(hp, runtime, log) as profile:
-        log.say(f"track {hp.track}, {num_parameters:,} parameters, {record['activations']}, "
-                f"{runtime.world_size} x {record['device']}, log {log.path}")
-        log.begin("compiling, about a minute the first time" if compiled else "warming up")
-        started = time.perf_counter()
-        if compiled:
-            compile_parts(model, optimizer, runtime.device)
-        warm_up(model, optimizer, train_stream, hp, runtime)
-        log.say(f"{'compiled' if compiled else 'warmed up'} in {time.perf_counter() - started:.1f} "
-                "s (not training time)")
-        saved = resume(saved, model, optimizer, watch, hp, log)
-
-        loader, first_step = BatchLoader(train_stream, hp, runtime, progress.step), progress.step
-        started = runtime.seconds()  # progress.train_time_ms is the time until then
-        for step in range(first_step, hp.num_steps + 1):
-            progress.step, last = step, step == hp.num_steps
-            # Where Adam keeps a gradient for its next step, none is lost: no end, no checkpoint.
-            whole = last or step % hp.adam_every == 0
-            stop = watch.read() if whole else 0
-            if unties_at(step, hp):
-                optimizer.untie()
-            val_due = last or (hp.val_every and step % hp.val_every == 0)
-            val_due = val_due and not stop and progress.validated < step
-            save_due = stop or (whole and step > first_step and hp.save_every and
-                                step % hp.save_every < hp.adam_every)
-            if val_due or save_due:  # neither is training time
-                progress.train_time_ms += 1000 * (runtime.seconds() - started)
-                watch.read(everything=True)  # what is not finite must not be saved
-                if val_due:
-                    log.begin(f"validating on {track.val_tokens:,} tokens")
-                    val_loss = validate(model, val_stream, step, hp, runtime)
-                    log.metric(step, "val_loss", val_loss, progress.train_time_ms)
-                    progress.validated = step
-                    if val_loss <= track.target and not progress.reached:
-                        seconds = progress.train_time_ms / 1000
-                        progress.reached = f"reached at step {step} after {seconds:.1f} s"
-                if save_due:
-                    save_checkpoint(progress, record, model, optimizer, runtime, watch, hp, log)
-                started = runtime.seconds()
-            if last or stop:
-                break
-            schedule = Schedule(step, hp, runtime.device)
-            loss = training_step(model, optimizer, loader.next(), schedule)
-            watch.post(step, loss + optimizer.gradient_sum)
-            if hp.log_every and (step + 1) % hp.log_every == 0:
-                mean = runtime.mean(loss)  # waits for the device, so that the time is this step's
-                now = progress.train_time_ms + 1000 * (time.perf_counter() - started)
-                log.metric(step + 1, "train_loss", mean, now)
-            if loader.epoch(step + 1) > loader.epoch(step):
-                log.say(f"all {len(train_stream):,} training tokens are read: epoch "
-                        f"{loader.epoch(step + 1) + 1} begins")
-            if profile:
-                profile.step()
-        loader.pool.shutdown(cancel_futures=True)
-        return finish(stop, model, progress, watch, hp, runtime, log)
-
-# ==== The reader may stop here: that was the training. What follows is machinery. =================
 # --- Buckets: which rank keeps what, and how it travels -------------------------------------------
 
 # torch 2.13 renamed the two collectives and warns on the old names, the only ones in 2.11.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+def group_of(name: str, groups: list[Group]) -> Group:
+    """The group of a parameter. Raises UserError where it is in none or in two, or has no rule."""
+    claims = [group for group in groups if re.fullmatch(group.parameters, name)]
+    if len(claims) != 1:
+        found = " and ".join(group.name for group in claims) or "none"
+        mine = re.sub(r"\d+", r"\\d+", re.escape(name))  # of all layers
+        raise UserError(f"the optimizer group of the parameter {name} is {found}; mend the patterns "
+                        f'in optimizer_groups, or add a line: Group("mine", r"{mine}", "adam", '
+                        "hp.scalar_lr, slow, 0.0, fp32)")
+    if claims[0].rule not in RULES:
+        raise UserError(f"the optimizer group {claims[0].name} has the rule {claims[0].rule}, "
+                        f"expected one of RULES: {', '.join(RULES)}")
+    return claims[0]
 
 class Bucket:
     """Parameters as one tensor `values`, of which each rank has my_rows: a table, stacked matrices
@@ -1113,7 +1080,7 @@ class Bucket:
         lr = F.pad(torch.cat(lr), (0, world_size * shard_rows - self.rows)).to(mine.device)
         lr = lr[self.my_rows].view(-1, *[1] * len(row_shape))
         self.lr = lr if len({group.lr for group in groups}) > 1 else lr.new_tensor(groups[0].lr)
-        self.grad = self.sent = self.work = None  # the summed gradient; what travels until work ends
+        self.grad = self.sent = self.work = None  # the ranks' sum; what travels until work ends
 
     def parts(self, whole: Tensor) -> list[Tensor]:
         """Views of a tensor of the values' shape, of the parameters' shapes."""
@@ -1161,11 +1128,24 @@ class Bucket:
             self.work.wait()
         self.work = self.sent = None
 
-    def whole(self, mine: Tensor) -> Tensor:
-        """Every rank's rows, without padding. Collective."""
-        rows = self.gather(mine)
-        self.wait()
-        return rows[:self.rows]
+    def whole_state(self) -> dict[str, Tensor]:
+        """Every rank's rows of the state, without padding. Collective."""
+        whole = {}
+        for name, mine in self.state.items():
+            rows = self.gather(mine)
+            self.wait()
+            whole[name] = rows[:self.rows]
+        return whole
+
+    def load(self, whole: dict[str, Tensor] | None) -> None:
+        """Take this rank's rows of a whole_state; None: zeros. Raises ValueError."""
+        for name, mine in self.state.items():
+            mine.zero_()
+            if whole:
+                if whole[name].shape != (self.rows, *mine.shape[1:]):
+                    raise ValueError(f"the optimizer's {name} has another shape")
+                share = whole[name][self.my_rows]
+                mine[:len(share)].copy_(share)
 
     def apply(self, steps: Tensor, state: list[Tensor], lr_scale: float) -> None:
         """values -= lr_scale * steps, of collect()'s rows."""
@@ -1306,6 +1286,39 @@ def supervised(watch: Watch, log: "Log", progress: "Progress"):
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
+# --- Compilation ---------------------------------------------------------------------------------
+
+def compile_parts(model: GPT, optimizer: Optimizer, device: torch.device) -> None:
+    """torch.compile each block, stem and head: one compilation serves all blocks of a kind."""
+    torch._dynamo.config.recompile_limit = 128  # kinds of blocks, batches; with, without gradients
+    for part in [*model.blocks, model.stem, model.head]:
+        part.compile(dynamic=False)
+    if device.type == "cuda":  # fuses Adam's ten passes over large tables; a CPU's are small
+        optimizer.changes = {name: torch.compile(change, dynamic=False) for name in RULES}
+
+def warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperparameters,
+            runtime: "Runtime") -> None:
+    """Compile and load every kernel on random tokens, then put everything back as it was."""
+    random_state, vocab_size = torch.get_rng_state(), TRACKS[hp.track].vocab_size
+    before = [p.detach().clone() for p in model.parameters()]
+    text = torch.randint(vocab_size, (1, hp.val_length), device=runtime.device)
+    for begin in sorted({0, *(end for end in stage_ends(hp) if end < hp.num_steps)}):
+        schedule = Schedule(begin, hp, runtime.device)
+        loader = BatchLoader(stream, hp, runtime, begin)  # for the shapes
+        batch = [tuple(torch.randint_like(t, vocab_size) for t in pair) for pair in loader.next()]
+        loader.pool.shutdown(cancel_futures=True)
+        for _ in range(hp.adam_every):
+            training_step(model, optimizer, batch, schedule)
+        with torch.no_grad():
+            model(text, text, schedule)
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), before, strict=True):
+            p.copy_(value)
+    optimizer.load_state_dict(None)
+    torch.set_rng_state(random_state)
+    if runtime.cuda:  # the copies above are no part of what training needs
+        torch.cuda.reset_peak_memory_stats()
+
 # --- Log ------------------------------------------------------------------------------------------
 
 SEPARATOR = "=" * 100
@@ -1432,8 +1445,7 @@ def finish(stop: int, model: GPT, progress: "Progress", watch: Watch, hp: Hyperp
     # Forward and backward, a token: 6 FLOPs a weight, 12 D a layer and visible key; look-ups none.
     weights = sum(p.numel() for name, p in model.named_parameters()
                   if re.fullmatch(r"(blocks|head)\..*\.weight", name))
-    keys = sum(Schedule(hp.num_steps // 2, hp, torch.device("cpu")).windows[layer.attention].item()
-               for layer in hp.layers if layer.attention)
+    keys = sum(window_size(hp.num_steps // 2, hp))
     flops = (6 * weights + 12 * hp.model_dim * keys) * per_second
     name, memory = device_name(runtime.device), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     memory *= 1 if sys.platform == "darwin" else 1024
@@ -1464,6 +1476,13 @@ class Progress:
     train_time_ms: float = 0.0
     reached: str = ""  # when the target first was
     validated: int = -1  # the last step at which a validation was made
+
+    def validate(self, val_loss: float, hp: Hyperparameters, log: Log) -> None:
+        """Note a validation at this step, in the log too."""
+        log.metric(self.step, "val_loss", val_loss, self.train_time_ms)
+        self.validated = self.step
+        if val_loss <= TRACKS[hp.track].target and not self.reached:
+            self.reached = f"reached at step {self.step} after {self.train_time_ms / 1000:.1f} s"
 
 def save_checkpoint(progress: Progress, record: dict, model: GPT, optimizer: Optimizer,
                     runtime: Runtime, watch: Watch, hp: Hyperparameters, log: Log) -> None:
@@ -1601,8 +1620,8 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
     uneven = [n for n in sizes if n < 1 or n % world_size]
     val_tokens, records = TRACKS[hp.track].val_tokens, (ROOT / "records").resolve()
     for wrong, message in (
-        (hp.extension_steps >= hp.num_steps, f"--extension_steps {hp.extension_steps} are not fewer "
-         f"than --num_steps {hp.num_steps}; use --extension_steps {hp.num_steps // 40}"),
+        (hp.extension_steps >= hp.num_steps, f"--extension_steps {hp.extension_steps}, expected "
+         f"less than --num_steps {hp.num_steps}; use --extension_steps {hp.num_steps // 40}"),
         (uneven, f"{min(uneven, default=0)} sequences a step can't be divided over {world_size} "
          f"ranks; use --batch_size {-hp.batch_size // world_size * -world_size} or another NPROC"),
         (hp.sequence_length % 128, f"--sequence_length {hp.sequence_length} is no multiple of 128"),

@@ -231,6 +231,35 @@ def test_a_repository_the_hub_lacks(fetch, tmp_path):
     assert code == 2 and len(errors) == 1 and VARIANTS["edu"].repo in errors[0]
 
 
+LAUNCH = """if True:
+    import sys, launch, train_gpt
+    launch.TOKENS_A_SHARD = 20_000
+    train_gpt.main = lambda words: 0  # nothing is trained
+    sys.exit(launch.main(sys.argv[1:]))"""
+
+
+@pytest.mark.parametrize("variables, shards", [({}, 5), ({"SHARDS": "2"}, 2)])
+def test_launch_fetches_the_shards_that_it_counts(hub, tmp_path, variables, shards):
+    """27 sequences of 2,048 tokens from documents of 1,500 tokens, of which 896 are read in the first of the stages."""
+    for name in ("launch.py", "train_gpt.py", "run.sh", "data"):
+        source = REPOSITORY / name
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("*.bin"))
+        else:
+            shutil.copy(source, tmp_path)
+    documents = np.tile([50_256, *range(1499)], 100)
+    for number, tokens in enumerate(np.split(documents, range(20_000, len(documents), 20_000)), 1):
+        write_shard(tmp_path / "source.bin", tokens)
+        hub.files[f"fineweb_train_{number:06d}.bin"] = (tmp_path / "source.bin").read_bytes()
+    flags = "--track=fineweb --num_steps=12 --extension_steps=3 --batch_size=1 --sequence_length=2048".split()
+    run = subprocess.run([sys.executable, "-c", LAUNCH, *flags], cwd=tmp_path, text=True, capture_output=True,
+                         env={**environment(hub.url, tmp_path / "home"), "NPROC": "1", **variables})
+    assert (run.returncode, run.stderr) == (0, "")
+    names = shard_names(VARIANTS["10B"], shards)
+    assert contents(tmp_path / "data/fineweb10B") == {name: hub.files[name] for name in names}
+    assert content_requests(hub) == sorted(names)  # each once
+
+
 @pytest.fixture
 def listed(monkeypatch):
     """The hub lists all, and asking it for content fails the test unless it is replaced."""

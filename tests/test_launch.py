@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 import launch
 import train_gpt
+from data.fineweb import VARIANTS
 from data.shards import write_shard
 
 ADAMW = "2024-06-06_AdamW"
@@ -53,6 +54,7 @@ def started(monkeypatch):
         return seen
 
     monkeypatch.setattr(launch, "fetch", fetch)
+    monkeypatch.setattr(launch, "reads_beyond", lambda module, hp: False)
     monkeypatch.setattr(train_gpt, "main", train)
     monkeypatch.setattr(torch.distributed.run, "main", torchrun)
     yield start
@@ -86,17 +88,119 @@ def test_number_of_processes_and_their_threads(started, monkeypatch):
     assert started(NPROC="1", gpus=8).processes == 1
 
 
-def test_shards(started):
-    """As many shards of 10^8 tokens as the run reads, or SHARDS."""
-    full = 1530 * 8 * 65_536
-    assert started("--track=fineweb").fetched == ("fineweb", -(-full // 10**8)) == ("fineweb", 9)
-    assert started("--track=fineweb", "--num_steps=100", "--cooldown_steps=50").fetched == ("fineweb", 1)
+def test_shards_at_least(started):
+    """As many shards of 10^8 tokens as the run has tokens, or SHARDS; a run that needs more than all has all."""
+    full = 16_384 * 8 * (483 + 2 * 484 + 3 * (483 + 40))  # thirds of the 1,450 scheduled steps, then the extension
+    assert started("--track=fineweb").fetched == ("fineweb", -(-full // 10**8)) == ("fineweb", 4)
+    assert started("--track=fineweb", "--num_steps=100").fetched == ("fineweb", 1)
+    assert started("--track=fineweb", "--num_steps=1000000").fetched == ("fineweb", 103)
+    assert VARIANTS["10B"].num_train_shards == launch.ALL_SHARDS == 103
     assert started("--track=fineweb", SHARDS="2").fetched == ("fineweb", 2)
     assert started().fetched[0] == "laptop"
     constant = SimpleNamespace(num_steps=200, step_tokens=10**6)
-    assert launch.shards_read(SimpleNamespace(), constant) == 2
+    assert launch.shards_at_least(SimpleNamespace(), constant) == 2
     staged = SimpleNamespace(tokens_before=lambda step, hp: 3 * step * hp.step_tokens)
-    assert launch.shards_read(staged, constant) == 6
+    assert launch.shards_at_least(staged, constant) == 6
+
+
+READS = "--track=fineweb --num_steps=12 --extension_steps=3 --batch_size=1 --sequence_length=2048".split()
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """shelf(lengths, size): a hub that has documents of these lengths in shards of that size. What launch.py fetches
+    comes from it into the track's folder; .asked: the numbers of shards that it was asked for."""
+    monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
+    shelf = SimpleNamespace(asked=[], folder=tmp_path / "data/fineweb10B", shards=[])
+
+    def fetch(track, shards):
+        shelf.asked.append(shards)
+        for number, tokens in enumerate(shelf.shards[:shards], 1):
+            path = shelf.folder / f"fineweb_train_{number:06d}.bin"
+            path.exists() or write_shard(path, tokens)
+        return 0 if shards <= len(shelf.shards) else 2
+
+    def make(lengths, size):
+        tokens = np.concatenate([[50_256, *range(length - 1)] for length in lengths])
+        shelf.shards = np.split(tokens, range(size, len(tokens), size))
+        monkeypatch.setattr(launch, "TOKENS_A_SHARD", size)
+        monkeypatch.setattr(launch, "ALL_SHARDS", len(shelf.shards))
+        return shelf
+
+    monkeypatch.setattr(launch, "fetch", fetch)
+    return make
+
+
+def last_shard_read(hp):
+    """The number of the last shard that a run's loader takes a token from."""
+    track, last = train_gpt.TRACKS[hp.track], []
+    stream = train_gpt.TokenStream(track.train_files, track, 1)
+    read = stream.read
+    stream.read = lambda start, count: last.append(start + count - 1) or read(start, count)
+    loader = train_gpt.BatchLoader(stream, hp, train_gpt.Runtime(0, 1, torch.device("cpu")))
+    for _ in range(hp.num_steps):
+        loader.next()
+    assert loader.epoch(hp.num_steps) == 0 and max(last) < len(stream)
+    return int(np.searchsorted(stream.ends, max(last), side="right"))
+
+
+@pytest.mark.parametrize("size", [11_000, 23_456, 60_000])
+def test_shards_are_counted(shelf, size):
+    """One shard more is fetched until a run of all stages finds its documents whole; and none that it does not read,
+    but for one that may hold the end of the last document read."""
+    lengths = np.random.RandomState(0).randint(1, 4000, size=100)  # cut at 896 and 2,048: most have tails
+    hp, hub = train_gpt.parse_arguments(READS), shelf(lengths, size)
+    assert {train_gpt.stage_index(step, hp) for step in range(12)} == {0, 1, 2, 3}
+    assert launch.bring(train_gpt, hp, None) == 0
+    least, counted = -(-2048 * (3 + 2 * 3 + 3 * 6) // size), hub.asked[-1]
+    assert least < counted < launch.ALL_SHARDS and hub.asked == list(range(least, counted + 1))
+    assert last_shard_read(hp) in (counted - 1, counted)
+    hub.asked.clear()
+    assert launch.bring(train_gpt, hp, None) == 0 and hub.asked == [least]  # all there: asked once
+    assert launch.bring(train_gpt, hp, 2) == 0 and hub.asked[-1] == 2  # SHARDS=2
+    (hub.folder / f"fineweb_train_{counted:06d}.bin").unlink()
+    assert launch.reads_beyond(train_gpt, hp)  # with one shard less it would not do
+
+
+def test_what_a_run_reads_does_not_depend_on_shards_that_lie_beside(shelf):
+    """With the shards that are counted it reads what it would read with all, wherever a shard ends."""
+    hp, track = train_gpt.parse_arguments(READS), train_gpt.TRACKS["fineweb"]
+    hub, read = shelf(np.random.RandomState(1).randint(1, 3000, size=150), 3001), []
+    assert launch.bring(train_gpt, hp, None) == 0 and hub.asked[-1] < launch.ALL_SHARDS
+    for number in (hub.asked[-1], launch.ALL_SHARDS):
+        launch.fetch("fineweb", number)
+        stream = train_gpt.TokenStream(track.train_files, track, 1)
+        loader = train_gpt.BatchLoader(stream, hp, train_gpt.Runtime(0, 1, torch.device("cpu")))
+        read.append(torch.cat([tokens for _ in range(hp.num_steps) for tokens, _ in loader.next()]))
+    assert torch.equal(*read)
+
+
+def test_a_run_longer_than_all_shards_reads_them_again(shelf):
+    hub, hp = shelf([600] * 100, 10_000), train_gpt.parse_arguments(READS)
+    assert launch.bring(train_gpt, hp, None) == 0 and hub.asked == [6]
+    hub.asked.clear()
+    (hub.folder / "fineweb_train_000006.bin").unlink()
+    assert launch.bring(train_gpt, train_gpt.parse_arguments([*READS, "--num_steps=10"]), None) == 0
+    assert hub.asked == [5, 6]  # 43,008 tokens, and what is dropped
+
+
+def test_a_fetch_that_fails_is_not_repeated(shelf, monkeypatch):
+    hub, hp = shelf([600] * 10, 1000), train_gpt.parse_arguments(READS)
+    monkeypatch.setattr(launch, "ALL_SHARDS", 60)  # the hub has 6
+    assert launch.bring(train_gpt, hp, None) == 2 and hub.asked == [56]
+    monkeypatch.setattr(launch, "TOKENS_A_SHARD", 12_000)
+    assert launch.bring(train_gpt, hp, None) == 2 and hub.asked == [56, 5, 6, 7]
+
+
+def test_without_cut_documents_nothing_is_counted(monkeypatch):
+    """Nor for another track or an older script: no data is read."""
+    monkeypatch.setattr(train_gpt, "TokenStream", lambda *args: pytest.fail("read the data"))
+    hp = train_gpt.parse_arguments(READS)
+    assert not launch.reads_beyond(SimpleNamespace(), hp)
+    assert not launch.reads_beyond(train_gpt, train_gpt.parse_arguments(["--track=laptop"]))
+    uncut = tuple(stage._replace(document=0) for stage in hp.stages)
+    monkeypatch.setitem(train_gpt.STAGES, "fineweb", uncut)
+    assert not launch.reads_beyond(train_gpt, hp)
 
 
 @pytest.mark.parametrize("words, variables, named", [

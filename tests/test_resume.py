@@ -64,7 +64,7 @@ def weights(sandbox):
 
 def test_killed_at_twenty_moments(sandbox):
     """SIGKILL, every second time in the middle of a save; the curve and the weights are those of an unharmed run."""
-    flags = ["--num_steps=160", "--save_every=1", "--val_every=16", "--cooldown_steps=90"]
+    flags = ["--num_steps=160", "--save_every=1", "--val_every=16"]
     unharmed = sandbox(*flags)
     assert unharmed.returncode == 0, unharmed.stderr
     wanted_lines, wanted = metric_lines(unharmed.stdout), weights(sandbox)

@@ -1,61 +1,188 @@
 """Schedules and hyperparameters: the published formulas, the corners, the command line."""
+import math
 from dataclasses import fields, replace
+from fractions import Fraction
 
 import pytest
+import slow_model
+import torch
 
 from train_gpt import (
     PRESETS,
+    STAGES,
     TRACKS,
     Hyperparameters,
+    Schedule,
     UserError,
     check_hyperparameters,
     lr_scale,
     muon_momentum,
     parse_arguments,
+    rotary_at,
+    sequences_before,
+    short_window,
+    stage_ends,
+    stage_index,
+    tokens_before,
     window_size,
 )
 
+CPU = torch.device("cpu")
 RECORD = Hyperparameters()
+# 1,450 scheduled steps: thirds end at 483 and 967 (483 1/3, 966 2/3, rounded); then 40 more
+BEGINS = (0, 483, 967, 1450)
 
 
-def test_trapezoid_of_the_record():
-    assert lr_scale(0, RECORD) == 1.0                      # no warmup
-    assert lr_scale(1530 - 600, RECORD) == 1.0             # the corner itself
-    assert lr_scale(1530 - 600 + 1, RECORD) == 599 / 600
-    assert lr_scale(1529, RECORD) == 1 / 600               # the last step still learns
-    assert all(lr_scale(s, RECORD) == 1.0 for s in range(930))
+def test_stages_of_the_record():
+    assert stage_ends(RECORD) == [483, 967, 1450, 1490]
+    for stage, begin in enumerate(BEGINS):
+        assert stage_index(begin, RECORD) == stage and (begin == 0 or stage_index(begin - 1, RECORD) == stage - 1)
+    assert stage_index(1489, RECORD) == stage_index(1490, RECORD) == 3
 
 
-def test_trapezoid_warmup():
-    hp = replace(RECORD, warmup_steps=256, num_steps=9536, cooldown_steps=2048)
-    assert lr_scale(0, hp) == 1 / 256 and lr_scale(255, hp) == 1.0 == lr_scale(256, hp)
-    area = sum(lr_scale(s, hp) for s in range(hp.num_steps))
-    assert area == pytest.approx((9536 - 256 - 2048) + 256.5 * 256 / 256 / 2 * 1 + 2049 / 2, abs=1)
+def test_batches_of_the_record_token_by_token():
+    """8, 16 and 24 sequences of 16,384 tokens in thirds of the run, and 24 in its extension: 395.8 M tokens."""
+    sequences = 0
+    for step in range(1490):
+        assert (sequences_before(step, RECORD), tokens_before(step, RECORD)) == (sequences, 16_384 * sequences)
+        sequences += 8 if step < 483 else 16 if step < 967 else 24
+    assert sequences_before(1490, RECORD) == sequences
+    assert tokens_before(1490, RECORD) == 16_384 * (8 * 483 + 16 * 484 + 24 * 523) == pytest.approx(395.8e6, abs=5e4)
+    assert [tokens_before(b + 1, RECORD) - tokens_before(b, RECORD) for b in BEGINS] == [131_072, 262_144, 393_216,
+                                                                                        393_216]
 
 
-@pytest.mark.parametrize("step", [0, 1, 56, 57, 125, 765, 1529, 1530])
-def test_window_of_the_record(step):
-    exact = (step * (1792 - 64) + 64 * 1530) // 1530       # floor of the published formula in whole numbers
-    assert window_size(step, RECORD) == 64 * (exact // 64)
+@pytest.mark.parametrize("num_steps, extension_steps", [(1, 0), (2, 1), (3, 0), (14, 2), (100, 99), (1000, 0)])
+def test_batches_of_short_runs(num_steps, extension_steps):
+    """Whatever the length, each step has its stage's batch, and the sum is what is read before the next."""
+    hp, sequences = replace(RECORD, num_steps=num_steps, extension_steps=extension_steps), 0
+    for step in range(num_steps):
+        share = Fraction(step, num_steps - extension_steps)
+        stage = stage_index(step, hp)
+        assert sequences_before(step, hp) == sequences
+        sequences += STAGES["fineweb"][stage].batch * 8
+        if step < num_steps - extension_steps:  # the stage of its third; where thirds are broken, the nearest step's
+            assert abs(share - Fraction(stage, 3) - Fraction(1, 6)) <= Fraction(1, 6) + Fraction(
+                1, 2 * (num_steps - extension_steps))
+        else:
+            assert stage == 3
+    assert sequences_before(num_steps, hp) == sequences
 
 
-def test_window_never_leaves_its_range():
-    sizes = [window_size(s, RECORD) for s in range(1531)]
-    assert sizes == sorted(sizes) and sizes[0] == 64 and sizes[-1] == 1792 and all(w % 64 == 0 for w in sizes)
+@pytest.mark.parametrize("step, wanted", [
+    (0, 1.0),                                                # no warmup
+    (482, 1.0), (483, 1.52),                                 # the second stage
+    (580, 1.52),                                             # the corner: 0.6 of the schedule is left
+    (581, 1.52 * 869 / 870 + 0.15 * 1 / 870),
+    (966, 1.52 * 484 / 870 + 0.15 * 386 / 870),
+    (967, 1.73 * 483 / 870 + 0.15 * 387 / 870),              # the third
+    (1015, 1.73 * 435 / 870 + 0.15 * 435 / 870),             # half way down
+    (1449, 1.73 * 1 / 870 + 0.15 * 869 / 870),
+    (1450, 0.15), (1489, 0.15), (1490, 0.15)])               # the extension is flat
+def test_rates_of_the_record(step, wanted):
+    assert lr_scale(step, RECORD) == pytest.approx(wanted, rel=1e-12)
 
 
-def test_momentum_warmup():
-    assert muon_momentum(0, RECORD) == 0.85
-    assert muon_momentum(150, RECORD) == pytest.approx(0.90)
-    assert muon_momentum(300, RECORD) == muon_momentum(1529, RECORD) == 0.95
-    assert muon_momentum(0, replace(RECORD, momentum_warmup_steps=0)) == 0.95
+def test_rate_factors_are_powers_of_the_batch():
+    first, second, third, last = (stage.lr for stage in STAGES["fineweb"])
+    assert first == 1 and second == pytest.approx(2 ** 0.6, abs=0.005) and third == pytest.approx(3 ** 0.5, abs=0.005)
+    assert last == third
 
+
+def test_rates_of_one_stage():
+    """The laptop track's: flat, then linearly down to the floor."""
+    hp = replace(parse_arguments(["--track=laptop"]), num_steps=100, cooldown=0.25, lr_floor=0.1)
+    assert [lr_scale(s, hp) for s in (0, 75)] == [1.0, 1.0]
+    assert lr_scale(76, hp) == pytest.approx(0.96 + 0.04 * 0.1) and lr_scale(100, hp) == pytest.approx(0.1)
+    assert lr_scale(99, replace(hp, lr_floor=0.0)) == pytest.approx(1 / 25)  # the last step still learns
+
+
+@pytest.mark.parametrize("step, wanted", [
+    (0, 0.85), (150, 0.90), (300, 0.95), (700, 0.95), (1440, 0.95), (1465, 0.90), (1489, 0.852), (1490, 0.85)])
+def test_momentum_rises_over_300_steps_and_falls_over_the_last_50(step, wanted):
+    assert muon_momentum(step, RECORD) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_momentum_without_a_rise_or_a_fall():
+    hp = replace(RECORD, momentum_warmup_steps=0, momentum_cooldown_steps=0)
+    assert {muon_momentum(s, hp) for s in (0, 1, 1489, 1490)} == {0.95}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Windows and positions
+
+@pytest.mark.parametrize("stage, long, short", [(0, 3, 1), (1, 7, 3), (2, 11, 5), (3, 13, 6)])
+def test_windows_of_the_record_in_blocks_of_128(stage, long, short):
+    """In the stages; in the last validation 20 blocks in long layers, 6 in the others."""
+    windows = {kind: tokens.item() for kind, tokens in Schedule(BEGINS[stage], RECORD, CPU).windows.items()}
+    assert windows == {"long": 128 * long, "short": 128 * short, "paired": 128 * short}
+    by_layer = [128 * (long if layer in (3, 10) else short) for layer in range(11) if layer != 6]
+    assert list(window_size(BEGINS[stage], RECORD)) == by_layer
+    last = {kind: tokens.item() for kind, tokens in Schedule(1490, RECORD, CPU).windows.items()}
+    assert last == {"long": 128 * 20, "short": 128 * 6, "paired": 128 * 6}
+
+
+def test_short_windows_are_whole_blocks_or_the_window():
+    assert [short_window(w) for w in (1, 100, 128, 200, 256, 384, 511, 512, 2560)] == [
+        1, 100, 128, 128, 128, 128, 128, 256, 1280]
+
+
+@pytest.mark.parametrize("stage, factor", [(0, 0.1), (1, 0.1170), (2, 0.1275), (3, 0.1318)])
+def test_yarn_at_each_stage(stage, factor):
+    """The published factors of the scores at 3, 7, 11, 13 blocks, and each angle by the formula, in float64."""
+    theta, scale = slow_model.yarn([384, 896, 1408, 1664][:stage + 1], 32)
+    frequencies, ours = rotary_at(stage, RECORD)
+    assert ours == pytest.approx(scale, rel=1e-9) == pytest.approx(factor, abs=6e-5) and frequencies.shape == (32,)
+    torch.testing.assert_close(frequencies.double(), theta.double(), rtol=2e-6, atol=0)
+    schedule = Schedule(BEGINS[stage], RECORD, CPU)
+    assert torch.equal(schedule.frequencies, frequencies)
+    assert schedule.attention_scale.item() == pytest.approx(ours, rel=1e-6)
+
+
+def test_yarn_keeps_what_turns_often_and_slows_what_does_not():
+    """More than 32 turns in the old window: as before; less than one: slowed as the window grows."""
+    before, after = (rotary_at(stage, RECORD)[0] for stage in (0, 1))
+    turns = 384 * before / (2 * math.pi)
+    torch.testing.assert_close(after[turns > 32], before[turns > 32])
+    torch.testing.assert_close(after[turns < 1], before[turns < 1] * 384 / 896)
+    assert (turns > 32).any() and (turns < 1).any() and ((after <= before) & (after >= before * 384 / 896 - 1e-9)).all()
+
+
+def test_the_last_validation_has_the_last_stages_positions():
+    """A wider window without YaRN: record 2025-09-21."""
+    last, stage = Schedule(1490, RECORD, CPU), Schedule(1489, RECORD, CPU)
+    assert torch.equal(last.frequencies, stage.frequencies)
+    assert last.attention_scale.item() == stage.attention_scale.item() == pytest.approx(0.1318, abs=5e-5)
+
+
+@pytest.mark.parametrize("step, weights", [
+    (0, (1, 0.5, 0.25)), (161, (1, 0.5, 0.25 * 322 / 483)), (482, (1, 0.5, 0.25 / 483)),
+    (483, (1, 0.5)), (725, (1, 0.25)), (966, (1, 0.5 / 484)), (967, (1,)), (1450, (1,)), (1490, (1,))])
+def test_weights_of_the_next_tokens(step, weights):
+    torch.testing.assert_close(Schedule(step, RECORD, CPU).target_weights, torch.tensor(weights, dtype=torch.float32))
+
+
+def test_tied_for_two_thirds_and_untied_once():
+    schedules = [Schedule(step, RECORD, CPU) for step in range(1491)]
+    assert [s.tied for s in schedules] == [True] * 967 + [False] * 524
+    assert [s.step for s in schedules if s.unties] == [967]
+    laptop = parse_arguments(["--track=laptop"])
+    assert not any(Schedule(step, laptop, CPU).unties for step in range(391))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
 
 def test_defaults_are_the_record():
-    for name, value in dict(num_steps=1530, cooldown_steps=600, batch_size=8, sequence_length=65536, num_layers=12,
-                            num_heads=6, model_dim=768, embed_lr=0.6, head_lr=0.008, scalar_lr=0.04, muon_lr=0.05,
-                            adam_beta1=0.8, adam_beta2=0.95, logit_cap=30.0, val_every=125).items():
-        assert getattr(parse_arguments(["--track", "fineweb"]), name) == value
+    hp = parse_arguments(["--track", "fineweb"])
+    for name, value in dict(num_steps=1490, extension_steps=40, batch_size=8, sequence_length=16_384, num_heads=6,
+                            model_dim=768, ngrams=2, ngram_rows=251_520, head_lr=0.008, value_lr=0.6, ngram_lr=0.6,
+                            ngram_rule="adam", scalar_lr=0.04, muon_lr=0.023, muon_decay=1.2, muon_beta2=0.95,
+                            adam_every=2, adam_decay=0.005, logit_cap=23.0, logit_shift=5.0, logit_scale=7.5,
+                            attention_scale=0.1, final_window=2560, cooldown=0.6, lr_floor=0.15,
+                            val_every=125).items():
+        assert getattr(hp, name) == value, name
+    assert [stage.document for stage in hp.stages] == [896, 2048, 2048, 2048]
     assert (TRACKS["fineweb"].val_tokens, TRACKS["fineweb"].target) == (10_485_760, 3.28)
 
 
@@ -68,7 +195,7 @@ def test_every_field_is_a_flag_with_help(capsys):
 
 def test_flags_beat_the_preset_and_the_preset_beats_the_default():
     hp = parse_arguments(["--track", "laptop", "--num_steps", "7"])
-    assert hp.num_steps == 7 and hp.model_dim == PRESETS["laptop"]["model_dim"] and hp.adam_beta2 == RECORD.adam_beta2
+    assert hp.num_steps == 7 and hp.model_dim == PRESETS["laptop"]["model_dim"] and hp.muon_beta2 == RECORD.muon_beta2
 
 
 @pytest.mark.parametrize("words", [["--frobnicate"], ["--num_steps"], ["--num_steps", "many"], ["--track", "moon"],
@@ -79,17 +206,23 @@ def test_bad_flags_are_refused(words):
 
 
 @pytest.mark.parametrize("change, named", [
-    (dict(batch_size=8), "--batch_size 9"), (dict(sequence_length=100), "--sequence_length"),
-    (dict(sequence_length=384), "powers of two"), (dict(num_heads=5), "--num_heads"),
-    (dict(num_steps=101), "use --cooldown_steps 50 --warmup_steps 0"),
-    (dict(num_steps=101, warmup_steps=90), "use --cooldown_steps 50 --warmup_steps 50"),
-    (dict(num_steps=0), "--num_steps"), (dict(window_end=32), "--window_end"), (dict(val_every=-1), "--val_every")])
+    (dict(batch_size=8), "--batch_size 9"), (dict(sequence_length=200), "--sequence_length 200"),
+    (dict(val_length=384), "use a power of two"), (dict(num_heads=5), "--num_heads 5"),
+    (dict(num_heads=128), "--num_heads 128"),  # heads of 6 dimensions have no quarter
+    (dict(num_steps=40), "use --extension_steps 1"), (dict(extension_steps=1490), "use --extension_steps 37"),
+    (dict(num_steps=0), "--num_steps"), (dict(cooldown=0.0), "--cooldown"), (dict(val_every=-1), "--val_every"),
+    (dict(adam_every=0), "--adam_every"), (dict(muon_beta2=math.nan), "--muon_beta2")])
 def test_bad_hyperparameters_name_the_flag_to_change(change, named):
     with pytest.raises(UserError, match=named):
         check_hyperparameters(replace(Hyperparameters(batch_size=9), **change), world_size=3)
 
 
+def test_flags_that_an_error_proposes_can_run():
+    check_hyperparameters(Hyperparameters(batch_size=9), world_size=3)
+    check_hyperparameters(Hyperparameters(num_steps=40, extension_steps=1), world_size=1)
+
+
 @pytest.mark.parametrize("track", TRACKS)
 def test_presets_can_run_on_their_usual_ranks(track):
-    for world_size in (1, 2):
+    for world_size in (1, 2, 4, 8):
         check_hyperparameters(parse_arguments(["--track", track]), world_size)
