@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -503,7 +504,8 @@ def test_ab_goes_on_where_it_was_interrupted(sandbox):
     """A and B in turn; a run that is there already is not run again."""
     root = sandbox.path
     (root / "records").mkdir(exist_ok=True)
-    (root / "records/compare.py").write_bytes((REPOSITORY / "records/compare.py").read_bytes())
+    shutil.copy(REPOSITORY / "records/compare.py", root / "records/compare.py")
+    shutil.copytree(REPOSITORY / "records/compare", root / "records/compare")
     (root / "b.py").write_text((root / "train_gpt.py").read_text() + "\n# B\n")
 
     def start(args):
@@ -544,9 +546,10 @@ def test_what_changes_no_number_splits_no_group():
 
 
 def test_imports_no_torch_and_starts_fast(tmp_path):
-    imported = {alias.name.split(".")[0] for node in ast.walk(ast.parse(Path(compare.__file__).read_text()))
+    modules = [REPOSITORY / "records/compare.py", *Path(compare.__file__).parent.glob("*.py")]
+    imported = {alias.name.split(".")[0] for module in modules for node in ast.walk(ast.parse(module.read_text()))
                 if isinstance(node, (ast.Import, ast.ImportFrom))
-                for alias in (node.names if isinstance(node, ast.Import) else [ast.alias(node.module)])}
+                for alias in (node.names if isinstance(node, ast.Import) else [ast.alias(node.module or ".")])}
     assert "torch" not in imported and "train_gpt" not in imported
     folder = write(tmp_path, [log(body=metrics(f)) for f in GOOD])
     fastest = min(timed(lambda: run("table", folder)) for _ in range(3))
