@@ -357,7 +357,10 @@ def test_a_log_that_names_no_steps_is_complete_where_it_ends_out_of_turn(tmp_pat
 @pytest.mark.parametrize("script, folder, name", [
     ("records/2030-01-01_New/train_gpt.py", "baseline", "2030-01-01_New"), ("my_idea.py", "scratch", "my_idea"),
     ("train_gpt.py", "2030-01-01_New", "2030-01-01_New"), (None, "scratch", "scratch"),
-    ("../idea.py", "scratch", "idea")])
+    ("../idea.py", "scratch", "idea"), (None, "2026-07-17_FP8DownProjection/this_pr",
+                                        "2026-07-17_FP8DownProjection/this_pr"),
+    ("train_gpt.py", "2030-01-01_New/ablation", "2030-01-01_New/ablation"), (None, "010425_SoftCap", "010425_SoftCap"),
+    (None, "mine/logs", "mine/logs"), (None, "mine/fast", "fast")])
 def test_a_run_is_named_by_its_script(tmp_path, script, folder, name):
     facts = {} if script is None else {"script": script}
     assert compare.Run(str(tmp_path / folder / "log.txt"), facts=facts).entry == name
@@ -373,6 +376,46 @@ def test_no_two_legends_are_alike():
         labels = compare.labels_of([group(lr=0.5), *others])
         assert len(set(labels)) == len(labels) and all(label.startswith("2030-01-01_New") for label in labels), labels
     assert compare.labels_of([group()]) == ["2030-01-01_New"]
+
+
+def entries(root):
+    """Two entries; the second with an ablation of two groups, its baseline by the first's script, and a study."""
+    def logs(folder, finals, script, **settings):
+        facts = [{"hyperparameters": {"track": "laptop", "seed": seed, **settings}, "target": 3.28, "script": script}
+                 for seed in range(len(finals))]
+        write(root / folder, [log(code=f"# {script}\n", middle=f"{running(1)}{json.dumps(fact, indent=1)}\n",
+                                  body=metrics(final)) for fact, final in zip(facts, finals, strict=True)])
+    old, new = ("records/2030-01-01_Old/train_gpt.py", "records/2030-02-02_New/train_gpt.py")
+    logs("2030-02-02_New", GOOD, new, ngrams=6, muon_lr=0.1)
+    logs("2030-02-02_New/ablation", [3.4], new, ngrams=1, muon_lr=0.1)
+    logs("2030-02-02_New/ablation/more", [3.5], new, ngrams=1, muon_lr=0.2)
+    logs("2030-02-02_New/baseline", [f + 0.001 for f in GOOD], old)
+    logs("studies/2030-03-03_Study", [3.2] * 6, "other.py")
+    return str(root)
+
+
+def test_the_table_is_the_entries_claims_a_line_each(tmp_path):
+    root = entries(tmp_path)
+    lines = run("table", root).stdout.splitlines()
+    assert [line.split()[0] for line in lines[:4] if line] == ["entry", "2030-01-01_Old", "2030-02-02_New"]
+    assert "3 other groups of runs" in lines[-1] and "--all" in lines[-1]
+    everything = run("table", "--all", root).stdout
+    for name in ("2030-02-02_New, ngrams 1 ", "2030-02-02_New, ngrams 1, muon_lr 0.2 ", "2030-03-03_Study "):
+        assert name in everything, everything
+    assert sorted(row["label"] for row in rows(root) if row["claim"]) == ["2030-01-01_Old", "2030-02-02_New"]
+    assert "track" not in everything
+    write(tmp_path / "2030-04-04_Public", [log()])
+    assert run("table", root).stdout.splitlines()[0].split()[:2] == ["entry", "track"]
+
+
+def test_the_table_is_at_most_120_columns_wide(tmp_path):
+    for number in range(3):
+        facts = {"hyperparameters": {name * 20: number for name in "abcdef"}, "target": 3.28}
+        write(tmp_path / f"{'long_name_' * 15}{number}\u202e", [
+            log(middle=running(8, "GPU " * 30) + json.dumps(facts, indent=1) + "\n", body=metrics(3.27 + number))])
+    done = run("table", tmp_path)
+    assert done.returncode == 0 and max(map(len, done.stdout.splitlines()[:4])) <= 120 and "\u202e" not in done.stdout
+    assert max(map(len, run("table", "--all", tmp_path).stdout.splitlines())) > 120
 
 
 @pytest.mark.parametrize("change, code", [(0.0, 0), (0.01, 1), (-0.01, 0)])

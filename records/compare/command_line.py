@@ -1,6 +1,6 @@
 """Read run logs of the GPT-2 speedrun, judge a claim, show the difference.
 
-    python records/compare.py table records/                                   # a row per group of comparable runs
+    python records/compare.py table records/                                   # the entries' claims; --all: all runs
     python records/compare.py verify records/NEW --baseline records/OLD        # does the claim hold? exit code 0 or 1
     python records/compare.py diff records/OLD records/NEW                     # code, hyperparameters, results
     python records/compare.py plot records/OLD records/NEW -o curves.svg       # loss against steps, tokens and time
@@ -60,12 +60,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         added.add_argument("--systems-only", action="store_true",
                            help="only the speed of the same mathematics changed: the loss must not get worse")
 
-    added = command("table", table, "one row per group of comparable runs, fastest first")
+    added = command("table", table, "the entries' claims, a line each; of other logs a row per group")
     added.add_argument("paths", nargs="+", metavar="PATH")
+    added.add_argument("--all", action="store_true", help="all groups of comparable runs, all columns, all notes")
     added.add_argument("--target", type=float, help=f"loss to test against (the log's own track's, else {TARGET})")
     form = added.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="as a pull request wants it")
-    form.add_argument("--json", action="store_true", help="a list of objects")
+    form.add_argument("--json", action="store_true", help="all groups as a list of objects")
     added = command("verify", verify, "apply the rules to a claim; exit code 0 or 1")
     added.add_argument("candidate", nargs="+", metavar="CANDIDATE", help="logs, or folders: the logs directly in them")
     added.add_argument("--baseline", nargs="+", metavar="OLD", help="likewise (CANDIDATE's folder baseline/)")

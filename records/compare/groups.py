@@ -2,10 +2,14 @@
 import json
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
-from .logs import Run
+from .logs import DATED, SAYS_NOTHING, Run
 from .statistics import mean
+
+WHERE = {"activations", "compiled", "threads", "data_fingerprint", "on"}  # of what makes groups: not what was trained
 
 
 @dataclass
@@ -22,6 +26,18 @@ class Group:
     @property
     def entry(self) -> str:
         return self.any.entry
+
+    @property
+    def device(self) -> str:
+        return f"{self.any.world_size or '?'} x {self.any.gpu or '?'}"
+
+    @cached_property
+    def told(self) -> dict[str, str]:
+        """All that makes it a group of its own, besides the code, as it is said in names."""
+        run = self.any
+        settings = {name: value if isinstance(value, str) else json.dumps(value) for name, value in run.config.items()}
+        settings.pop("num_steps", None)  # the steps say it
+        return {**settings, "steps": str(run.steps), "on": self.device}
 
     @property
     def losses(self) -> list[float]:
@@ -70,14 +86,62 @@ def by_seed(values: list, runs: list[Run]) -> dict:
     return dict(zip(seeds if told else [(run.path, run.index) for run in runs], values, strict=True))
 
 
+def is_claim(group: Group) -> bool:
+    """Whether an entry rests on these runs: they lie in its folder, not in one for ablations, trials or studies."""
+    folders = (group.runs or group.incomplete)[0].folders
+    entry = max((i for i, folder in enumerate(folders) if DATED.match(folder)), default=None)
+    if entry is None or not group.runs or (entry and folders[entry - 1] == "studies" and folders[entry] == group.entry):
+        return False
+    inside = folders[entry + 1:]
+    return (all(folder in SAYS_NOTHING for folder in inside) and bool(DATED.match(group.entry))
+            and not group.entry.endswith("/baseline"))  # a baseline counts where its logs tell whose it is
+
+
+def claims_of(groups: list[Group]) -> list[Group]:
+    """For each entry and track the runs that it rests on, in the entries' order; of several sorts, the most runs."""
+    best: dict[tuple[str, str], Group] = {}
+    for group in filter(is_claim, groups):
+        key = group.any.track, group.entry.split("/")[0]
+        if key not in best or len(group.runs) > len(best[key].runs):
+            best[key] = group
+    return [best[key] for key in sorted(best)]
+
+
+def usual_of(groups: list[Group]) -> Group:
+    """Of groups of one code, that by which the others are named: a claim, most runs, the most usual settings."""
+    usual = {}
+    for name in dict.fromkeys(name for group in groups for name in group.told):
+        usual[name] = Counter(group.told.get(name) for group in groups).most_common(1)[0][0]
+    return max(groups, key=lambda group: (is_claim(group), len(group.runs),
+                                          sum(group.told.get(name) == value for name, value in usual.items())))
+
+
 def labels_of(groups: list[Group]) -> list[str]:
-    """The entries' names, and what tells those of one name apart."""
-    labels, configs = [group.entry for group in groups], [group.any.config for group in groups]
-    names = dict.fromkeys(name for config in configs for name in config)
-    differing = [name for name in names if any(config.get(name) != configs[0].get(name) for config in configs)]
-    for tell in (lambda run: run.code_hash, lambda run: f"{run.world_size or '?'} x {run.gpu or '?'}",
-                 lambda run: f"{run.steps} steps",
-                 lambda run: ", ".join(f"{name} {run.config.get(name)}" for name in differing)):
-        labels = [f"{label}, {tell(group.any)}" if labels.count(label) > 1 else label
-                  for group, label in zip(groups, labels, strict=True)]
+    """A name for each group, no two alike: the entry's, and what tells groups of one code, or of one name, apart.
+
+    What all of one name have in common about where they ran is left out: the name stands for it.
+    """
+    labels, by_code = [group.entry for group in groups], {}
+    for number, group in enumerate(groups):
+        by_code.setdefault(group.any.code_hash or group.entry, []).append(number)
+    for numbers in by_code.values():
+        usual, by_name = usual_of([groups[number] for number in numbers]), {}
+        for number in numbers:
+            by_name.setdefault(groups[number].entry, []).append(differences(groups[number].told, usual.told))
+        shared = {name: {item for item in found[0].items() if item[0] in WHERE and all(
+            item in other.items() for other in found)} for name, found in by_name.items()}
+        for number in numbers:
+            name, apart = labels[number], differences(groups[number].told, usual.told)
+            labels[number] = ", ".join([name, *(f"{key} {value}" for key, value in apart.items()
+                                                if (key, value) not in shared[name])])
+    counts = Counter(labels)
+    for label in [label for label, count in counts.items() if count > 1]:
+        alike = [number for number, other in enumerate(labels) if other == label]
+        for number in sorted(alike, key=lambda number: -len(groups[number].runs))[1:]:
+            labels[number] += f", code {groups[number].any.code_hash or 'unknown'}"
     return labels
+
+
+def differences(told: dict[str, str], usual: dict[str, str]) -> dict[str, str]:
+    """What is not as usual; "none" for what is missing."""
+    return {name: told.get(name, "none") for name in {**told, **usual} if told.get(name) != usual.get(name)}

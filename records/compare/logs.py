@@ -22,6 +22,9 @@ RESUMED = re.compile(rb"resumed from .* at step (\d+)$")
 RUNNING = re.compile(r"Running PyTorch (\S+?),?(?: on (.+) with world_size (\d+)| .*)?$")
 GPU_ROW = re.compile(r"\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|")  # of nvidia-smi's table
 CODE_BEGINS = re.compile(rb'(import |from |#!|"""|\'\'\')')
+DATED = re.compile(r"\d{4}-\d\d-\d\d_|\d{6}_")  # how an entry's folder begins; public ones of 2025: MMDDYY
+SAYS_NOTHING = {"this_pr", "pr", "baseline", "log", "logs", "run", "runs", "result", "results", "new", "old", "main",
+                "candidate"}  # of whose runs a folder holds
 # Hyperparameters on which no result depends: runs that differ in these alone are comparable.
 HARMLESS = {"seed", "entry", "resume", "resume_anyway", "keep", "val_every", "log_every", "save_every", "profile",
             "sample_tokens", "device", "compile", "dtype"}
@@ -73,9 +76,30 @@ class Run:
 
     @property
     def entry(self) -> str:
-        """The script's folder, or its name where it has none; where the log does not tell, the log's folder."""
-        script, folder = Path(self.facts.get("script", "")), Path(self.path).resolve().parent.name
-        return script.parent.name.strip(".") or (script.stem if folder == "scratch" else "") or folder
+        """The entry whose script ran, or the script's name where it is in none; where no log tells, the log's folder.
+
+        A folder inside an entry is named with it, as is one whose name says nothing (this_pr).
+        """
+        command = self.facts.get("command")
+        ran = Path(str(command[0])) if isinstance(command, list) and command else Path()
+        script = Path(self.facts.get("script", ""))
+        if folder := script.parent.name.strip(".") or (ran.parent.name if DATED.match(ran.parent.name) else ""):
+            return folder
+        folders = self.folders
+        if folders[-1] == "scratch" and (stem := script.stem or ran.stem):
+            return stem
+        first = max((i for i, folder in enumerate(folders) if DATED.match(folder)), default=len(folders) - 1)
+        return "/".join(folders[first if DATED.match(folders[first]) else -2 if folders[-1] in SAYS_NOTHING else -1:])
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The names of the log's folder and of those above it, the nearest last; four at most."""
+        return Path(os.path.abspath(self.path)).parent.parts[-4:]
+
+    @property
+    def track(self) -> str:
+        """Empty where the log does not tell."""
+        return str(self.hyperparameters.get("track", ""))
 
     @property
     def target(self) -> float:

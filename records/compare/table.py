@@ -2,18 +2,23 @@
 import json
 import sys
 
-from .groups import Group, common_path, first_at_target, group_runs
+from .groups import Group, claims_of, common_path, first_at_target, group_runs, labels_of
 from .logs import find_runs, why_incomplete
 from .statistics import deviation, mean, t_test_below
-from .text import finite, seconds
+from .text import finite, seconds, shortened, visible
+
+WIDTH = 120  # columns of a terminal
+NOTES = 12    # lines below the table
+LEFT_OUT_FIRST = ("code", "torch", "step", "target", "tokens to target", "met by", "to target", "device", "p")
 
 
-def row_of(group: Group, target: float | None) -> dict:
+def row_of(group: Group, label: str, target: float | None, claim: bool = False) -> dict:
     """A group as `table --json` prints it."""
     run = group.any
     target = run.target if target is None else target
     return {
         "path": common_path([*group.runs, *group.incomplete, *group.duplicates]), "entry": group.entry,
+        "label": label, "track": run.track, "claim": claim,
         "code_hash": run.code_hash, "gpu": run.gpu, "world_size": run.world_size, "torch": run.torch,
         "steps": run.steps, "runs": len(group.runs), "incomplete": len(group.incomplete),
         "duplicates": len(group.duplicates), "target": target, "val_loss_mean": finite(mean(group.losses)),
@@ -39,8 +44,8 @@ def cells_of(row: dict) -> dict[str, str]:
     def number(value, form):
         return "" if value is None else format(value, form)
     sd, time_sd = row["val_loss_sd"], row["train_time_ms_sd"]
-    return {
-        "entry": row["entry"],
+    cells = {
+        "entry": row["label"], "track": row["track"] or "unknown",
         "runs": str(row["runs"]) + (f" (+{row['incomplete']} incomplete)" if row["incomplete"] else ""),
         "steps": number(row["steps"], "d"),
         "val loss": number(row["val_loss_mean"], ".4f") + ("" if sd is None else f" ± {sd:.4f}"),
@@ -52,49 +57,58 @@ def cells_of(row: dict) -> dict[str, str]:
         "device": f"{row['world_size'] or '?'} x {row['gpu'] or '?'}", "torch": row["torch"] or "",
         "code": row["code_hash"] or "",
     }
+    return {name: visible(cell) for name, cell in cells.items()}
 
 
-def print_table(rows: list[dict[str, str]], markdown: bool) -> None:
-    """Rows of equal keys, in columns."""
-    names = [name for name in rows[0] if any(row[name] for row in rows)]
-    width = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
+def columns_of(rows: list[dict[str, str]]) -> list[str]:
+    """The columns that tell something: the track only where there are several."""
+    return [name for name in rows[0] if any(row[name] for row in rows)
+            and (name != "track" or len({row["track"] for row in rows}) > 1)]
+
+
+def print_table(rows: list[dict[str, str]], markdown: bool, width: int | None) -> None:
+    """Rows of equal keys, in columns; of a width, if one is given, for which what is told least is left out."""
+    names = columns_of(rows)
     if markdown:
         print("| " + " | ".join(names) + " |", "|" + "---|" * len(names), sep="\n")
         for row in rows:
-            print("| " + " | ".join(row[name] for name in names) + " |")
+            print("| " + " | ".join(row[name].replace("|", "\\|") for name in names) + " |")
         return
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
+    if width:
+        least = min(widths["entry"], 40)  # a long name is cut before a column goes
+        for name in LEFT_OUT_FIRST:
+            if least + sum(2 + widths[n] for n in widths if n != "entry") > width:
+                widths.pop(name, None)
+        widths["entry"] = min(widths["entry"], max(least, width - sum(2 + widths[n] for n in widths if n != "entry")))
     for row in [{name: name for name in names}, *rows]:
-        print("  ".join(row[name].ljust(width[name]) for name in names).rstrip())
+        cells = [shortened(row[name], widths[name]).ljust(widths[name]) for name in widths]
+        line = "  ".join(cells).rstrip()
+        print(shortened(line, width) if width else line)
 
 
 def table(args) -> int:
-    """One row per group of comparable runs."""
+    """The entries' claims, a line each, by date; with --all, or where nothing is an entry's, a row for every group of
+    comparable runs, the fastest first.
+    """
     runs, remarks = find_runs(args.paths)
     groups = group_runs(runs)
-    rows = [row_of(group, args.target) for group in groups]
+    claims = claims_of(groups)
+    labels = dict(zip(map(id, groups), labels_of(groups), strict=True))
+    shown = groups if args.all or args.json or not claims else claims
+    claimed = set(map(id, claims))
+    rows = [row_of(group, labels[id(group)], args.target, id(group) in claimed) for group in shown]
     if args.json:
         print(json.dumps(rows, indent=1))
     else:
-        print_table([cells_of(row) for row in rows], args.markdown)
-    out = sys.stderr if args.json else sys.stdout
-    notes = [f"incomplete: {run.path}: {why_incomplete(run)}" for group in groups for run in group.incomplete]
-    notes += [f"duplicate: {run.path}, counted once" for group in groups for run in group.duplicates]
-    notes += differing_settings(groups)
-    if notes or remarks:
-        print("", *notes, *remarks, sep="\n", file=out)
+        print_table([cells_of(row) for row in rows], args.markdown, None if args.all else WIDTH)
+    notes = [f"incomplete: {run.path}: {why_incomplete(run)}" for group in shown for run in group.incomplete]
+    notes += [f"duplicate: {run.path}, counted once" for group in shown for run in group.duplicates]
+    notes += remarks
+    if len(notes) > NOTES and not (args.all or args.json):
+        notes[NOTES - 1:] = [f"... and {len(notes) - NOTES + 1} notes more (--all)"]
+    if left := len(groups) - len(shown):
+        notes.append(f"{left} other groups of runs (ablations, trials, baselines, studies): --all")
+    if notes:
+        print("", *map(visible, notes), sep="\n", file=sys.stderr if args.json else sys.stdout)
     return 0
-
-
-def differing_settings(groups: list[Group]) -> list[str]:
-    """Says in what groups of the same code differ."""
-    notes = []
-    for code in dict.fromkeys(group.any.code_hash for group in groups):
-        same = [group for group in groups if group.any.code_hash == code]
-        configs = [group.any.config for group in same]
-        names = [name for name in configs[0] if any(config.get(name) != configs[0].get(name) for config in configs)]
-        if code and names:
-            notes += [f"code {code}: {len(group.runs + group.incomplete)} logs at "
-                      f"{common_path(group.runs or group.incomplete)} have "
-                      + ", ".join(f"{name} {config.get(name)}" for name in names)
-                      for group, config in zip(same, configs, strict=True)]
-    return notes

@@ -1,7 +1,21 @@
 """Text: figures and words as people read them."""
 import math
 import os
+import re
 import sys
+
+# What is not seen, or changes how its neighbours are seen: control and bidirectional characters, lone halves of pairs.
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """text with each character that would not be seen as its number, \\u202e."""
+    return UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def shortened(text: str, length: int) -> str:
+    """text in at most length characters, the last a … where some are left out."""
+    return text if len(text) <= length else text[:length - 1] + "…"
 
 
 def finite(value: float | None) -> float | None:
