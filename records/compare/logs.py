@@ -5,10 +5,12 @@ does not tell is None.
 """
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +40,34 @@ class UserError(Exception):
 FACT_TYPES = {"hyperparameters": dict, "target": (int, float), "script": str, "code_hash": str, "run_id": str}
 
 
+class Pace:
+    """The training time at steps spread evenly over a run: a few hundred of them, however long it is."""
+    MOST = 512
+
+    def __init__(self):
+        self.points, self.stride = array("d"), 1  # step, milliseconds, step, milliseconds, ...
+
+    def add(self, step: int, ms: float) -> None:
+        """Take in the time of a metric line."""
+        if self.points and step - self.points[-2] < self.stride:
+            return
+        self.points.extend((step, ms))
+        if len(self.points) > 2 * self.MOST:
+            self.points = array("d", [x for i in range(0, len(self.points), 4) for x in self.points[i:i + 2]])
+            self.stride *= 2
+
+    def go_back(self, step: int) -> None:
+        """Forget what came after a step: it is done again."""
+        while self.points and self.points[-2] > step:
+            del self.points[-2:]
+
+    def intervals(self, after: int = 0) -> list[tuple[int, float]]:
+        """(step at its end, milliseconds a step) of what lies between two points, from a step on."""
+        pairs = list(zip(self.points[::2], self.points[1::2], strict=True))
+        return [(int(step), (ms - ms_before) / (step - before)) for (before, ms_before), (step, ms)
+                in zip(pairs, pairs[1:], strict=False) if before >= after and ms >= ms_before]
+
+
 @dataclass
 class Run:
     """One training run, as far as its log tells."""
@@ -54,6 +84,7 @@ class Run:
     curve: list = field(default_factory=list)   # (step, validation loss, training time in ms or None), by step
     restart_step: int = 0                       # where the training time began again from zero
     step_avg_ms: float | None = None            # of the last validation
+    pace: Pace = field(default_factory=Pace, repr=False)
     train_hash: str = ""                        # stands for the training losses
     code_span: tuple[int, int] | None = None    # bytes of the log
 
@@ -155,6 +186,7 @@ class Metrics:
         run = self.runs[-1]
         if self.resumed_at is not None:  # what the interrupted run did beyond its checkpoint is done again
             run.curve = [point for point in run.curve if point[0] <= self.resumed_at]
+            run.pace.go_back(self.resumed_at)
             self.resumed_at = self.last_line_ms = None  # nor does the time begin again where it goes back with the step
         run.last_step = step
         ms = milliseconds(fields.get(b"train_time"))
@@ -162,6 +194,7 @@ class Metrics:
             if self.last_line_ms is not None and ms < self.last_line_ms:
                 run.restart_step = step
             self.last_line_ms = ms
+            run.pace.add(step, ms)
         try:
             if val is not None:
                 run.curve = [point for point in run.curve if point[0] < step] + [(step, float(val), ms)]
@@ -309,6 +342,16 @@ def why_incomplete(run: Run) -> str:
     """How far a run came that was not validated after its last step."""
     last = f"step {run.curve[-1][0]}, val loss {run.curve[-1][1]:.4f}" if run.curve else "none"
     return f"last step {run.last_step} of {run.steps or 'an unknown number'}, last validation: {last}"
+
+
+def sample_of(run: Run) -> str:
+    """The text that the run wrote after training; empty where its log holds none. Raises OSError."""
+    with open(run.path, "rb") as file:
+        file.seek(max(0, os.path.getsize(run.path) - 2**18))
+        lines = file.read().decode("utf-8", errors="replace").replace("\r\n", "\n").split("\n")
+    begins = [i for i, line in enumerate(lines) if line == "sample:"]
+    text = itertools.takewhile(lambda line: line.startswith("|"), lines[begins[-1] + 1:] if begins else [])
+    return "\n".join(line.removeprefix("|").removeprefix(" ") for line in text)
 
 
 def find_runs(paths: list[str], direct: bool = False) -> tuple[list[Run], list[str]]:

@@ -16,6 +16,12 @@ def deviation(values: list[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
 
 
+def spread(values: list[float], form: str = ".4f") -> str:
+    """Mean ± deviation (n = number), as far as there are any."""
+    sd = deviation(values)
+    return f"{mean(values):{form}}" + ("" if sd is None else f" ± {sd:{form}}") + f" (n = {len(values)})"
+
+
 def t_test_below(values: list[float], target: float) -> float | None:
     """p-value of the one-sided one-sample t-test that the mean is at most target (null: it is above)."""
     from scipy.special import stdtr  # Student's distribution; scipy.stats takes a second to import

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from .groups import Group, by_seed, group_runs
 from .logs import UserError, find_runs, why_incomplete
-from .statistics import deviation, difference, mean, t_test_below, welch_test_below
+from .statistics import deviation, difference, mean, spread, t_test_below, welch_test_below
 from .text import paint, seconds
 
 
@@ -16,10 +16,59 @@ class Rule:
     passed: bool | None
     figures: str
 
+    @property
+    def word(self) -> str:
+        return {True: "pass", False: "FAIL", None: "unknown"}[self.passed]
 
-def the_group(paths: list[str], who: str) -> tuple[Group, Rule]:
-    """The one group below paths, and the rule that all its runs are whole. Raises UserError where there are several."""
-    groups = group_runs(find_runs(paths, direct=True)[0])
+
+@dataclass
+class Contrast:
+    """How the losses of two groups differ."""
+    name: str
+    new: list[float]
+    old: list[float]
+    apart: float        # mean of new - mean of old
+    p: float | None     # two-sided; None where it could not be tested
+    how: str            # it was tested, or why not
+
+    @property
+    def word(self) -> str:
+        """Better, worse, equal, or not finite; whether p shows it is another question."""
+        return ("better" if self.apart < 0 else "worse" if self.apart > 0 else "equal" if self.apart == 0
+                else "not finite")
+
+    def line(self, names: tuple[str, str]) -> str:
+        """All of it in a line; names: of new and old."""
+        new, old = spread(self.new), spread(self.old)
+        tested = "not tested" if self.p is None else f"p = {self.p:.2g}"
+        return f"{self.name}: {names[0]} {new}, {names[1]} {old}: {self.apart:+.4f}, {self.word} ({tested}: {self.how})"
+
+
+@dataclass
+class Judgement:
+    """All that is to be said of a candidate against a baseline."""
+    new: Group
+    old: Group
+    rules: list[Rule]
+    contrasts: list[Contrast]   # empty where a side has no complete run
+    faster_p: float | None      # one-sided: that the candidate takes less time
+
+    @property
+    def failed(self) -> list[str]:
+        return [rule.name for rule in self.rules if rule.passed is False]
+
+    @property
+    def same_script(self) -> bool:
+        return self.new.any.code_hash is not None and self.new.any.code_hash == self.old.any.code_hash
+
+    @property
+    def conclusion(self) -> str:
+        """The last line of verify."""
+        return f"the claim does not hold: {', '.join(self.failed)}" if self.failed else "the claim holds"
+
+
+def the_group(groups: list[Group], who: str) -> Group:
+    """The only one of the candidate's or the baseline's groups. Raises UserError where there are several."""
     if len(groups) > 1:
         sorts = []
         for group in groups[:8]:
@@ -30,9 +79,14 @@ def the_group(paths: list[str], who: str) -> tuple[Group, Rule]:
         raise UserError("\n".join([
             f"the {who} holds {len(groups)} sorts of runs, expected one script on one hardware with one setting; "
             "name the logs of one:", *sorts, *(["  ..."] if len(groups) > 8 else [])]))
-    broken = ", ".join(f"{run.path} ({why_incomplete(run)})" for run in groups[0].incomplete)
-    figures = f"{len(groups[0].runs)} complete" + (f"; incomplete: {broken}" if broken else "")
-    return groups[0], Rule(f"complete runs: {who}", bool(groups[0].runs) and not broken, figures)
+    return groups[0]
+
+
+def rule_of_completeness(group: Group, who: str) -> Rule:
+    """All runs are whole."""
+    broken = ", ".join(f"{run.path} ({why_incomplete(run)})" for run in group.incomplete)
+    figures = f"{len(group.runs)} complete" + (f"; incomplete: {broken}" if broken else "")
+    return Rule(f"complete runs: {who}", bool(group.runs) and not broken, figures)
 
 
 def rule_of_seeds(group: Group, who: str) -> Rule:
@@ -82,25 +136,32 @@ def judge(new: Group, old: Group, target: float | None, p: float, systems_only: 
     return rules
 
 
-def comparison(new: Group, old: Group, names: tuple[str, str] = ("candidate", "baseline")) -> list[str]:
-    """Lines that say how the losses of both differ: at the end, and at the last step that all runs validated."""
-    lines = []
+def contrasts_of(new: Group, old: Group) -> list[Contrast]:
+    """How the losses of both differ: at the end, and at the last step that all runs validated."""
+    def contrast(name, values, others):
+        return Contrast(name, values, others, *difference(by_seed(values, new.runs), by_seed(others, old.runs)))
 
-    def compare(name, values, others):
-        parts = [f"{mean(v):.4f}" + ("" if (sd := deviation(v)) is None else f" ± {sd:.4f}") + f" (n = {len(v)})"
-                 for v in (values, others)]
-        apart, p, how = difference(by_seed(values, new.runs), by_seed(others, old.runs))
-        verdict = "not tested" if p is None else f"p = {p:.2g}"
-        word = "better" if apart < 0 else "worse" if apart > 0 else "equal" if apart == 0 else "not finite"
-        lines.append(f"{name}: {names[0]} {parts[0]}, {names[1]} {parts[1]}: {apart:+.4f}, {word} ({verdict}: {how})")
-
-    compare("final val loss", new.losses, old.losses)
+    found = [contrast("final val loss", new.losses, old.losses)]
     curves = [{step: loss for step, loss, _ in run.curve} for run in new.runs + old.runs]
     common = set.intersection(*map(set, curves)) - {0}
     if common and not {max(common)} == {run.steps for run in new.runs + old.runs}:
         losses = [curve[max(common)] for curve in curves]
-        compare(f"val loss at step {max(common)}", losses[:len(new.runs)], losses[len(new.runs):])
-    return lines
+        found.append(contrast(f"val loss at step {max(common)}", losses[:len(new.runs)], losses[len(new.runs):]))
+    return found
+
+
+def comparison(new: Group, old: Group, names: tuple[str, str] = ("candidate", "baseline")) -> list[str]:
+    """The contrasts, a line each."""
+    return [contrast.line(names) for contrast in contrasts_of(new, old)]
+
+
+def judged(new: Group, old: Group, args) -> Judgement:
+    """The verdict on a candidate; args: target, p, systems_only."""
+    rules = [rule_of_completeness(new, "candidate"), rule_of_completeness(old, "baseline")]
+    if not (new.runs and old.runs):
+        return Judgement(new, old, rules, [], None)
+    rules += judge(new, old, args.target, args.p, args.systems_only)
+    return Judgement(new, old, rules, contrasts_of(new, old), welch_test_below(new.times, old.times))
 
 
 def verify(args) -> int:
@@ -113,18 +174,11 @@ def verify(args) -> int:
 
 def verdict(candidate: list[str], baseline: list[str], args) -> int:
     """Prints each rule on the logs below two lists of paths; returns the exit code."""
-    new, new_whole = the_group(candidate, "candidate")
-    old, old_whole = the_group(baseline, "baseline")
-    rules = [new_whole, old_whole]
-    if new.runs and old.runs:
-        rules += judge(new, old, args.target, args.p, args.systems_only)
-    if new.any.code_hash and new.any.code_hash == old.any.code_hash:
+    found = judged(*(the_group(group_runs(find_runs(paths, direct=True)[0]), who)
+                     for paths, who in ((candidate, "candidate"), (baseline, "baseline"))), args)
+    if found.same_script:
         print("note: candidate and baseline are the same script")
-    for rule in rules:
-        word = {True: "pass", False: "FAIL", None: "unknown"}[rule.passed]
-        print(f"{paint(f'{word:8}', {True: 32, False: 31, None: 33}[rule.passed])}{rule.name}: {rule.figures}")
-    if new.runs and old.runs:
-        print(*comparison(new, old), sep="\n")
-    failed = [rule.name for rule in rules if rule.passed is False]
-    print(f"the claim does not hold: {', '.join(failed)}" if failed else "the claim holds")
-    return 1 if failed else 0
+    for rule in found.rules:
+        print(f"{paint(f'{rule.word:8}', {True: 32, False: 31, None: 33}[rule.passed])}{rule.name}: {rule.figures}")
+    print(*(contrast.line(("candidate", "baseline")) for contrast in found.contrasts), found.conclusion, sep="\n")
+    return 1 if found.failed else 0
