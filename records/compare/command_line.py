@@ -4,6 +4,7 @@
     python records/compare.py verify records/NEW --baseline records/OLD        # does the claim hold? exit code 0 or 1
     python records/compare.py diff records/OLD records/NEW                     # code, hyperparameters, results
     python records/compare.py plot records/OLD records/NEW -o curves.svg       # loss against steps, tokens and time
+    python records/compare.py report records/OLD records/NEW -o report.html    # all of it as a page; or of an entry
     python records/compare.py extract LOG -o train_gpt.py                      # the script that a log embeds
     python records/compare.py runs-needed --sd 0.0013 --margin 0.001           # how many runs a claim needs
     python records/compare.py ab OLD.py NEW.py --runs 5 -- --track laptop      # runs two scripts in turn, then verifies
@@ -18,6 +19,7 @@ import sys
 from .ab import ab
 from .difference import diff, extract
 from .logs import TARGET, UserError
+from .page import report
 from .plots import plot
 from .statistics import runs_needed
 from .table import table
@@ -78,6 +80,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     added.add_argument("paths", nargs="+", metavar="PATH")
     added.add_argument("-o", "--out", required=True, help=".svg or .png to write")
     added.add_argument("--target", type=float)
+    added = command("report", report, "all about logs, or about B against A, as one HTML page")
+    added.add_argument("paths", nargs="+", metavar="PATH",
+                       help="an entry's folder; or A, the baseline, and B: logs, folders, globs; or more of them")
+    added.add_argument("-o", "--out", default="report.html", help=".html to write (%(default)s)")
+    judging(added)
     added = command("extract", extract, "write the embedded script")
     added.add_argument("log", metavar="LOG")
     added.add_argument("-o", "--out", required=True)

@@ -3,7 +3,7 @@ import difflib
 import sys
 from pathlib import Path
 
-from .groups import group_runs
+from .groups import group_runs, same_seed
 from .logs import Run, code_of, find_runs
 from .statistics import spread
 from .text import paint
@@ -46,9 +46,7 @@ def diff(args) -> int:
         if len(groups) > 1:
             print(f"note: {path} holds {len(groups)} sorts of runs; shown is the fastest, {len(groups[0].runs)} runs "
                   f"of code {groups[0].any.code_hash}, {groups[0].any.steps} steps")
-    a, seed = sides[0].typical, sides[0].typical.hyperparameters.get("seed")
-    b = next((run for run in sides[1].runs if seed is not None and run.hyperparameters.get("seed") == seed),
-             sides[1].typical)
+    a, b = same_seed(*sides)
     print(f"--- {a.path}", f"+++ {b.path}", sep="\n")
     codes = [code_lines(run) for run in (a, b)]
     if None in codes:

@@ -28,6 +28,12 @@ class Group:
         return self.any.entry
 
     @property
+    def path(self) -> str:
+        """The log, or the folder that holds all logs, relative to where the command is run."""
+        runs = [*self.runs, *self.incomplete, *self.duplicates]
+        return os.path.relpath(os.path.commonpath([os.path.abspath(run.path) for run in runs]))
+
+    @property
     def device(self) -> str:
         return f"{self.any.world_size or '?'} x {self.any.gpu or '?'}"
 
@@ -68,11 +74,6 @@ def group_runs(runs: list[Run]) -> list[Group]:
     return sorted(found, key=lambda group: mean(group.times) if group.times else math.inf)
 
 
-def common_path(runs: list[Run]) -> str:
-    """The log, or the folder that holds all logs, relative to where the command is run."""
-    return os.path.relpath(os.path.commonpath([os.path.abspath(run.path) for run in runs]))
-
-
 def first_at_target(group: Group, target: float) -> list[tuple[Run, tuple]]:
     """The runs that met the target, each with the point of its curve where it first did."""
     firsts = [(run, next((point for point in run.curve if point[1] <= target), None)) for run in group.runs]
@@ -84,6 +85,13 @@ def by_seed(values: list, runs: list[Run]) -> dict:
     seeds = [run.hyperparameters.get("seed") for run in runs]
     told = None not in seeds and len(set(seeds)) == len(seeds)
     return dict(zip(seeds if told else [(run.path, run.index) for run in runs], values, strict=True))
+
+
+def same_seed(a: Group, b: Group) -> tuple[Run, Run]:
+    """The typical run of a, and that of b with the same seed; where there is none, b's typical one."""
+    run, seed = a.typical, a.typical.hyperparameters.get("seed")
+    return run, next((other for other in b.runs if seed is not None and other.hyperparameters.get("seed") == seed),
+                     b.typical)
 
 
 def is_claim(group: Group) -> bool:

@@ -6,6 +6,7 @@ from .logs import UserError, find_runs
 from .statistics import mean
 
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
+UNITS = {"laptop": "byte", "fineweb": "token", "": "token"}  # public logs name no track
 MARKERS = "osD^vPX"
 
 
@@ -20,6 +21,12 @@ def curves_of(group: Group) -> list[tuple[int, float, float, float, float | None
         timed = all(ms is not None for ms in times) and not any(step < run.restart_step for run in runs)
         points.append((step, mean(losses), min(losses), max(losses), mean(times) if timed else None))
     return points
+
+
+def unit_of(groups: list[Group]) -> str:
+    """Of what the loss is an average: bytes or tokens; empty where that differs, or is not known."""
+    units = {UNITS.get(group.any.track, "") for group in groups}
+    return units.pop() if len(units) == 1 else ""
 
 
 def plot(args) -> int:
@@ -62,9 +69,7 @@ def plot(args) -> int:
         axis.set_xlim(left=-0.02 * axis.get_xlim()[1])  # a point at zero is seen whole
     floor = min([*finals, *targets])
     top = max(point[1] for group in groups for point in curves_of(group)[1:] or curves_of(group))
-    units = {"laptop": "byte", "fineweb": "token", None: "token"}  # public logs name no track
-    unit = {units.get(group.any.hyperparameters.get("track")) for group in groups}
-    told = f" a {unit.pop()}" if len(unit) == 1 and None not in unit else ""
+    told = f" a {unit}" if (unit := unit_of(groups)) else ""
     margin = 0.04 * (top - floor) or 0.01
     axes[0][0].set(ylabel=f"validation loss (nats{told})", ylim=(floor - margin, top + margin))
     figure.legend(loc="outside lower center", ncols=min(3, len(groups) + len(targets)), frameon=False)

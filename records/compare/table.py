@@ -2,7 +2,7 @@
 import json
 import sys
 
-from .groups import Group, claims_of, common_path, first_at_target, group_runs, labels_of
+from .groups import Group, claims_of, first_at_target, group_runs, labels_of
 from .logs import find_runs, why_incomplete
 from .statistics import deviation, mean, t_test_below
 from .text import finite, seconds, shortened, visible
@@ -17,7 +17,7 @@ def row_of(group: Group, label: str, target: float | None, claim: bool = False) 
     run = group.any
     target = run.target if target is None else target
     return {
-        "path": common_path([*group.runs, *group.incomplete, *group.duplicates]), "entry": group.entry,
+        "path": group.path, "entry": group.entry,
         "label": label, "track": run.track, "claim": claim,
         "code_hash": run.code_hash, "gpu": run.gpu, "world_size": run.world_size, "torch": run.torch,
         "steps": run.steps, "runs": len(group.runs), "incomplete": len(group.incomplete),
