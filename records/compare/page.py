@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .difference import code_lines, differing, facts_of, matcher
 from .groups import WHERE, Group, by_seed, claims_of, differences, group_runs, labels_of, same_seed
-from .logs import Run, UserError, find_runs, sample_of, why_incomplete
+from .logs import DATED, Run, UserError, find_runs, sample_of, why_incomplete
 from .markup import Markup, count, element, joined, link, script_data, sortable
 from .plots import curves_of, unit_of
 from .statistics import difference, mean, spread
@@ -462,7 +462,8 @@ def samples_part(subject: Subject, labels: list[str]) -> Section | None:
 def section_part(folder: str, groups: list[Group], labels: list[str], subject: Subject, main: list[str],
                  args) -> Section:
     """A folder of an entry, with the difference of its losses to the entry's."""
-    title = TITLES.get(os.path.basename(folder).lower()) or folder.replace("_", " ").capitalize()
+    title = TITLES.get(os.path.basename(folder).lower()) or (
+        folder if DATED.search(folder) else folder.replace("_", " ").capitalize())
     tables = tables_in(Path(args.paths[0], folder), args.out)
     if not groups:
         return section(title, *tables)

@@ -132,7 +132,8 @@ def judge(new: Group, old: Group, target: float | None, p: float, systems_only: 
         rules.append(Rule("faster", faster is not None and faster < p, figures))
     prints = [g.any.facts.get("data_fingerprint") for g in (new, old)]
     rules.append(Rule("same data", prints[0] == prints[1] if any(prints) else None,
-                      " and ".join(str(fingerprint or "not in the logs") for fingerprint in prints)))
+                      " and ".join(str(fingerprint or "not in the logs") for fingerprint in prints) if any(prints)
+                      else "no log has a fingerprint of the data"))
     return rules
 
 
