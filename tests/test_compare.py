@@ -327,6 +327,7 @@ def test_verify_wants_whole_runs_of_one_script(tmp_path):
     for number in range(30):
         Path(new, f"sort{number}.txt").write_text(log(code=f"import y{number}\n"))
     told = run("verify", new, "--baseline", old).stderr.splitlines()
+    assert len({line.partition(": ")[0] for line in told[1:-1]}) == 8  # in what they differ
     assert len(told) == 10 and not any(line.endswith((new, f"{new}/")) for line in told)  # no more of what was refused
 
 
@@ -338,6 +339,7 @@ def test_verify_of_an_entry_takes_the_logs_in_it_against_those_in_baseline(tmp_p
     done = run("verify", entry)
     assert done.returncode == 0 and "the claim holds" in done.stdout, done.stdout + done.stderr
     assert run("verify", *sorted(entry.glob("*.txt")), "--baseline", entry / "baseline").returncode == 0
+    assert run("verify", *sorted(entry.glob("*.txt"))).returncode == 0  # as a shell expands it
     lonely = run("verify", entry / "ablation")
     assert lonely.returncode == 2 and "--baseline is missing" in lonely.stderr
 
@@ -497,7 +499,9 @@ def test_extract_gives_the_code_back(tmp_path, code):
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_plot(tmp_path, suffix):
+    """Also of more groups than there are colours, with names that are long or mean something to TeX."""
     folders = [sample(tmp_path / name, GOOD, times) for name, times in (("old", OLD_TIMES), ("new", NEW_TIMES))]
+    folders += [sample(tmp_path / f"{'long name ' * 9}$x_{{{i}$", [3.2, 3.3], [1000, 1001 + i]) for i in range(9)]
     done = run("plot", *folders, "-o", tmp_path / f"curves.{suffix}")
     assert done.returncode == 0, done.stderr
     data = (tmp_path / f"curves.{suffix}").read_bytes()
@@ -560,7 +564,7 @@ def test_ab_goes_on_where_it_was_interrupted(sandbox):
     assert done.returncode == 1 and "FAIL" in done.stdout, done.stderr  # an untrained model meets no target
     order = re.findall(r"^--- run (\d) of 4.*: ([AB]), seed (\d):", done.stdout, re.M)
     assert order == [("1", "A", "0"), ("2", "B", "0"), ("3", "A", "1"), ("4", "B", "1")]
-    assert re.search(r"run 4 of 4, about \d+ minutes left", done.stdout)
+    assert re.search(r"run 4 of 4, about \d+ (s|minutes) left", done.stdout)
     assert re.search(r"final val loss: .*n = 2.*: \+0\.0000, equal \(not tested: paired by seed, 2 pairs", done.stdout)
     logs = sorted((root / "records/scratch").glob("*.txt"))
     assert len(logs) == 4

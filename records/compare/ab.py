@@ -36,7 +36,8 @@ def ab(args) -> int:
                if not (os.path.exists(done.get(key, "")) and any(run.complete for run in read_log(done[key])))]
     for number, (which, seed) in enumerate(missing, len(keys) - len(missing) + 1):
         script, key = scripts["AB".index(which)], keys[which, seed]
-        left = f", about {mean(took) * (len(keys) - number + 1) / 60:.0f} minutes left" if took else ""
+        ahead = mean(took) * (len(keys) - number + 1) if took else 0
+        left = f", about {ahead / 60:.0f} minutes left" if ahead > 90 else f", about {ahead:.0f} s left" if took else ""
         print(f"--- run {number} of {len(keys)}{left}: {which}, seed {seed}: {script} {' '.join(args.args)}",
               flush=True)
         begun = time.monotonic()

@@ -6,7 +6,7 @@ from pathlib import Path
 from .groups import group_runs, same_seed
 from .logs import Run, code_of, find_runs
 from .statistics import spread
-from .text import paint
+from .text import count, paint
 from .verdict import comparison
 
 
@@ -44,8 +44,8 @@ def diff(args) -> int:
         groups = group_runs(find_runs([path], direct=True)[0])
         sides.append(groups[0])
         if len(groups) > 1:
-            print(f"note: {path} holds {len(groups)} sorts of runs; shown is the fastest, {len(groups[0].runs)} runs "
-                  f"of code {groups[0].any.code_hash}, {groups[0].any.steps} steps")
+            print(f"note: {path} holds {len(groups)} sorts of runs; shown is the fastest, "
+                  f"{count(len(groups[0].runs), 'run')} of code {groups[0].any.code_hash}, {groups[0].any.steps} steps")
     a, b = same_seed(*sides)
     print(f"--- {a.path}", f"+++ {b.path}", sep="\n")
     codes = [code_lines(run) for run in (a, b)]

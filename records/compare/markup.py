@@ -50,8 +50,3 @@ def link(path: str, out: str, text: str | None = None) -> Markup:
     """A link from the page to a file."""
     where = os.path.relpath(path, os.path.dirname(os.path.abspath(out)))
     return element("a", text or os.path.basename(path), href="./" + quote(os.fsencode(where)))
-
-
-def count(number: int, noun: str) -> str:
-    """1 run, 2 runs."""
-    return f"{number:,} {noun}" + "s" * (number != 1)

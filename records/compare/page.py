@@ -13,11 +13,11 @@ from pathlib import Path
 from .difference import code_lines, differing, facts_of, matcher
 from .groups import WHERE, Group, by_seed, claims_of, differences, group_runs, labels_of, same_seed
 from .logs import DATED, Run, UserError, find_runs, sample_of, why_incomplete
-from .markup import Markup, count, element, joined, link, script_data, sortable
+from .markup import Markup, element, joined, link, script_data, sortable
 from .plots import curves_of, unit_of
 from .statistics import difference, mean, spread
 from .table import cells_of, columns_of, row_of
-from .text import finite, seconds, shortened, visible
+from .text import count, finite, seconds, shortened, visible
 from .verdict import Judgement, judged, the_group
 
 HERE = Path(__file__).parent
@@ -188,7 +188,7 @@ def verdict_part(found: Judgement, labels: list[str], args) -> Section:
                + ("Not tested: a test needs 2 runs of each." if p is None else
                   f"Welch's t-test, one-sided: p = {p:.2g}, needed < {args.p:g}."))
         word = ("not tested" if p is None else "yes, faster" if p < args.p else
-                "no, slower" if 1 - p < args.p else "not shown")
+                "no, slower" if 1 - p < args.p and ratio > 1 else "not shown")
         why += " On other hardware: the times do not compare." * other
     cards = [card("Faster?", word, why)]
     if found.contrasts:
@@ -204,8 +204,10 @@ def verdict_part(found: Judgement, labels: list[str], args) -> Section:
     rules = [element("tr", element("td", rule.word, class_=f"rule {rule.word.lower()}"),
                      element("th", rule.name, scope="row"), element("td", rule.figures)) for rule in found.rules]
     note = [element("p", "A and B are the same script.")] if found.same_script else []
-    return section("Verdict", who, element("p", found.conclusion[0].upper() + found.conclusion[1:] + ".",
-                                           class_="conclusion " + ("fail" if found.failed else "pass")),
+    kind, conclusion = "fail" if found.failed else "pass", found.conclusion[0].upper() + found.conclusion[1:] + "."
+    if min(len(new.runs), len(old.runs)) < 2:
+        kind, conclusion = "unknown", "No claim yet: a test needs 2 complete runs of each side, or more."
+    return section("Verdict", who, element("p", conclusion, class_=f"conclusion {kind}"),
                    element("div", *cards, class_="cards"), *note,
                    element("div", element("table", *rules, class_="rules"), class_="wide"))
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from .groups import Group, group_runs, labels_of
 from .logs import UserError, find_runs
 from .statistics import mean
+from .text import count, shortened, visible
 
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
 UNITS = {"laptop": "byte", "fineweb": "token", "": "token"}  # public logs name no track
@@ -40,13 +41,17 @@ def plot(args) -> int:
     groups = sorted((g for g in groups if g.runs) if any(g.runs for g in groups) else groups, key=lambda g: g.entry)
     tokens_known = all(group.any.step_tokens for group in groups)
     axes_names = ["step", *(["tokens (millions)"] if tokens_known else []), "training time (seconds)"]
-    figure, axes = plt.subplots(1, len(axes_names), figsize=(1 + 4.6 * len(axes_names), 4.6), layout="constrained",
-                                sharey=True, squeeze=False)
+    labels = [f"{shortened(visible(label), 160)} ({count(len(group.runs), 'run')})".replace("$", r"\$")
+              for group, label in zip(groups, labels_of(groups), strict=True)]
+    width = 1 + 4.6 * len(axes_names)
+    columns = max(1, min(3, len(labels), int(width / (0.7 + 0.09 * max(map(len, labels))))))
+    figure, axes = plt.subplots(1, len(axes_names), figsize=(width, 4.4 + 0.24 * -(-(len(labels) + 1) // columns)),
+                                layout="constrained", sharey=True, squeeze=False)
     finals = []
-    for number, (group, label) in enumerate(zip(groups, labels_of(groups), strict=True)):
+    for number, (group, label) in enumerate(zip(groups, labels, strict=True)):
         points = curves_of(group)
-        label += f" ({len(group.runs)} run{'s' * (len(group.runs) != 1)})"
-        look = dict(color=PALETTE[number % len(PALETTE)], marker=MARKERS[number % len(MARKERS)], markersize=4)
+        turn = number // len(PALETTE)  # the colours begin again with other markers
+        look = dict(color=PALETTE[number % len(PALETTE)], marker=MARKERS[(number + turn) % len(MARKERS)], markersize=4)
         for axis, name in zip(axes[0], axes_names, strict=True):
             if name == "step":
                 shown = [(point[0], *point[1:4]) for point in points]
@@ -72,7 +77,7 @@ def plot(args) -> int:
     told = f" a {unit}" if (unit := unit_of(groups)) else ""
     margin = 0.04 * (top - floor) or 0.01
     axes[0][0].set(ylabel=f"validation loss (nats{told})", ylim=(floor - margin, top + margin))
-    figure.legend(loc="outside lower center", ncols=min(3, len(groups) + len(targets)), frameon=False)
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle("Validation loss: mean over runs; the band reaches from the lowest to the highest")
     figure.savefig(args.out, dpi=130)
     print(args.out)

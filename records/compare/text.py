@@ -13,6 +13,11 @@ def visible(text: str) -> str:
     return UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
+def count(number: int, noun: str) -> str:
+    """1 run, 2 runs."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 def shortened(text: str, length: int) -> str:
     """text in at most length characters, the last a … where some are left out."""
     return text if len(text) <= length else text[:length - 1] + "…"

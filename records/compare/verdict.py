@@ -1,12 +1,11 @@
 """Verdict: does a claim hold against a baseline, rule by rule, and does it learn better?"""
-import math
 import os
 from dataclasses import dataclass
 
-from .groups import Group, by_seed, group_runs
+from .groups import Group, by_seed, group_runs, labels_of
 from .logs import UserError, find_runs, why_incomplete
 from .statistics import deviation, difference, mean, spread, t_test_below, welch_test_below
-from .text import paint, seconds
+from .text import paint, seconds, shortened
 
 
 @dataclass
@@ -71,11 +70,10 @@ def the_group(groups: list[Group], who: str) -> Group:
     """The only one of the candidate's or the baseline's groups. Raises UserError where there are several."""
     if len(groups) > 1:
         sorts = []
-        for group in groups[:8]:
+        for group, label in zip(groups[:8], labels_of(groups), strict=False):
             logs = [os.path.relpath(run.path) for run in group.runs or group.incomplete]
             more = f" and {len(logs) - 2} more" if len(logs) > 2 else ""
-            sorts.append(f"  code {group.any.code_hash} on {group.any.world_size} x {group.any.gpu}, {group.any.steps} "
-                         f"steps: {' '.join(logs[:2])}{more}")
+            sorts.append(f"  {shortened(label, 100)}: {' '.join(logs[:2])}{more}")
         raise UserError("\n".join([
             f"the {who} holds {len(groups)} sorts of runs, expected one script on one hardware with one setting; "
             "name the logs of one:", *sorts, *(["  ..."] if len(groups) > 8 else [])]))
@@ -95,7 +93,9 @@ def rule_of_seeds(group: Group, who: str) -> Rule:
     for run in group.runs + group.duplicates:
         by_curve.setdefault(run.losses, []).append(run.path)
     same = ["equal losses: " + ", ".join(paths) for paths in by_curve.values() if len(paths) > 1]
-    return Rule(f"distinct seeds: {who}", not same, "; ".join(same) or f"{len(by_curve)} different loss curves")
+    number = len(by_curve)
+    return Rule(f"distinct seeds: {who}", not same,
+                "; ".join(same) or (f"{number} different loss curves" if number > 1 else "1 loss curve"))
 
 
 def judge(new: Group, old: Group, target: float | None, p: float, systems_only: bool) -> list[Rule]:
@@ -105,7 +105,8 @@ def judge(new: Group, old: Group, target: float | None, p: float, systems_only: 
     if target is None and None not in targets:  # a script may have changed its own
         rules.append(Rule("same target", targets[0] == targets[1], f"{targets[0]:g} and {targets[1]:g}"))
     target = new.any.target if target is None else target
-    told = f"mean {mean(new.losses):.4f}, sd {deviation(new.losses) or math.nan:.4f}, n = {len(new.losses)}"
+    sd = deviation(new.losses)
+    told = f"mean {mean(new.losses):.4f}" + ("" if sd is None else f", sd {sd:.4f}") + f", n = {len(new.losses)}"
     if systems_only:
         worse = welch_test_below(old.losses, new.losses)
         against = f"{told}; baseline: mean {mean(old.losses):.4f}, n = {len(old.losses)}"
@@ -167,7 +168,8 @@ def judged(new: Group, old: Group, args) -> Judgement:
 
 def verify(args) -> int:
     """Applies the rules; 0 where all hold, else 1."""
-    inside = [folder for path in args.candidate if os.path.isdir(folder := os.path.join(path, "baseline"))]
+    folders = dict.fromkeys(path if os.path.isdir(path) else os.path.dirname(path) for path in args.candidate)
+    inside = [folder for path in folders if os.path.isdir(folder := os.path.join(path, "baseline"))]
     if not (args.baseline or inside):
         raise UserError("--baseline is missing, expected the other side's logs; an entry's stand in its baseline/")
     return verdict(args.candidate, args.baseline or inside, args)
