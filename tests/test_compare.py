@@ -542,7 +542,8 @@ def test_facts_of_the_wrong_type_end_in_a_result(tmp_path, capsys, fact, value):
     (facts["hyperparameters"] if fact in ("batch_size", "val_every") else facts)[fact] = value
     text = f"{CODE}\n{SEP}\n{running(1)}{json.dumps(facts, indent=1)}\n{SEP}\n{metrics()}"
     (tmp_path / "a.txt").write_text(text)
-    for command in (["table"], ["table", "--json"], ["verify", "--baseline", tmp_path]):
+    for command in (["table"], ["table", "--json"], ["verify", "--baseline", tmp_path],
+                    ["report", "-o", tmp_path / "page.html"]):
         code = compare.main([*command[:1], str(tmp_path), *map(str, command[1:])])
         assert code in (0, 1) and not capsys.readouterr().err, command
 

@@ -7,7 +7,9 @@
     verdict       does a claim hold against a baseline, and does it learn better?
     difference    what two logs do not have in common: code, settings, results
     plots         curves as a picture
-    page          everything about a comparison as one HTML file
+    page          all about a comparison as one HTML file, with page.css and page.js
+    listing       two scripts side by side, for the page
+    markup        HTML in which every text is escaped
     ab            runs two scripts in turn, then judges
     text          figures and words as people read them
     command_line  the commands and their flags

@@ -16,8 +16,8 @@ from pathlib import Path
 
 TARGET = 3.28  # of fineweb, where a log names none
 SEPARATOR = b"=" * 100
-STEP = re.compile(rb"step:(\d+)/(\d+)\s+(\S.*)")
-LLM_C = re.compile(rb"s:(\d+) (tel|trl):(\S+)")  # llm.c: validation and training loss
+STEP = re.compile(rb"step:(\d{1,15})/(\d{1,15})\s+(\S.*)")  # more digits are no step
+LLM_C = re.compile(rb"s:(\d{1,15}) (tel|trl):(\S+)")  # llm.c: validation and training loss
 FIELD = re.compile(rb"([\w/]+):(\S+)")
 DURATION = re.compile(rb"(\d+(?:\.\d+)?)(ms|s)$")
 RESUMED = re.compile(rb"resumed from .* at step (\d+)$")
@@ -65,7 +65,7 @@ class Pace:
         """(step at its end, milliseconds a step) of what lies between two points, from a step on."""
         pairs = list(zip(self.points[::2], self.points[1::2], strict=True))
         return [(int(step), (ms - ms_before) / (step - before)) for (before, ms_before), (step, ms)
-                in zip(pairs, pairs[1:], strict=False) if before >= after and ms >= ms_before]
+                in zip(pairs, pairs[1:], strict=False) if before >= after and 0 <= ms - ms_before < math.inf]
 
 
 @dataclass

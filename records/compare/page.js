@@ -43,9 +43,11 @@
         if (x === null) continue;
         const [step, mean, low, high, ms] = point;
         points.push({x, y: mean, low, high, said: [
-          group.label, `step ${figure(step, 0)}` + (group.tokens ? `, ${figure(step * group.tokens / 1e6, 2)} M tokens` : "")
+          group.label,
+          `step ${figure(step, 0)}` + (group.tokens ? `, ${figure(step * group.tokens / 1e6, 2)} M tokens` : "")
             + (ms === null ? "" : `, ${figure(ms / 1000, 2)} s`),
-          `validation loss ${mean.toFixed(4)}` + (low < high ? ` (${low.toFixed(4)} to ${high.toFixed(4)})` : ""), runs(group)]});
+          `validation loss ${mean.toFixed(4)}` + (low < high ? ` (${low.toFixed(4)} to ${high.toFixed(4)})` : ""),
+          runs(group)]});
       }
       if (points.length) lines.push({number, points});
     });
@@ -90,8 +92,9 @@
     const width = Math.max(260, Math.floor(host.clientWidth));
     host.replaceChildren();
     if (!lines.length) {
-      const why = groups.some((group) => group.on) ? {time: "The logs tell no training times.", pace:
-        "The logs tell no training times.", tokens: "The logs tell no tokens a step."}[kind] : "No curve is switched on.";
+      const why = groups.some((group) => group.on) ? {time: "The logs tell no training times.",
+        pace: "The logs tell no training times.", tokens: "The logs tell no tokens a step."}[kind]
+        : "No curve is switched on.";
       host.append(make("p", {class: "hint"}, why || "No loss was validated."));
       return;
     }
@@ -104,7 +107,8 @@
     const ys = range(kind, lines, xs, targets);
     const X = (x) => LEFT + 4 + (x - xs[0]) / (xs[1] - xs[0]) * (width - LEFT - RIGHT - 8);
     const Y = (y) => HEIGHT - BOTTOM - (y - ys[0]) / (ys[1] - ys[0]) * (HEIGHT - TOP - BOTTOM);
-    const svg = make("svg", {viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": host.previousSibling.textContent});
+    const caption = host.previousSibling.textContent;
+    const svg = make("svg", {viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": caption});
     const name = kind === "pace" ? "ms a step" : "nats" + (data.unit ? ` a ${data.unit}` : "");
     const across = ticks(xs[0], xs[1], width / 80), up = ticks(ys[0], ys[1], 6);
     for (const y of up.found) {
@@ -187,7 +191,8 @@
   const plots = [...document.querySelectorAll(".plot")];
   const redraw = () => plots.forEach(draw);
   const keys = groups.map((group, number) => {
-    const swatch = make("svg", {viewBox: "0 0 26 10", width: 26, height: 10, class: look(number), "aria-hidden": "true"},
+    const swatch = make("svg", {
+      viewBox: "0 0 26 10", width: 26, height: 10, class: look(number), "aria-hidden": "true"},
       make("path", {class: "line", d: "M0,5L26,5"}));
     const key = make("button", {type: "button", class: "key", "aria-pressed": group.on}, swatch,
       make("bdi", {}, group.label), ` (${runs(group)})`);
@@ -227,8 +232,9 @@
     heads.forEach((head, column) => head.firstChild.addEventListener("click", () => {
       const up = head.getAttribute("aria-sort") !== "ascending" ? 1 : -1;
       const rows = [...body.rows].map((row) => [value(row, column), row]);
-      rows.sort(([a], [b]) => (a === "") - (b === "") || (typeof a === "number" && typeof b === "number" ? up * (a - b)
-        : (typeof a === "string") - (typeof b === "string") || up * String(a).localeCompare(String(b), "en", {numeric: true})));
+      const texts = new Intl.Collator("en", {numeric: true});
+      rows.sort(([a], [b]) => (a === "") - (b === "") || (typeof a === "string") - (typeof b === "string")
+        || up * (typeof a === "number" ? a - b : texts.compare(a, b)));
       heads.forEach((other) => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", up > 0 ? "ascending" : "descending");
       body.append(...rows.map(([, row]) => row));

@@ -10,8 +10,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .difference import code_lines, differing, facts_of, matcher
+from .difference import code_lines, differing, facts_of
 from .groups import WHERE, Group, by_seed, claims_of, differences, group_runs, labels_of, same_seed
+from .listing import side_by_side
 from .logs import DATED, Run, UserError, find_runs, sample_of, why_incomplete
 from .markup import Markup, element, joined, link, script_data, sortable
 from .plots import curves_of, unit_of
@@ -21,12 +22,11 @@ from .text import count, finite, seconds, shortened, visible
 from .verdict import Judgement, judged, the_group
 
 HERE = Path(__file__).parent
-CONTEXT = 3              # lines around a change that are not folded
 CURVE_POINTS = 200       # of a group's curve, at most
 PACE_POINTS, PACE_RUNS = 120, 12
 GROUPS_ON = 8            # whose curves are shown at first
 COLUMNS, DIFFERENCES, SAMPLES = 8, 4, 24   # groups in the table of settings, pairs of scripts, groups with samples
-LINE, CODE_LINES, SAMPLE = 1_000, 20_000, 20_000   # characters of a line, lines of a script, characters of a sample
+LINE, SAMPLE = 1_000, 20_000   # characters of a cell and of a sample
 TSV_ROWS = 5_000
 TITLES = {"ablation": "Ablations", "ablations": "Ablations", "screening": "Screening", "tuning": "Tuning"}  # come first
 NUMBERS = {"runs": "runs", "steps": "steps", "val loss": "val_loss_mean", "target": "target", "p": "p_value",
@@ -286,12 +286,17 @@ def chart_data(subject: Subject, labels: list[str]) -> dict:
         odd = sorted(paces, key=lambda pace: -pace[0])[:PACE_RUNS]
         groups.append({
             "label": visible(label), "runs": len(group.runs), "target": finite(group.any.target),
-            "on": number < min(GROUPS_ON, len(subject.main)), "tokens": group.any.step_tokens,
+            "on": number < min(GROUPS_ON, len(subject.main)), "tokens": tokens_of(group),
             "curve": [point for point in points if None not in point[1:4]], "left": len(paces) - len(odd),
             "paces": [{"name": visible(name_of(run)),
                        "points": [[step, *figures([ms], 3)] for step, ms in slowest(intervals, PACE_POINTS)]}
                       for _, run, intervals in odd]})
     return {"groups": groups, "unit": unit_of(subject.groups)}
+
+
+def tokens_of(group: Group) -> int | None:
+    """Tokens a step, if they are a number that can be drawn."""
+    return tokens if 0 < (tokens := group.any.step_tokens or 0) < 10**12 else None
 
 
 def thin(points: list, most: int) -> list:
@@ -337,77 +342,6 @@ def code_part(groups: list[Group], labels: list[str]) -> Section | None:
     tools = element("p", element("button", "unfold all", type="button", id="unfold"),
                     " Lines in which only white space differs count as unchanged.", class_="tools")
     return section("Code", tools, *parts)
-
-
-def side_by_side(a: list[str], b: list[str]) -> Markup:
-    """Two scripts in columns; what is far from a change is folded."""
-    cut = max(len(a), len(b)) > CODE_LINES
-    sides = [[(number, line) for number, line in enumerate(lines[:CODE_LINES], 1) if line.strip()] for lines in (a, b)]
-    blocks = matcher(*([line for _, line in side] for side in sides)).get_opcodes()
-    parts, rows = [], []
-
-    def flush():
-        if rows:
-            parts.append(code_table(rows))
-            rows.clear()
-
-    for kind, i1, i2, j1, j2 in blocks:
-        left, right = sides[0][i1:i2], sides[1][j1:j2]
-        if kind != "equal":
-            rows += [(old, new, False) for old, new in itertools.zip_longest(left, right)]
-            continue
-        pairs = [(old, new, True) for old, new in zip(left, right, strict=True)]
-        before = CONTEXT if (i1, j1) != (0, 0) else 0
-        after = CONTEXT if (i2, j2) != (len(sides[0]), len(sides[1])) else 0
-        if len(pairs) <= before + after + 1:
-            rows += pairs
-            continue
-        rows += pairs[:before]
-        flush()
-        folded = pairs[before:len(pairs) - after]
-        parts.append(element("details", element("summary", count(len(folded), "unchanged line")), code_table(folded),
-                             class_="fold"))
-        rows += pairs[len(pairs) - after:]
-    flush()
-    if cut:
-        parts.append(element("p", f"Only the first {CODE_LINES:,} lines of each are shown."))
-    return element("div", *parts, class_="diff")
-
-
-def code_table(rows: list[tuple]) -> Markup:
-    """Rows of (old, new, whether they are the same); where blank lines were left out there is a gap."""
-    made, last = [], [None, None]
-    for old, new, same in rows:
-        gap = any(side and before and side[0] > before + 1 for side, before in zip((old, new), last, strict=True))
-        last = [side[0] if side else before for side, before in zip((old, new), last, strict=True)]
-        made.append(diff_row(old, new, same, gap))
-    return element("table", *made, class_="code")
-
-
-def diff_row(old: tuple[int, str] | None, new: tuple[int, str] | None, same: bool, gap: bool) -> Markup:
-    """A line of each side: its number and text; where both changed, what they do not have in common is marked."""
-    cells = []
-    texts = [None if side is None else shortened_line(side[1]) for side in (old, new)]
-    begin = end = 0
-    if not same and None not in texts:
-        begin = len(os.path.commonprefix(texts))
-        end = len(os.path.commonprefix([text[begin:][::-1] for text in texts]))
-        if begin + end < 0.4 * max(map(len, texts)):
-            begin = end = 0
-    for side, text, kind in ((old, texts[0], "del"), (new, texts[1], "ins")):
-        if text is None:
-            cells += [element("td"), element("td", class_="none")]
-            continue
-        middle = text[begin:len(text) - end]
-        shown = text if not (begin or end) or not middle else joined(
-            [text[:begin], element("mark", middle), text[len(text) - end:] if end else ""])
-        cells += [element("td", side[0]), element("td", shown, class_=None if same else kind)]
-    return element("tr", *cells, class_=" ".join(["same"] * same + ["gap"] * gap) or None)
-
-
-def shortened_line(line: str) -> str:
-    """A line as far as anyone reads it."""
-    return line if len(line) <= LINE else f"{line[:LINE]} … ({len(line) - LINE:,} more characters)"
 
 
 def settings_part(groups: list[Group], labels: list[str]) -> Section:

@@ -57,7 +57,7 @@ def cells_of(row: dict) -> dict[str, str]:
         "device": f"{row['world_size'] or '?'} x {row['gpu'] or '?'}", "torch": row["torch"] or "",
         "code": row["code_hash"] or "",
     }
-    return {name: visible(cell) for name, cell in cells.items()}
+    return {name: visible(cell).replace("\n", "\\n") for name, cell in cells.items()}
 
 
 def columns_of(rows: list[dict[str, str]]) -> list[str]:

@@ -5,7 +5,8 @@ import re
 import sys
 
 # What is not seen, or changes how its neighbours are seen: control and bidirectional characters, lone halves of pairs.
-UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff"
+                    "\U000e0000-\U000e007f]")
 
 
 def visible(text: str) -> str:
