@@ -18,7 +18,7 @@ def code_lines(run: Run) -> list[str] | None:
 def matcher(a: list[str], b: list[str]) -> difflib.SequenceMatcher:
     """Matches the lines of a and b; equal are those in which only white space differs."""
     plain = (["".join(line.split()) for line in lines] for lines in (a, b))
-    return difflib.SequenceMatcher(None, *plain, autojunk=max(len(a), len(b)) > 10_000)  # else it takes minutes
+    return difflib.SequenceMatcher(None, *plain, autojunk=max(len(a), len(b)) > 4_000)  # else it takes minutes
 
 
 def code_diff(a: list[str], b: list[str], context: int = 3) -> list[str]:

@@ -127,7 +127,6 @@
     const inside = make("g", {"clip-path": `url(#${clip})`});
     for (const target of targets) {
       inside.append(make("line", {class: "target", x1: LEFT, x2: width - RIGHT, y1: Y(target), y2: Y(target)}));
-      svg.append(make("text", {x: LEFT + 6, y: Y(target) - 4, class: "target"}, `target ${target}`));
     }
     const seen = [];
     let beyond = 0;
@@ -152,7 +151,8 @@
     if (beyond) svg.append(make("text", {x: width - RIGHT, y: TOP + 8, "text-anchor": "end"},
       `${beyond} beyond the top (point at them)`));
     const mark = make("circle", {r: 4.5, class: "mark", visibility: "hidden"});
-    svg.append(inside, mark);
+    svg.append(inside, ...targets.map((target) => make("text", {
+      x: LEFT + 6, y: Y(target) - 4, class: "target"}, `target ${target}`)), mark);
     host.append(svg);
     hover(svg, mark, seen, width);
   }

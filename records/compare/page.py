@@ -189,7 +189,7 @@ def verdict_part(found: Judgement, labels: list[str], args) -> Section:
                   f"Welch's t-test, one-sided: p = {p:.2g}, needed < {args.p:g}."))
         word = ("not tested" if p is None else "yes, faster" if p < args.p else
                 "no, slower" if 1 - p < args.p and ratio > 1 else "not shown")
-        why += " On other hardware: the times do not compare." * other
+        why += " The hardware differs: the times do not compare." * other
     cards = [card("Faster?", word, why)]
     if found.contrasts:
         first, *others = found.contrasts
@@ -398,7 +398,7 @@ def samples_part(subject: Subject, labels: list[str]) -> Section | None:
 def section_part(folder: str, groups: list[Group], labels: list[str], subject: Subject, main: list[str],
                  args) -> Section:
     """A folder of an entry, with the difference of its losses to the entry's."""
-    title = TITLES.get(os.path.basename(folder).lower()) or (
+    title = TITLES.get(folder.lower()) or (
         folder if DATED.search(folder) else folder.replace("_", " ").capitalize())
     tables = tables_in(Path(args.paths[0], folder), args.out)
     if not groups:
