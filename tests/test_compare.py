@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -326,6 +327,7 @@ def test_verify_wants_whole_runs_of_one_script(tmp_path):
     for number in range(30):
         Path(new, f"sort{number}.txt").write_text(log(code=f"import y{number}\n"))
     told = run("verify", new, "--baseline", old).stderr.splitlines()
+    assert len({line.partition(": ")[0] for line in told[1:-1]}) == 8  # in what they differ
     assert len(told) == 10 and not any(line.endswith((new, f"{new}/")) for line in told)  # no more of what was refused
 
 
@@ -337,6 +339,7 @@ def test_verify_of_an_entry_takes_the_logs_in_it_against_those_in_baseline(tmp_p
     done = run("verify", entry)
     assert done.returncode == 0 and "the claim holds" in done.stdout, done.stdout + done.stderr
     assert run("verify", *sorted(entry.glob("*.txt")), "--baseline", entry / "baseline").returncode == 0
+    assert run("verify", *sorted(entry.glob("*.txt"))).returncode == 0  # as a shell expands it
     lonely = run("verify", entry / "ablation")
     assert lonely.returncode == 2 and "--baseline is missing" in lonely.stderr
 
@@ -356,7 +359,10 @@ def test_a_log_that_names_no_steps_is_complete_where_it_ends_out_of_turn(tmp_pat
 @pytest.mark.parametrize("script, folder, name", [
     ("records/2030-01-01_New/train_gpt.py", "baseline", "2030-01-01_New"), ("my_idea.py", "scratch", "my_idea"),
     ("train_gpt.py", "2030-01-01_New", "2030-01-01_New"), (None, "scratch", "scratch"),
-    ("../idea.py", "scratch", "idea")])
+    ("../idea.py", "scratch", "idea"), (None, "2026-07-17_FP8DownProjection/this_pr",
+                                        "2026-07-17_FP8DownProjection/this_pr"),
+    ("train_gpt.py", "2030-01-01_New/ablation", "2030-01-01_New/ablation"), (None, "010425_SoftCap", "010425_SoftCap"),
+    (None, "mine/logs", "mine/logs"), (None, "mine/fast", "fast")])
 def test_a_run_is_named_by_its_script(tmp_path, script, folder, name):
     facts = {} if script is None else {"script": script}
     assert compare.Run(str(tmp_path / folder / "log.txt"), facts=facts).entry == name
@@ -372,6 +378,46 @@ def test_no_two_legends_are_alike():
         labels = compare.labels_of([group(lr=0.5), *others])
         assert len(set(labels)) == len(labels) and all(label.startswith("2030-01-01_New") for label in labels), labels
     assert compare.labels_of([group()]) == ["2030-01-01_New"]
+
+
+def entries(root):
+    """Two entries; the second with an ablation of two groups, its baseline by the first's script, and a study."""
+    def logs(folder, finals, script, **settings):
+        facts = [{"hyperparameters": {"track": "laptop", "seed": seed, **settings}, "target": 3.28, "script": script}
+                 for seed in range(len(finals))]
+        write(root / folder, [log(code=f"# {script}\n", middle=f"{running(1)}{json.dumps(fact, indent=1)}\n",
+                                  body=metrics(final)) for fact, final in zip(facts, finals, strict=True)])
+    old, new = ("records/2030-01-01_Old/train_gpt.py", "records/2030-02-02_New/train_gpt.py")
+    logs("2030-02-02_New", GOOD, new, ngrams=6, muon_lr=0.1)
+    logs("2030-02-02_New/ablation", [3.4], new, ngrams=1, muon_lr=0.1)
+    logs("2030-02-02_New/ablation/more", [3.5], new, ngrams=1, muon_lr=0.2)
+    logs("2030-02-02_New/baseline", [f + 0.001 for f in GOOD], old)
+    logs("studies/2030-03-03_Study", [3.2] * 6, "other.py")
+    return str(root)
+
+
+def test_the_table_is_the_entries_claims_a_line_each(tmp_path):
+    root = entries(tmp_path)
+    lines = run("table", root).stdout.splitlines()
+    assert [line.split()[0] for line in lines[:4] if line] == ["entry", "2030-01-01_Old", "2030-02-02_New"]
+    assert "3 other groups of runs" in lines[-1] and "--all" in lines[-1]
+    everything = run("table", "--all", root).stdout
+    for name in ("2030-02-02_New, ngrams 1 ", "2030-02-02_New, ngrams 1, muon_lr 0.2 ", "2030-03-03_Study "):
+        assert name in everything, everything
+    assert sorted(row["label"] for row in rows(root) if row["claim"]) == ["2030-01-01_Old", "2030-02-02_New"]
+    assert "track" not in everything
+    write(tmp_path / "2030-04-04_Public", [log()])
+    assert run("table", root).stdout.splitlines()[0].split()[:2] == ["entry", "track"]
+
+
+def test_the_table_is_at_most_120_columns_wide(tmp_path):
+    for number in range(3):
+        facts = {"hyperparameters": {name * 20: number for name in "abcdef"}, "target": 3.28}
+        write(tmp_path / f"{'long_name_' * 15}{number}\u202e", [
+            log(middle=running(8, "GPU " * 30) + json.dumps(facts, indent=1) + "\n", body=metrics(3.27 + number))])
+    done = run("table", tmp_path)
+    assert done.returncode == 0 and max(map(len, done.stdout.splitlines()[:4])) <= 120 and "\u202e" not in done.stdout
+    assert max(map(len, run("table", "--all", tmp_path).stdout.splitlines())) > 120
 
 
 @pytest.mark.parametrize("change, code", [(0.0, 0), (0.01, 1), (-0.01, 0)])
@@ -453,7 +499,9 @@ def test_extract_gives_the_code_back(tmp_path, code):
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_plot(tmp_path, suffix):
+    """Also of more groups than there are colours, with names that are long or mean something to TeX."""
     folders = [sample(tmp_path / name, GOOD, times) for name, times in (("old", OLD_TIMES), ("new", NEW_TIMES))]
+    folders += [sample(tmp_path / f"{'long name ' * 9}$x_{{{i}$", [3.2, 3.3], [1000, 1001 + i]) for i in range(9)]
     done = run("plot", *folders, "-o", tmp_path / f"curves.{suffix}")
     assert done.returncode == 0, done.stderr
     data = (tmp_path / f"curves.{suffix}").read_bytes()
@@ -494,7 +542,8 @@ def test_facts_of_the_wrong_type_end_in_a_result(tmp_path, capsys, fact, value):
     (facts["hyperparameters"] if fact in ("batch_size", "val_every") else facts)[fact] = value
     text = f"{CODE}\n{SEP}\n{running(1)}{json.dumps(facts, indent=1)}\n{SEP}\n{metrics()}"
     (tmp_path / "a.txt").write_text(text)
-    for command in (["table"], ["table", "--json"], ["verify", "--baseline", tmp_path]):
+    for command in (["table"], ["table", "--json"], ["verify", "--baseline", tmp_path],
+                    ["report", "-o", tmp_path / "page.html"]):
         code = compare.main([*command[:1], str(tmp_path), *map(str, command[1:])])
         assert code in (0, 1) and not capsys.readouterr().err, command
 
@@ -503,7 +552,8 @@ def test_ab_goes_on_where_it_was_interrupted(sandbox):
     """A and B in turn; a run that is there already is not run again."""
     root = sandbox.path
     (root / "records").mkdir(exist_ok=True)
-    (root / "records/compare.py").write_bytes((REPOSITORY / "records/compare.py").read_bytes())
+    shutil.copy(REPOSITORY / "records/compare.py", root / "records/compare.py")
+    shutil.copytree(REPOSITORY / "records/compare", root / "records/compare")
     (root / "b.py").write_text((root / "train_gpt.py").read_text() + "\n# B\n")
 
     def start(args):
@@ -515,7 +565,7 @@ def test_ab_goes_on_where_it_was_interrupted(sandbox):
     assert done.returncode == 1 and "FAIL" in done.stdout, done.stderr  # an untrained model meets no target
     order = re.findall(r"^--- run (\d) of 4.*: ([AB]), seed (\d):", done.stdout, re.M)
     assert order == [("1", "A", "0"), ("2", "B", "0"), ("3", "A", "1"), ("4", "B", "1")]
-    assert re.search(r"run 4 of 4, about \d+ minutes left", done.stdout)
+    assert re.search(r"run 4 of 4, about \d+ (s|minutes) left", done.stdout)
     assert re.search(r"final val loss: .*n = 2.*: \+0\.0000, equal \(not tested: paired by seed, 2 pairs", done.stdout)
     logs = sorted((root / "records/scratch").glob("*.txt"))
     assert len(logs) == 4
@@ -544,9 +594,10 @@ def test_what_changes_no_number_splits_no_group():
 
 
 def test_imports_no_torch_and_starts_fast(tmp_path):
-    imported = {alias.name.split(".")[0] for node in ast.walk(ast.parse(Path(compare.__file__).read_text()))
+    modules = [REPOSITORY / "records/compare.py", *Path(compare.__file__).parent.glob("*.py")]
+    imported = {alias.name.split(".")[0] for module in modules for node in ast.walk(ast.parse(module.read_text()))
                 if isinstance(node, (ast.Import, ast.ImportFrom))
-                for alias in (node.names if isinstance(node, ast.Import) else [ast.alias(node.module)])}
+                for alias in (node.names if isinstance(node, ast.Import) else [ast.alias(node.module or ".")])}
     assert "torch" not in imported and "train_gpt" not in imported
     folder = write(tmp_path, [log(body=metrics(f)) for f in GOOD])
     fastest = min(timed(lambda: run("table", folder)) for _ in range(3))

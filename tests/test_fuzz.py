@@ -200,7 +200,7 @@ def test_logs(home, capsys):
         cases.append(bytes(data))
     for i, data in enumerate(cases):
         path.write_bytes(data)
-        for command in (["table"], ["table", "--json"], ["table", "--markdown"]):
+        for command in (["table"], ["table", "--json"], ["table", "--markdown"], ["report", f"--out={home}/a.html"]):
             assert_right_or_one_line(f"log {i}", compare.main, [*command, str(path)])
         number += 1
     say(capsys, number, "logs")
