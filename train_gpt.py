@@ -127,6 +127,10 @@ STAGES = {
     "laptop": (
         Stage(1.0,      1,     256,    0,        1.0,  (1,),           (1,),            False),)}
 
+def of_track(table: dict, track: str):
+    """A table's entry for a track; one that has none takes the laptop's."""
+    return table.get(track, table["laptop"])
+
 def knob(default, help: str, choices: tuple | None = None, least: float = 0, most: float = 10**12):
     """A field of Hyperparameters: default, help text with the unit, permitted values."""
     return dataclasses.field(default=default, metadata=dict(
@@ -189,8 +193,8 @@ class Hyperparameters:
     sample_tokens: int = knob(300, "tokens the model writes at the end of the run; 0: none")
 
     # The rows of the tables that hold for the run; where logs and checkpoints go.
-    layers = property(lambda self: LAYERS[self.track])
-    stages = property(lambda self: STAGES[self.track])
+    layers = property(lambda self: of_track(LAYERS, self.track))
+    stages = property(lambda self: of_track(STAGES, self.track))
     folder = property(lambda self: ROOT / "records" / (self.entry or "scratch"))
 
 PRESETS = {
@@ -1415,23 +1419,23 @@ def profiler(hp: Hyperparameters, runtime: Runtime, log: Log):
         on_trace_ready=lambda profile: profile.export_chrome_trace(path))
 
 @torch.no_grad()
-def write_sample(model: GPT, hp: Hyperparameters, device: torch.device) -> str:
-    """Text of sample_tokens tokens, as a document begins, drawn at temperature 0.8."""
+def write_sample(model: GPT, hp: Hyperparameters, device: torch.device, prompt: str = "") -> str:
+    """Text of sample_tokens tokens after the prompt, a document's beginning; temperature 0.8."""
     track, generator = TRACKS[hp.track], torch.Generator().manual_seed(0)
     if track.eot_token == 256:
-        decode = lambda ids: bytes(ids).decode("utf-8", errors="replace")
+        encode, decode = str.encode, lambda ids: bytes(ids).decode("utf-8", errors="replace")
     else:
         import tiktoken  # here, for it downloads its vocabulary the first time
-        decode = tiktoken.get_encoding("gpt2").decode
-    tokens = torch.full((hp.sample_tokens + 1,), track.eot_token, device=device)
-    schedule = Schedule(hp.num_steps, hp, device)
+        encoding = tiktoken.get_encoding("gpt2")
+        encode, decode = encoding.encode_ordinary, encoding.decode
+    tokens, schedule = [track.eot_token, *encode(prompt)], Schedule(hp.num_steps, hp, device)
     model.flex = False  # the run is over, and so short a text needs no kernel of its own
     with torch.compiler.set_stance("force_eager"):
-        for i in range(min(hp.sample_tokens, hp.sequence_length)):
-            logits = model(tokens[None, :hp.sequence_length], None, schedule)[i, :track.eot_token]
-            chances = (logits.cpu() / 0.8).softmax(-1)
-            tokens[i + 1] = torch.multinomial(chances, 1, generator=generator)
-    return decode(tokens[1:i + 2].tolist())
+        for _ in range(hp.sample_tokens):
+            context = torch.tensor([tokens[-hp.sequence_length:]], device=device)
+            chances = (model(context, None, schedule)[-1, :track.eot_token].cpu() / 0.8).softmax(-1)
+            tokens.append(torch.multinomial(chances, 1, generator=generator).item())
+    return decode(tokens[1:])
 
 def finish(stop: int, model: GPT, progress: "Progress", watch: Watch, hp: Hyperparameters,
            runtime: Runtime, log: Log) -> int:
@@ -1477,11 +1481,11 @@ class Progress:
     reached: str = ""  # when the target first was
     validated: int = -1  # the last step at which a validation was made
 
-    def validate(self, val_loss: float, hp: Hyperparameters, log: Log) -> None:
+    def validate(self, loss: float, hp: Hyperparameters, log: Log) -> None:
         """Note a validation at this step, in the log too."""
-        log.metric(self.step, "val_loss", val_loss, self.train_time_ms)
+        log.metric(self.step, "val_loss", loss, self.train_time_ms)
         self.validated = self.step
-        if val_loss <= TRACKS[hp.track].target and not self.reached:
+        if loss <= TRACKS[hp.track].target and not self.reached:
             self.reached = f"reached at step {self.step} after {self.train_time_ms / 1000:.1f} s"
 
 def save_checkpoint(progress: Progress, record: dict, model: GPT, optimizer: Optimizer,
@@ -1607,7 +1611,7 @@ def parse_arguments(argv: list[str] | None = None) -> Hyperparameters:
                 {"type": f.type, "choices": f.metadata["choices"]})
         parser.add_argument(f"--{f.name}", default=f.default,
                             help=f"{f.metadata['help']} (%(default)s)", **kind)
-    parser.set_defaults(**{**PRESETS[track], "track": track})
+    parser.set_defaults(**{**of_track(PRESETS, track), "track": track})
     return Hyperparameters(**vars(parser.parse_args(argv)))
 
 def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
