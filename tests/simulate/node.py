@@ -538,8 +538,8 @@ def close(phases: list[dict]) -> None:
 
 def shortened(hp, num_steps: int) -> dict:
     """The fields of hp that make it a run of so many steps, and what they are then."""
-    short = dict(num_steps=num_steps, cooldown_steps=3, warmup_steps=1, momentum_warmup_steps=3, val_every=4,
-                 log_every=2, save_every=0, sample_tokens=2)
+    short = dict(num_steps=num_steps, cooldown_steps=3, warmup_steps=1, momentum_warmup_steps=3, extension_steps=2,
+                 val_every=4, log_every=2, save_every=0, sample_tokens=2)
     return {name: value for name, value in short.items() if hasattr(hp, name)}
 
 
