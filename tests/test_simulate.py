@@ -1,4 +1,5 @@
 """The simulated node: its model of the time, its verdicts, and defects planted into a script that it must find."""
+import concurrent.futures
 import copy
 import dataclasses
 import json
@@ -6,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -400,6 +402,23 @@ def test_what_is_missing_is_one_line(monkeypatch, capsys):
     assert err.startswith("error: CUDA_PYTHON is ") and err.count("\n") == 1
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert main([]) == 3 and "apt install g++" in capsys.readouterr().err
+
+
+def test_jobs_end_with_the_simulation(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\ntrap '' INT TERM\necho $$ > {tmp_path}/pid\nsleep 60 & wait\nwait\n")
+    python.chmod(0o755)
+    node = Node.__new__(Node)
+    node.python, node.folder, node.running = str(python), tmp_path, set()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        job = pool.submit(node.run, "job")
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.02)
+        node.stop()
+        with pytest.raises(CannotRun, match="job ended without a record"):
+            job.result(10)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 # --- Where a CUDA build of torch is at hand ---------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -93,7 +94,7 @@ class Node:
     """A simulated node: runs jobs of node.py in a folder."""
     def __init__(self, python: str, folder: Path):
         """Builds the CUDA runtime and driver that compute nothing. Raises CannotRun."""
-        self.python, self.folder = python, folder
+        self.python, self.folder, self.running = python, folder, set()
         triton = subprocess.run([python, "-c", "import triton; print(triton.__path__[0])"], capture_output=True,
                                 text=True).stdout.strip()
         for source, target in (("fakecudart.cpp", "libfakecudart.so"), ("fakecuda.cpp", "libcuda.so.1")):
@@ -118,15 +119,34 @@ class Node:
         environment.pop("CUDA_VISIBLE_DEVICES", None)
         words = dict(request, card=card_name, work=str(work), out=str(out))
         with open(self.folder / f"{name}.txt", "w") as log:
+            # In a session of its own, or Ctrl-C would reach the script too, which would go on to the end of its step.
+            job = subprocess.Popen([self.python, "-m", "tests.simulate.node", json.dumps(words)], cwd=ROOT, stdout=log,
+                                   stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+            self.running.add(job)
             try:
-                subprocess.run([self.python, "-m", "tests.simulate.node", json.dumps(words)], cwd=ROOT, stdout=log,
-                               stderr=subprocess.STDOUT, env=environment, timeout=TIMEOUT)
+                job.wait(TIMEOUT)
             except subprocess.TimeoutExpired:
                 raise CannotRun(f"{name} took longer than {TIMEOUT} s") from None
+            finally:
+                self.running.discard(job)
+                end(job)
         if not out.exists():
             last = (self.folder / f"{name}.txt").read_text().strip().splitlines()[-1:]
             raise CannotRun(f"{name} ended without a record: {''.join(last)[:400]}")
         return json.loads(out.read_text())
+
+
+    def stop(self) -> None:
+        """End the jobs under way."""
+        for job in list(self.running):
+            end(job)
+
+
+def end(job: subprocess.Popen) -> None:
+    """A job with all its processes, if it still runs."""
+    if job.poll() is None:
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
 
 
 def show(title: str, findings: list[Finding]) -> None:
@@ -162,7 +182,11 @@ def simulate(node: Node, script: Path, flags: list[str], card_name: str, gpus: i
         first = pool.submit(node.run, name, card_name, rank=0, compile=True, **request)
         if gpus > 1:
             last = pool.submit(node.run, f"{name}_last", card_name, rank=gpus - 1, compile=False, **request)
-        record = first.result()
+        try:
+            record = first.result()
+        except BaseException:  # the pool would wait for the other one
+            node.stop()
+            raise
         findings = judge(record, card, gpus, price)
         if gpus > 1 and steps(record):
             try:
@@ -295,6 +319,7 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *args: sys.exit(128 + signal.SIGTERM))  # not without what runs here
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
