@@ -15,7 +15,7 @@ from conftest import REPOSITORY
 
 import train_gpt
 from tests.simulate import calibrate, judge, model, stages
-from tests.simulate.__main__ import CannotRun, Node, cuda_python, divided, has_cuda_build, main, simulate
+from tests.simulate.__main__ import CannotRun, Node, cuda_python, divided, has_cuda_build, main, simulate, summary
 from tests.simulate.model import CARDS, Shape, predict
 from tests.simulate.stages import Step
 
@@ -402,6 +402,12 @@ def test_what_is_missing_is_one_line(monkeypatch, capsys):
     assert err.startswith("error: CUDA_PYTHON is ") and err.count("\n") == 1
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert main([]) == 3 and "apt install g++" in capsys.readouterr().err
+
+
+def test_the_last_lines_count_the_verdicts():
+    text = " ".join(summary({"ok": 9, "predicted": 2}).split())
+    assert text.startswith("9 ok, 2 predicted. FAIL:") and "off by 2.8 %" in text and "up to 7 % on 2" in text
+    assert "off by" not in summary({"FAIL": 1, "not run": 1})
 
 
 def test_jobs_end_with_the_simulation(tmp_path):

@@ -163,13 +163,14 @@ def show(title: str, findings: list[Finding]) -> None:
 
 def summary(verdicts: dict[str, int]) -> str:
     """The last lines of the report: how many findings of each verdict, what they mean, how far they can be trusted."""
-    fitted, fresh = (sum((row.left_out is None) == unseen for row in PUBLISHED) for unseen in (False, True))
     text = (f"{', '.join(f'{n} {verdict}' for verdict, n in verdicts.items())}. FAIL: an error, a hang or time that a "
             "run loses on the real node; slow: it runs, but a kernel could be faster. No number was computed: losses, "
-            "accuracy and real times are not seen. Predictions are a model's: off by "
-            f"{100 * left_out_error():.1f} % (root mean square) where each of {fitted} public records was left out of "
-            f"its fit, by up to {100 * ERROR:.0f} % on {fresh} that it never saw; all of them on one node of 8 H100s, "
-            "with FlexAttention. Elsewhere the error is unknown.")
+            "accuracy and real times are not seen.")
+    if "predicted" in verdicts:
+        fitted, fresh = (sum((row.left_out is None) == unseen for row in PUBLISHED) for unseen in (False, True))
+        text += (f" Predictions are a model's: off by {100 * left_out_error():.1f} % (root mean square) where each of "
+                 f"{fitted} public records was left out of its fit, by up to {100 * ERROR:.0f} % on {fresh} that it "
+                 "never saw; all of them on one node of 8 H100s, with FlexAttention. Elsewhere the error is unknown.")
     return "\n" + textwrap.fill(text, max(80, shutil.get_terminal_size((120, 24)).columns))
 
 
