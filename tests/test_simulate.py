@@ -246,8 +246,10 @@ def test_the_error_is_said_where_it_is_known_alone(record):
         return next(f.why for f in judge.judge(record, CARDS[card], world_size) if f.check == "a step")
     assert "± 7 %" in told("H100", 8)
     assert all("error unknown" in told(*other) for other in (("H100", 16), ("H200", 8), ("A100", 8)))
+    record["real"][0][1][0] = record["short"][0][1][0] = 8 * 49_152 - 1
+    assert "error unknown" in told("H100", 8) and "± 7 %" in told("H100", 4)
     record["real"][0][1][1] = []
-    assert "error unknown" in told("H100", 8)
+    assert "error unknown" in told("H100", 4)
 
 
 def staged(record):

@@ -37,7 +37,7 @@ from tests.simulate.judge import (
     timed,
     whole,
 )
-from tests.simulate.model import CARDS, ERROR, PUBLISHED, left_out_error
+from tests.simulate.model import CARDS, ERROR, FITTED_TOKENS, PUBLISHED, left_out_error
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -170,7 +170,8 @@ def summary(verdicts: dict[str, int]) -> str:
         fitted, fresh = (sum((row.left_out is None) == unseen for row in PUBLISHED) for unseen in (False, True))
         text += (f" Predictions are a model's: off by {100 * left_out_error():.1f} % (root mean square) where each of "
                  f"{fitted} public records was left out of its fit, by up to {100 * ERROR:.0f} % on {fresh} that it "
-                 "never saw; all of them on one node of 8 H100s, with FlexAttention. Elsewhere the error is unknown.")
+                 f"never saw; all of them on one node of 8 H100s, with FlexAttention and {FITTED_TOKENS:,} or more "
+                 "tokens a GPU. Elsewhere the error is unknown.")
     return "\n" + textwrap.fill(text, max(80, shutil.get_terminal_size((120, 24)).columns))
 
 
