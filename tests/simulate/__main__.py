@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,7 @@ from tests.simulate.judge import (
     timed,
     whole,
 )
-from tests.simulate.model import CARDS, ERROR, PUBLISHED, left_out_error
+from tests.simulate.model import CARDS, ERROR, FITTED_TOKENS, PUBLISHED, left_out_error
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -93,7 +94,7 @@ class Node:
     """A simulated node: runs jobs of node.py in a folder."""
     def __init__(self, python: str, folder: Path):
         """Builds the CUDA runtime and driver that compute nothing. Raises CannotRun."""
-        self.python, self.folder = python, folder
+        self.python, self.folder, self.running = python, folder, set()
         triton = subprocess.run([python, "-c", "import triton; print(triton.__path__[0])"], capture_output=True,
                                 text=True).stdout.strip()
         for source, target in (("fakecudart.cpp", "libfakecudart.so"), ("fakecuda.cpp", "libcuda.so.1")):
@@ -118,15 +119,34 @@ class Node:
         environment.pop("CUDA_VISIBLE_DEVICES", None)
         words = dict(request, card=card_name, work=str(work), out=str(out))
         with open(self.folder / f"{name}.txt", "w") as log:
+            # In a session of its own, or Ctrl-C would reach the script too, which would go on to the end of its step.
+            job = subprocess.Popen([self.python, "-m", "tests.simulate.node", json.dumps(words)], cwd=ROOT, stdout=log,
+                                   stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+            self.running.add(job)
             try:
-                subprocess.run([self.python, "-m", "tests.simulate.node", json.dumps(words)], cwd=ROOT, stdout=log,
-                               stderr=subprocess.STDOUT, env=environment, timeout=TIMEOUT)
+                job.wait(TIMEOUT)
             except subprocess.TimeoutExpired:
                 raise CannotRun(f"{name} took longer than {TIMEOUT} s") from None
+            finally:
+                self.running.discard(job)
+                end(job)
         if not out.exists():
             last = (self.folder / f"{name}.txt").read_text().strip().splitlines()[-1:]
             raise CannotRun(f"{name} ended without a record: {''.join(last)[:400]}")
         return json.loads(out.read_text())
+
+
+    def stop(self) -> None:
+        """End the jobs under way."""
+        for job in list(self.running):
+            end(job)
+
+
+def end(job: subprocess.Popen) -> None:
+    """A job with all its processes, if it still runs."""
+    if job.poll() is None:
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
 
 
 def show(title: str, findings: list[Finding]) -> None:
@@ -143,13 +163,15 @@ def show(title: str, findings: list[Finding]) -> None:
 
 def summary(verdicts: dict[str, int]) -> str:
     """The last lines of the report: how many findings of each verdict, what they mean, how far they can be trusted."""
-    fitted, fresh = (sum((row.left_out is None) == unseen for row in PUBLISHED) for unseen in (False, True))
     text = (f"{', '.join(f'{n} {verdict}' for verdict, n in verdicts.items())}. FAIL: an error, a hang or time that a "
             "run loses on the real node; slow: it runs, but a kernel could be faster. No number was computed: losses, "
-            "accuracy and real times are not seen. Predictions are a model's: off by "
-            f"{100 * left_out_error():.1f} % (root mean square) where each of {fitted} public records was left out of "
-            f"its fit, by up to {100 * ERROR:.0f} % on {fresh} that it never saw; all of them on one node of 8 H100s, "
-            "with FlexAttention. Elsewhere the error is unknown.")
+            "accuracy and real times are not seen.")
+    if "predicted" in verdicts:
+        fitted, fresh = (sum((row.left_out is None) == unseen for row in PUBLISHED) for unseen in (False, True))
+        text += (f" Predictions are a model's: off by {100 * left_out_error():.1f} % (root mean square) where each of "
+                 f"{fitted} public records was left out of its fit, by up to {100 * ERROR:.0f} % on {fresh} that it "
+                 f"never saw; all of them on one node of 8 H100s, with FlexAttention and {FITTED_TOKENS:,} or more "
+                 "tokens a GPU. Elsewhere the error is unknown.")
     return "\n" + textwrap.fill(text, max(80, shutil.get_terminal_size((120, 24)).columns))
 
 
@@ -162,7 +184,11 @@ def simulate(node: Node, script: Path, flags: list[str], card_name: str, gpus: i
         first = pool.submit(node.run, name, card_name, rank=0, compile=True, **request)
         if gpus > 1:
             last = pool.submit(node.run, f"{name}_last", card_name, rank=gpus - 1, compile=False, **request)
-        record = first.result()
+        try:
+            record = first.result()
+        except BaseException:  # the pool would wait for the other one
+            node.stop()
+            raise
         findings = judge(record, card, gpus, price)
         if gpus > 1 and steps(record):
             try:
@@ -295,6 +321,7 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *args: sys.exit(128 + signal.SIGTERM))  # not without what runs here
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:

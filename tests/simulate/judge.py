@@ -5,6 +5,7 @@ from typing import NamedTuple
 from tests.simulate import stages
 from tests.simulate.model import (
     ERROR,
+    FITTED_TOKENS,
     GIB,
     Card,
     Prediction,
@@ -196,22 +197,23 @@ def whole(found: list[Stage]) -> Prediction:
     return mean([(stage.steps, stage.mean) for stage in found])
 
 
-def error_of(record: dict, card: Card, world_size: int) -> str:
-    """How far off a prediction may be, as far as anything supports that."""
-    known = card.name.startswith("NVIDIA H100") and record["real"][0][1][1] and world_size <= 8
+def error_of(record: dict, card: Card, world_size: int, tokens: int) -> str:
+    """How far off a prediction may be, as far as anything supports that. tokens: of the shortest step."""
+    _, (_, windows) = record["real"][0]  # of the first steps; FlexAttention has some
+    known = card.name.startswith("NVIDIA H100") and windows and world_size <= 8 and tokens >= FITTED_TOKENS * world_size
     return f"± {100 * ERROR:.0f} %" if known else "error unknown"
 
 
 def predicted(record: dict, card: Card, world_size: int, price: float | None) -> list[Finding]:
     """The model's lines. Every time among them is said to be predicted, with the model's error."""
-    error = error_of(record, card, world_size)
     try:
         found = predictions(record, card, world_size)
     except LookupError as lacks:
         return [Finding("a step", "not run", str(lacks))]
     findings, count = [], sum(stage.steps for stage in found)
     for stage in found:
-        p, name, why = stage.mean, "a step", f"{stage.mean.total:.0f} ms ({error}"
+        p, name = stage.mean, "a step"
+        why = f"{stage.mean.total:.0f} ms ({error_of(record, card, world_size, stage.tokens)}"
         if stage.slowest > 1.02 * stage.fastest:
             why += f"; from {stage.fastest:.0f} to {stage.slowest:.0f}"
         why += f"), MFU {utilisation(p, card):.2f}"
@@ -222,6 +224,7 @@ def predicted(record: dict, card: Card, world_size: int, price: float | None) ->
         if world_size > 1:
             why += f", exposed collectives {p.exposed:.1f} of {p.collectives:.1f} ms, {p.sent / 1e6:.0f} MB"
         findings.append(Finding(name, "predicted", why))
+    error = error_of(record, card, world_size, min(stage.tokens for stage in found))
     minutes = sum(stage.steps * stage.mean.total for stage in found) / 60_000
     tokens = sum(stage.steps * stage.tokens for stage in found)
     each = f"steps of {found[0].tokens:,} tokens" if len(found) == 1 else f"steps, {tokens:,} tokens"

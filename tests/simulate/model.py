@@ -17,6 +17,7 @@ ISSUE = 0.813      # of one instruction a cycle for each of a multiprocessor's 4
 LAUNCH = 2.4e-6    # seconds a kernel takes besides
 
 ERROR = 0.07  # of a prediction for 8 H100s, either way: what was found on two scripts that nothing was fitted on
+FITTED_TOKENS = 49_152  # the fewest that a GPU takes in a step of a fitted record; below, the error is unknown
 # Mean tokens of a document, such that ValueEmbed's windows, which grow from 64 to 1,792 in steps of 64, show a query
 # 549 keys on average, as in 25,000 documents of the web.
 DOCUMENT = 1044
