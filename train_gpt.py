@@ -101,9 +101,8 @@ LAYERS = {
         Layer("paired",  3,     None, 7,       False),
         Layer("long",    4,     None, 7,       False)),
     "laptop": (
-        Layer("short",   0,     None, None,    False),
-        Layer("short",   None,  None, None,    False),
-        Layer("short",   0,     0,    None,    False))}
+        Layer("long",    0,     None, None,    False),
+        Layer("paired",  0,     None, None,    False))}
 
 class Stage(NamedTuple):
     """What holds for a part of the run."""
@@ -200,12 +199,12 @@ class Hyperparameters:
 PRESETS = {
     "fineweb": {},
     "laptop": dict(
-        num_steps=390, extension_steps=0, batch_size=8, sequence_length=256, micro_batch=8,
+        num_steps=170, extension_steps=0, batch_size=8, sequence_length=256, micro_batch=8,
         val_length=2048, num_heads=2, model_dim=128, ngrams=6, ngram_rows=65_521,
         attention_scale=0.125, final_window=256, logit_cap=30.0, logit_shift=0.0, head_lr=0.012,
         value_lr=2.4, ngram_lr=1.5, ngram_rule="lazy_adam", adam_every=1, adam_decay=0.0,
-        muon_lr=0.045, muon_decay=0.0, momentum_warmup_steps=100, momentum_cooldown_steps=0,
-        cooldown=0.5, lr_floor=0.0, val_every=50, log_every=50)}
+        muon_lr=0.045, muon_decay=0.0, momentum_warmup_steps=50, momentum_cooldown_steps=0,
+        cooldown=0.5, lr_floor=0.0, val_every=85, log_every=34)}
 
 # --- Schedules: pure functions of the step, so that a resumed run can't differ --------------------
 

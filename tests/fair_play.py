@@ -133,7 +133,7 @@ def loss_is_the_mean_surprise(module, hp) -> str:
                 loss = model(tokens[None], of[None], schedule)[1].item()
             surprise = F.cross_entropy(logits, of, reduction="none").double()
             if abs(surprise.sum().item() / 512 - loss) > TOLERANCE:
-                return f"the loss{name} is {loss:.5f} at step {step}, the mean of -ln p(target) is {surprise.mean():.5f}"
+                return f"the loss{name} at step {step} is {loss:.5f}, the mean of -ln p(target) {surprise.mean():.5f}"
     return ""
 
 

@@ -1,4 +1,5 @@
 """A run that survives: kills, signals, lost ranks, full disks, numbers that are not finite, foreign checkpoints."""
+import dataclasses
 import os
 import random
 import re
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, TINY, metric_lines
+from conftest import RECIPE, REPOSITORY, TINY, metric_lines, words
 
 import train_gpt
+from data.shards import write_shard
 from records import compare
 from train_gpt import Runtime, UserError, Watch
 
@@ -101,16 +103,100 @@ def test_killed_at_twenty_moments(sandbox):
     assert run.train_time_ms == float(last) == max(times + [float(last)])  # goes on from the checkpoint's
 
 
+@pytest.mark.parametrize("tables, flags, saved", [
+    ("sandbox", ["--num_steps=6", "--save_every=3"], 3), ("recipe_sandbox", ["--save_every=6", "--val_every=0"], 6)])
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
-def test_another_number_of_ranks(sandbox, before, after):
-    whole = sandbox()
-    assert sandbox("--save_every=3", "--num_steps=6", ranks=before).returncode == 0
-    checkpoints(sandbox)[-1].unlink()
-    done = sandbox("--resume=latest", ranks=after)
-    assert done.returncode == 0, done.stderr
+def test_another_number_of_ranks(request, tables, flags, saved, before, after):
+    """The recipe's checkpoint is from the middle of its second stage, before the untying."""
+    sandbox = request.getfixturevalue(tables)
+    whole = sandbox(*flags, "--keep=9", ranks=before)
+    assert whole.returncode == 0, whole.stderr
+    for path in checkpoints(sandbox):
+        if not path.name.endswith(f"_step{saved:06d}.pt"):
+            path.unlink()
+    done = sandbox(*flags, "--resume=latest", ranks=after)
+    assert done.returncode == 0 and f"at step {saved}" in done.stdout, done.stderr
     wanted, found = ({line.split(" ")[0]: float(line.split("loss:")[1]) for line in metric_lines(run.stdout)}
                      for run in (whole, done))
-    assert found and all(found[step] == pytest.approx(wanted[step], abs=5e-3) for step in found)
+    assert len(found) > 3 and all(found[step] == pytest.approx(wanted[step], abs=5e-3) for step in found)
+
+
+class Home:
+    """A folder in which the script runs in this process, with the full recipe's tables on bytes."""
+
+    def __init__(self, folder, capsys):
+        self.folder, self.capsys = folder / "records/scratch", capsys
+
+    def __call__(self, *flags):
+        """(exit code, lines of losses) of a run."""
+        code = train_gpt.main(["--track=laptop", *RECIPE, *flags])
+        return code, metric_lines(self.capsys.readouterr().out)
+
+    def checkpoint(self, step):
+        (path,) = self.folder.glob(f"*_step{step:06d}.pt")
+        return path
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch, capsys, recipe):
+    monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
+    track = dataclasses.replace(train_gpt.TRACKS["laptop"], val_tokens=4096)
+    monkeypatch.setitem(train_gpt.TRACKS, "laptop", track)
+    monkeypatch.setattr(train_gpt, "_output_of", lambda *command: "")
+    write_shard(tmp_path / "data/laptop/laptop_val_000000.bin", words(4097, seed=1))
+    write_shard(tmp_path / "data/laptop/laptop_train_000001.bin", words(20_000, seed=2))
+    return Home(tmp_path, capsys)
+
+
+def assert_same_state(path, wanted):
+    """Two checkpoints: weights and optimizer, bit for bit."""
+    found, wanted = (torch.load(file, weights_only=True) for file in (path, wanted))
+    assert found["model"].keys() == wanted["model"].keys()
+    for name, value in wanted["model"].items():
+        assert torch.equal(value, found["model"][name]), name
+    assert found["optimizer"]["num_updates"] == wanted["optimizer"]["num_updates"]
+    for a, b in zip(found["optimizer"]["buckets"], wanted["optimizer"]["buckets"], strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_of_all_stages_resumes_exactly(home):
+    """In the middle of a stage, at the step of the untying and after it; and where a save is due at an odd step, at
+    which Adam holds the gradients of one step, it is made at the next one."""
+    code, lines = home("--save_every=5", "--keep=9")  # due at 5, 10; made at 6 and 10
+    assert code == 0 and [path.stem[-2:] for path in sorted(home.folder.glob("*.pt"))] == ["06", "10"]
+    code, again = home("--save_every=2", "--keep=9")
+    assert code == 0 and again == lines
+    newer = sorted(path for path in home.folder.glob("*.pt") if path.stem[-2:] not in ("06", "10"))
+    assert [path.stem[-2:] for path in newer] == ["02", "04", "08", "12", "14"]
+    last = newer[-1].rename(home.folder / "whole.kept")
+    untied = torch.load(newer[2], weights_only=True)["model"]
+    assert torch.equal(untied["embed.weight"], untied["head.linear.weight"][0])
+    for step in (2, 8, 12):
+        code, after = home("--save_every=14", f"--resume={home.checkpoint(step)}")
+        assert code == 0 and after == lines[-len(after):]
+        assert [line.split()[0] for line in after if "train_loss" in line] == [f"step:{i}/14" for i in range(step + 1, 15)]
+        assert_same_state(home.checkpoint(14), last)
+        home.checkpoint(14).unlink()
+
+
+@pytest.mark.parametrize("step", [6, 7])
+def test_a_signal_ends_a_run_where_adam_holds_no_gradient(home, monkeypatch, step):
+    """Given during step 6 or 7, step 7's is done when the run ends, and it resumes exactly: at the untying."""
+    code, lines = home("--save_every=14")
+    last = home.checkpoint(14).rename(home.folder / "whole.kept")
+    training_step = train_gpt.training_step
+
+    def interrupted(model, optimizer, batch, schedule):
+        if schedule.step == step and optimizer.num_updates == step:  # not in the warm-up
+            signal.raise_signal(signal.SIGTERM)
+        return training_step(model, optimizer, batch, schedule)
+    monkeypatch.setattr(train_gpt, "training_step", interrupted)
+    code, before = home()
+    assert code == 128 + signal.SIGTERM and before == lines[:len(before)] and before[-1].startswith("step:8/")
+    monkeypatch.setattr(train_gpt, "training_step", training_step)
+    code, after = home("--save_every=14", f"--resume={home.checkpoint(8)}")
+    assert code == 0 and before + after == lines
+    assert_same_state(home.checkpoint(14), last)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

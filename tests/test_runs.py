@@ -140,38 +140,46 @@ def test_warm_up_leaves_nothing(request, small_stream, settings, model):
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_the_warm_up_compiles_all_that_a_run_of_all_stages_uses(recipe, recipe_model, small_stream, monkeypatch):
-    """As on a GPU, but a compiler that only counts: no step, of any stage, and no validation compiles anything more."""
+@pytest.fixture
+def graphs(monkeypatch):
+    """Module.compile with a compiler that only collects: the graphs so far."""
     graphs, compile_module = [], torch.nn.Module.compile
 
-    def counting(graph, example_inputs):
+    def collect(graph, example_inputs):
         graphs.append(graph)
         return graph.forward
 
     monkeypatch.setattr(torch.nn.Module, "compile",
-                        lambda self, **options: compile_module(self, backend=counting, **options))
-    optimizer = Optimizer(recipe_model, recipe, torch.float32)
+                        lambda self, **options: compile_module(self, backend=collect, **options))
     torch._dynamo.reset()
-    try:
-        train_gpt.compile_parts(recipe_model, optimizer, CPU)
-        warm_up(recipe_model, optimizer, small_stream, recipe, CPU_ALONE)
-        compiled, loader = len(graphs), train_gpt.BatchLoader(small_stream, recipe, CPU_ALONE)
-        with torch.compiler.set_stance("fail_on_recompile"):
-            for step in range(recipe.num_steps + 1):
-                schedule = train_gpt.Schedule(step, recipe, CPU)
-                if schedule.unties:
-                    optimizer.untie()
+    yield graphs
+    torch._dynamo.reset()
+
+
+def test_the_warm_up_compiles_all_that_a_run_of_all_stages_uses(recipe, recipe_model, small_stream, graphs):
+    """No step, of any stage, and no validation compiles anything more."""
+    optimizer = Optimizer(recipe_model, recipe, torch.float32)
+    train_gpt.compile_parts(recipe_model, optimizer, CPU)
+    warm_up(recipe_model, optimizer, small_stream, recipe, CPU_ALONE)
+    compiled, loader = len(graphs), train_gpt.BatchLoader(small_stream, recipe, CPU_ALONE)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step in range(recipe.num_steps + 1):
+            schedule = train_gpt.Schedule(step, recipe, CPU)
+            if schedule.unties:
+                optimizer.untie()
+            if step % 4 == 0 or step == recipe.num_steps:
                 train_gpt.validate(recipe_model, small_stream, schedule, recipe, CPU_ALONE)
-                if step < recipe.num_steps:
-                    train_gpt.training_step(recipe_model, optimizer, loader.next(), schedule)
-    finally:
-        torch._dynamo.reset()
+            if step < recipe.num_steps:
+                train_gpt.training_step(recipe_model, optimizer, loader.next(), schedule)
     assert len(graphs) == compiled > 0
 
 
-def test_compiled_parts_compute_the_same_gradients_and_a_growing_window_compiles_nothing(tiny_model, hp):
+def test_compiled_parts_compute_the_same_gradients_and_a_growing_window_compiles_nothing(hp, monkeypatch):
+    """With torch's compiler for CPUs, two kinds of blocks."""
     if not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("no C++ compiler")
+    monkeypatch.setitem(train_gpt.LAYERS, "laptop", hp.layers[1:])
+    tiny_model = away_from_zero(train_gpt.build_model(hp, CPU, torch.float32, flex=False))
     tokens = torch.randint(256, (2, 128))
     tokens[0, 70] = 256  # a document begins here
     schedules = [at_window(w, hp) for w in (64, 100, 128)]
@@ -193,14 +201,9 @@ def test_compiled_parts_compute_the_same_gradients_and_a_growing_window_compiles
         assert gradient.any() and (gradient - wanted_gradients[name]).norm() < 1e-3 * gradient.norm(), name
 
 
-def test_a_growing_window_compiles_flex_attention_once(recipe, monkeypatch):
+def test_a_growing_window_compiles_flex_attention_once(recipe, graphs):
     """As on CUDA, but forward only, for FlexAttention has no backward on the CPU: paired, short and long layers."""
-    if not (shutil.which("g++") or shutil.which("clang++")):
-        pytest.skip("no C++ compiler")
-    rows = train_gpt.LAYERS["fineweb"]
-    monkeypatch.setitem(train_gpt.LAYERS, "laptop", (rows[0], rows[1], rows[3]))
-    assert [layer.attention for layer in recipe.layers] == ["paired", "short", "long"]
-    hp = dataclasses.replace(recipe, model_dim=64)
+    hp = recipe
     models = [away_from_zero(train_gpt.build_model(hp, CPU, torch.float32, flex)) for flex in (True, False)]
     models[0].load_state_dict(models[1].state_dict())
     train_gpt.compile_parts(models[0], Optimizer(models[0], hp, torch.float32), CPU)
@@ -212,6 +215,8 @@ def test_a_growing_window_compiles_flex_attention_once(recipe, monkeypatch):
                 tokens[0, window] = 256
                 flex, chunked = (model(tokens, tokens, at_window(window, hp))[1].item() for model in models)
                 assert flex == pytest.approx(chunked, abs=1e-4)
+    kinds = {(layer.attention, layer.value_table is None) for layer in hp.layers if layer.attention}
+    assert sum("flex_attention" in str(graph.graph) for graph in graphs) == len(kinds) == 6  # one for all of a kind
 
 
 def test_two_ranks_print_the_losses_of_one(sandbox):
@@ -274,6 +279,16 @@ def test_mistakes_end_in_one_line(sandbox, name):
     before = sorted(sandbox.path.rglob("*.bin"))
     assert_one_line(sandbox(*flags), *named)
     assert sorted(sandbox.path.rglob("*.bin")) == before and not list(sandbox.path.rglob("*.tmp"))
+
+
+def test_text_without_an_end_of_text_token_can_not_be_cut(recipe_sandbox):
+    """In one shard of two it is the rest of a document; in all of them there is no document to read."""
+    first, second = (recipe_sandbox.path / f"data/laptop/laptop_train_{number:06d}.bin" for number in (1, 2))
+    write_shard(second, [65] * 20_000)
+    done = recipe_sandbox("--num_steps=3", "--val_every=0")
+    assert done.returncode == 0, done.stderr
+    write_shard(first, [65] * 20_000)
+    assert_one_line(recipe_sandbox(), "train_000001.bin", "256", "python -m data.laptop")
 
 
 def test_ranks_that_cannot_divide_the_batch(sandbox):
