@@ -48,7 +48,7 @@ def test_every_command_is_checked_by_one_of_these_tests():
 
 @pytest.mark.parametrize("command", sorted(set(TRAINING)))
 def test_training_flags_exist(command):
-    words = shlex.split(re.split(STARTS_TRAINING, command)[-1])
+    words = shlex.split(re.split(STARTS_TRAINING, command)[-1].replace("--track mine", "--track laptop"))
     if "--help" in words:
         return
     if "--record" in words:
