@@ -362,7 +362,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, max_window: int) -> T
 GATE_DIMS = 12  # gates read the first so many dimensions of what they look at (record 2025-08-23)
 
 def norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension without a learned scale; its eps is that of x's precision."""
+    """RMSNorm over the last dimension without a learned scale; its eps is float32's epsilon."""
     return F.rms_norm(x, (x.size(-1),))
 
 class Linear(nn.Module):
@@ -1634,6 +1634,8 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
          f"--entry {hp.entry!r} is no folder below records/"),
         (hp.model_dim % (4 * hp.num_heads), f"--model_dim {hp.model_dim} is no multiple of four "
          f"times --num_heads {hp.num_heads}: a quarter of a head's width turns with another one"),
+        (hp.num_heads % 2 and any(layer.attention == "paired" for layer in hp.layers),
+         f"--num_heads {hp.num_heads}: layers with paired heads need an even number"),
     ):
         if wrong:
             raise UserError(message)
