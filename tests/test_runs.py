@@ -321,7 +321,7 @@ def test_out_of_memory_names_the_flags_to_lower(monkeypatch, capsys, error):
 @pytest.mark.parametrize("memory, flags, advice", [
     (80e9, "off", ["--micro_batch", "1"]), (24e9, "on", ["--micro_batch", "1"]),
     (40e9, "off", "--micro_batch 1 --sequence_length 8192 --batch_size 16 --val_length 16384".split())])
-def test_out_of_memory_on_a_gpu_names_sizes_that_fit(monkeypatch, capsys, memory, flags, advice):
+def test_out_of_memory_on_a_gpu_names_a_length_that_fits(monkeypatch, capsys, memory, flags, advice):
     """Of 16,384 tokens a sequence takes 41 GB uncompiled, 8 GB compiled, beside 6 GB (./run.sh simulate)."""
     def fail(hp, runtime):
         raise torch.OutOfMemoryError("CUDA out of memory")
