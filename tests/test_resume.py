@@ -174,7 +174,8 @@ def test_a_run_of_all_stages_resumes_exactly(home):
     for step in (6, 8, 10):
         code, after = home("--save_every=14", "--keep=9", f"--resume={home.checkpoint(step)}")
         assert code == 0 and after == lines[-len(after):]
-        assert [line.split()[0] for line in after if "train_loss" in line] == [f"step:{i}/14" for i in range(step + 1, 15)]
+        steps = [line.split()[0] for line in after if "train_loss" in line]
+        assert steps == [f"step:{i}/14" for i in range(step + 1, 15)]
         assert_same_state(home.checkpoint(14), last)
         home.checkpoint(14).unlink()
 

@@ -23,8 +23,8 @@ from train_gpt import SEPARATOR, Optimizer, Runtime, TokenStream, warm_up
 CPU = torch.device("cpu")
 CPU_ALONE = Runtime(0, 1, CPU)
 GOLDEN = Path(__file__).with_name("golden_losses.txt")  # a run's name, step, val_loss
-RENEW = ("the losses are not those of tests/golden_losses.txt; if the change was meant, renew them, and say in the commit "
-         "why: RENEW_GOLDEN=1 ./run.sh test tests/test_runs.py -k golden")
+RENEW = ("the losses are not those of tests/golden_losses.txt; if the change was meant, renew them, and say why in the "
+         "commit: RENEW_GOLDEN=1 ./run.sh test tests/test_runs.py -k golden")
 
 
 def log_of(sandbox, folder="records/scratch"):
