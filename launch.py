@@ -6,6 +6,7 @@ Environment: NPROC, the number of processes (default: one a GPU; without GPUs, o
 number of FineWeb's training shards to fetch (default: as many as the run reads).
 """
 import argparse
+import difflib
 import importlib
 import importlib.util
 import logging
@@ -77,7 +78,10 @@ def start(module: ModuleType, script: str, words: list[str]) -> int:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--track", nargs="?")  # that its value is missing, the script's parser says
     first.add_argument("--device", nargs="?")
+    first.add_argument("--prompt", nargs="?")
     given = first.parse_known_args(words)[0]
+    if given.prompt:  # one process writes text, without data
+        return module.main(words)
     gpus = 0 if given.device == "cpu" else torch.cuda.device_count()  # heeds CUDA_VISIBLE_DEVICES
     if given.track is None:
         track = "fineweb" if gpus else "laptop"
@@ -192,6 +196,10 @@ def torchrun(processes: int, script: str, words: list[str]) -> int:
 
 def main(words: list[str]) -> int:
     """The command line; returns the exit code."""
+    if words and not words[0].startswith("-"):
+        near = difflib.get_close_matches(words[0], ("test", "simulate"), 1)
+        hint = f"did you mean ./run.sh {near[0]}?" if near else "./run.sh --help lists the flags"
+        die(f"'{words[0]}' is no flag, and neither test nor simulate; {hint}")
     script, words = split_record(words)
     try:
         module = load(script)

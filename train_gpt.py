@@ -19,6 +19,7 @@ d, V vocabulary, K targets of a token, W ranks.
 """
 import argparse
 import dataclasses
+import difflib
 import functools
 import hashlib
 import itertools
@@ -44,12 +45,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+try:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"error: {error}; source .venv/bin/activate (./run.sh sets it up)", file=sys.stderr)
+    sys.exit(2)
 
 # The repository: data/ and records/ lie there, also for a copy of this script in records/<entry>/.
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "run.sh").exists()), Path.cwd())
@@ -186,6 +193,7 @@ class Hyperparameters:
     compile: str = knob("auto", "torch.compile; auto: where it pays", ("auto", "on", "off"))
     profile: bool = knob(False, "write a Chrome trace of steps 3 to 5 beside the log")
     sample_tokens: int = knob(300, "tokens the model writes at the end of the run; 0: none")
+    prompt: str = knob("", "do not train: write text after this from --resume's checkpoint")
 
     # The rows of the tables that hold for the run; where logs and checkpoints go.
     layers = property(lambda self: of_track(LAYERS, self.track))
@@ -1418,8 +1426,8 @@ def profiler(hp: Hyperparameters, runtime: Runtime, log: Log):
         on_trace_ready=lambda profile: profile.export_chrome_trace(path))
 
 @torch.no_grad()
-def write_sample(model: GPT, hp: Hyperparameters, device: torch.device, prompt: str = "") -> str:
-    """Text of sample_tokens tokens after the prompt, a document's beginning; temperature 0.8."""
+def write_sample(model: GPT, hp: Hyperparameters, step: int, device: torch.device) -> str:
+    """The prompt, a document's beginning, and sample_tokens tokens more; temperature 0.8."""
     track, generator = TRACKS[hp.track], torch.Generator().manual_seed(0)
     if track.eot_token == 256:
         encode, decode = str.encode, lambda ids: bytes(ids).decode("utf-8", errors="replace")
@@ -1427,7 +1435,7 @@ def write_sample(model: GPT, hp: Hyperparameters, device: torch.device, prompt: 
         import tiktoken  # here, for it downloads its vocabulary the first time
         encoding = tiktoken.get_encoding("gpt2")
         encode, decode = encoding.encode_ordinary, encoding.decode
-    tokens, schedule = [track.eot_token, *encode(prompt)], Schedule(hp.num_steps, hp, device)
+    tokens, schedule = [track.eot_token, *encode(hp.prompt)], Schedule(step, hp, device)
     model.flex = False  # the run is over, and so short a text needs no kernel of its own
     with torch.compiler.set_stance("force_eager"):
         for _ in range(hp.sample_tokens):
@@ -1460,7 +1468,7 @@ def finish(stop: int, model: GPT, progress: "Progress", watch: Watch, hp: Hyperp
     if hp.sample_tokens and runtime.rank == 0:
         log.begin("writing a sample")
         try:
-            text = write_sample(model, hp, runtime.device)
+            text = write_sample(model, hp, hp.num_steps, runtime.device)
         except Exception as error:  # the result stands: no missing vocabulary may spoil it
             text = f"none: {type(error).__name__}: {one_line(error)}"
         log.say("sample:", *("| " + line for line in text.split("\n")))
@@ -1470,7 +1478,7 @@ def finish(stop: int, model: GPT, progress: "Progress", watch: Watch, hp: Hyperp
 
 # What a resumed run may choose anew, for no number depends on it (dtype is compared by itself).
 MAY_CHANGE = {"val_every", "log_every", "save_every", "keep", "resume", "resume_anyway", "entry",
-              "profile", "sample_tokens", "dtype"}
+              "profile", "sample_tokens", "prompt", "dtype"}
 
 @dataclass
 class Progress:
@@ -1591,6 +1599,19 @@ def resume(saved: dict, model: GPT, optimizer: Optimizer, watch: Watch, hp: Hype
     elif hp.resume:
         log.say(f"no checkpoint in {hp.folder}: the run begins at step 0")
 
+def write_on(hp: Hyperparameters, runtime: Runtime) -> int:
+    """Print what --resume's checkpoint, of any settings, writes after --prompt; the exit code."""
+    found = sorted(hp.folder.glob("*_step*.pt"), key=os.path.getmtime)
+    path = str(found[-1]) if found and hp.resume == "latest" else hp.resume
+    with resuming(path):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        mine = {"prompt": hp.prompt, "sample_tokens": hp.sample_tokens}
+        hp, dtype = Hyperparameters(**saved["hyperparameters"] | mine), saved["activations"]
+        model = build_model(hp, runtime.device, getattr(torch, dtype), flex=False)
+        model.load_state_dict(saved["model"])
+        print(write_sample(model, hp, saved["progress"]["step"], runtime.device))
+    return 0
+
 # --- Command line ---------------------------------------------------------------------------------
 
 def of_track(table: dict, track: str):
@@ -1599,7 +1620,10 @@ def of_track(table: dict, track: str):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print its whole usage before the line that matters
-        raise UserError(f"{message}; python train_gpt.py --help lists every flag")
+        flags = [f"--{f.name}" for f in dataclasses.fields(Hyperparameters)]
+        near = [f" (did you mean {flag}?)" for word in re.findall(r"--[\w-]+", message)
+                if word not in flags for flag in difflib.get_close_matches(word, flags, 1)]
+        raise UserError(f"{message}{''.join(near)}; python train_gpt.py --help lists every flag")
 
 def parse_arguments(argv: list[str] | None = None) -> Hyperparameters:
     """The run that argv (default: sys.argv) asks for. Raises UserError on a bad flag or value."""
@@ -1608,7 +1632,8 @@ def parse_arguments(argv: list[str] | None = None) -> Hyperparameters:
     first.add_argument("--track", choices=tuple(TRACKS), default=default)
     track = first.parse_known_args(argv)[0].track
     parser = _Parser(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-                     description=__doc__, epilog=f"Defaults are those of the track {track}.")
+                     usage="%(prog)s [flags]", description=__doc__,
+                     epilog=f"Defaults are those of the track {track}.")
     for f in dataclasses.fields(Hyperparameters):
         kind = ({"action": "store_true"} if f.type is bool else
                 {"type": f.type, "choices": f.metadata["choices"]})
@@ -1626,6 +1651,7 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
     sizes = [stage.batch * hp.batch_size for stage in hp.stages]
     uneven = [n for n in sizes if n < 1 or n % world_size]
     val_tokens, records = TRACKS[hp.track].val_tokens, (ROOT / "records").resolve()
+    nearest = max(val_tokens // hp.val_length, 1) * hp.val_length  # that many there are
     for wrong, message in (
         (hp.extension_steps >= hp.num_steps, f"--extension_steps {hp.extension_steps}, expected "
          f"less than --num_steps {hp.num_steps}; use --extension_steps {hp.num_steps // 40}"),
@@ -1633,7 +1659,9 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
          f"ranks; use --batch_size {-hp.batch_size // world_size * -world_size} or another NPROC"),
         (hp.sequence_length % 128, f"--sequence_length {hp.sequence_length} is no multiple of 128"),
         (val_tokens % hp.val_length or hp.val_length % 128, f"--val_length {hp.val_length} must "
-         f"divide {val_tokens:,} validation tokens and be a multiple of 128; use a power of two"),
+         f"divide {val_tokens:,} validation tokens and be a multiple of 128; use a power of two "
+         f"(or, in a track of your own, val_tokens {nearest:,})"),
+        (hp.prompt and not hp.resume, "--prompt needs a checkpoint to write from: --resume FILE"),
         (not hp.folder.resolve().is_relative_to(records),
          f"--entry {hp.entry!r} is no folder below records/"),
         (hp.model_dim % (4 * hp.num_heads), f"--model_dim {hp.model_dim} is no multiple of four "
@@ -1651,7 +1679,7 @@ def run(argv: list[str] | None = None) -> int:
     hp = parse_arguments(argv)
     runtime = start_runtime(hp)
     try:
-        code = train(hp, runtime)
+        code = (write_on if hp.prompt else train)(hp, runtime)
     except (RuntimeError, MemoryError) as error:
         lost = "Connection" in str(error) or isinstance(error, dist.DistBackendError)
         if runtime.world_size > 1 and lost:

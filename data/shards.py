@@ -112,16 +112,21 @@ class ShardWriter:
 def verify_shard(path: str | Path, vocab_size: int | None = None) -> ShardInfo:
     """Read a whole shard and count. Raises UserError on a bad header, a wrong size or an id not below vocab_size.
 
-    The end-of-text token is the last of the vocabulary; without vocab_size, of the smallest track's that has the ids.
+    The end-of-text token is the last of the vocabulary. Without vocab_size it is that of the track whose file this is,
+    by its name and folder; or else of the smallest track's that has the ids.
     """
-    tokens = open_shard(path)
+    tokens, place = open_shard(path), Path(path).absolute()
     chunks = [tokens[start:start + 2**24] for start in range(0, len(tokens), 2**24)]  # no copy: views of the file
     max_id = max((int(chunk.max()) for chunk in chunks), default=-1)
-    if vocab_size is not None and max_id >= vocab_size:
+    if vocab_size is None:
+        sizes = sorted(track.vocab_size for track in TRACKS.values())
+        own = [track.vocab_size for track in TRACKS.values()
+               if place.match(track.train_files) or place.match(track.val_files)]
+        vocab_size = [*own, *(size for size in sizes if max_id < size), sizes[-1]][0]
+    if max_id >= vocab_size:
         raise UserError(f"{path} holds token id {max_id}, expected ids below {vocab_size}; it was made with another "
-                        "vocabulary: delete it and make it again")
-    sizes = sorted(track.vocab_size for track in TRACKS.values())
-    end_of_text = (vocab_size or next((size for size in sizes if max_id < size), sizes[-1])) - 1
+                        "vocabulary (name its size with --vocab_size), or delete it and make it again")
+    end_of_text = vocab_size - 1
     return ShardInfo(len(tokens), sum(int(np.count_nonzero(chunk == end_of_text)) for chunk in chunks), max_id)
 
 
@@ -137,7 +142,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data.shards", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", metavar="FILE", help="a .bin shard")
-    parser.add_argument("--vocab_size", type=int, help="ids must lie below it (not checked)")
+    parser.add_argument("--vocab_size", type=int, help="ids must lie below it (the track's of "
+                        "that name, else the largest track's)")
     args = parser.parse_args(argv)
     return run_as_program(verify, args.paths, args.vocab_size)
 

@@ -9,9 +9,13 @@ empty ones are left out and counted. Which go to validation: the next document d
 --val_fraction of the tokens so far. So the share is exact to one document, spread over the corpus and the same in every
 run. A .txt file of more than 65,536 characters counts there as several documents, so that one long book gives both; no
 GPT-2 token would cross the cuts. --processes does not change the result. Memory: two shards and some long documents.
+
+The last lines printed are the track for TRACKS in train_gpt.py, where `--track mine` finds it.
 """
 import argparse
+import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -19,13 +23,24 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from glob import escape
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from data.encoders import ENCODINGS, READERS, InputError, Piece, encode_texts, find_files, load_encoding, start_worker
+from data.encoders import (
+    ENCODINGS,
+    READERS,
+    Encoding,
+    InputError,
+    Piece,
+    encode_texts,
+    find_files,
+    load_encoding,
+    start_worker,
+)
 
 # train_gpt and data.shards are imported inside functions: each worker process imports this module, and torch with it
 # would cost every worker 2 s and 200 MB.
@@ -86,7 +101,10 @@ def encode_batches(batches: Iterable[list[Piece]], encoding: str, processes: int
 
 
 def write_corpus(files: list[Path], directory: Path, args: argparse.Namespace) -> str:
-    """Tokenize files into shards in directory. Returns a line on what was written. Raises InputError, UserError."""
+    """Tokenize files into shards in directory. Returns a line on what was written, and the track to paste.
+
+    Raises InputError, UserError.
+    """
     from data.shards import ShardWriter
 
     encoding, count, total_bytes = load_encoding(args.encoding), Counter(), sum(path.stat().st_size for path in files)
@@ -113,7 +131,33 @@ def write_corpus(files: list[Path], directory: Path, args: argparse.Namespace) -
             raise InputError(f"the input has {count['documents']} documents with text, expected at least 2, or a .txt "
                              "file of more than 65,536 characters: one part trains, one validates; give more text")
     return (f"{train.num_tokens:,} tokens for training in {len(train.paths)} shards, {val.num_tokens:,} for "
-            f"validation, {count['documents']:,} documents ({count['empty']:,} empty, {count['bad']:,} bad left out)")
+            f"validation, {count['documents']:,} documents ({count['empty']:,} empty, {count['bad']:,} bad left out)\n"
+            + track_to_paste(args, encoding, train.num_tokens, val.num_tokens))
+
+
+def track_to_paste(args: argparse.Namespace, encoding: Encoding, train_tokens: int, val_tokens: int) -> str:
+    """The lines for TRACKS in train_gpt.py that make the corpus a track, or what it lacks to be one.
+
+    A track without rows of its own runs with the laptop's preset. So it validates on as many tokens as that, or on as
+    many whole sequences as there are.
+    """
+    from train_gpt import ROOT, TRACKS, parse_arguments
+
+    hp = parse_arguments(["--track", "laptop"])
+    for split, given, least in (("training", train_tokens, hp.batch_size * hp.sequence_length),
+                                ("validation", val_tokens, hp.val_length)):
+        if given <= least:
+            return (f"too little to train on: {given:,} tokens for {split}, expected more than {least:,}; give more "
+                    "text, or another --val_fraction")
+    val_tokens = min(TRACKS["laptop"].val_tokens, (val_tokens - 1) // hp.val_length * hp.val_length)
+    folder = os.path.relpath(args.dir or ROOT / "data" / args.name, ROOT)
+    train_files, val_files = (escape(f"{folder}/{args.name}_{split}_") + "*.bin" for split in ("train", "val"))
+    words = ["python", "-m", "data.text", *map(str, args.paths), "--name", args.name, "--encoding", args.encoding]
+    words[3:-4] = words[3:-4] if len(shlex.join(words)) < 88 else ["..."]  # the script has 100 columns
+    return (f"to train on it, put these lines below `TRACKS = {{` in train_gpt.py, then: ./run.sh --track {args.name}\n"
+            f"    {args.name!r}: Track({train_files!r},\n        {val_files!r},\n"
+            f"        {val_tokens:_}, {encoding.vocab_size:_}, {encoding.end_of_text:_}, True, 0.0,  # the target\n"
+            f"        {shlex.join(words)!r}),")
 
 
 def check(args: argparse.Namespace, directory: Path) -> None:

@@ -203,6 +203,22 @@ def test_without_cut_documents_nothing_is_counted(monkeypatch):
     assert not launch.reads_beyond(train_gpt, hp)
 
 
+@pytest.mark.parametrize("word, near", [("tset", "./run.sh test?"), ("simulat", "./run.sh simulate?"),
+                                        ("my_idea.py", "--help")])
+def test_a_word_that_is_no_command_is_one_line(started, monkeypatch, capsys, word, near):
+    monkeypatch.setattr(launch, "load", lambda script: pytest.fail("loaded it"))
+    with pytest.raises(SystemExit) as ended:
+        started(word, "--num_steps=3")
+    errors = capsys.readouterr().err
+    assert ended.value.code == 2 and errors.count("\n") == 1 and f"'{word}'" in errors and near in errors
+
+
+def test_a_prompt_needs_no_data_and_one_process(started, capsys):
+    run = started("--prompt=The", "--resume", "latest", gpus=8)
+    assert run.code == 0 and run.processes == 1 and run.fetched is None and not capsys.readouterr().out
+    assert run.words == ["--prompt=The", "--resume", "latest"]
+
+
 @pytest.mark.parametrize("words, variables, named", [
     (["--bogus=1"], {}, ["--bogus=1", "--help"]),
     (["--bogus=1"], {"NPROC": "2"}, ["--bogus=1", "--help"]),

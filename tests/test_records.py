@@ -553,11 +553,11 @@ def test_the_frame_is_one_text():
 
 @pytest.mark.parametrize("entry", [*ENTRIES, NGRAM])
 def test_tracks_are_todays(entry):
-    """Data, vocabulary, validation tokens and target, so that results compare."""
+    """Data, vocabulary, validation tokens and target, so that results compare; there may be tracks since."""
     module = load(entry)
     entrys, todays = ({name: {**vars(track), "get_data": ""} for name, track in tracks.items()}  # shards differ
                       for tracks in (module.TRACKS, train_gpt.TRACKS))
-    assert entrys == todays
+    assert entrys and all(todays[name] == track for name, track in entrys.items())
     assert module.device_name(CPU) == train_gpt.device_name(CPU)
 
 

@@ -159,6 +159,38 @@ def assert_same_state(path, wanted):
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_prompt_is_continued_from_a_checkpoint(home, monkeypatch, capsys):
+    """Without data, log and training; with the checkpoint's settings, and what its step's stage says: while head and
+    embedding are tied, the embedding's own matrix holds nothing."""
+    assert home("--save_every=2", "--keep=9", "--seed=5")[0] == 0
+    shutil.rmtree(home.folder.parents[1] / "data")
+    before, seen, forward = sorted(home.folder.iterdir()), [], train_gpt.GPT.forward
+    monkeypatch.setattr(train_gpt.GPT, "forward", lambda model, *args: seen.append(
+        (args[-1].step, args[-1].tied, model.hp.seed)) or forward(model, *args))
+
+    def text(*flags):
+        assert train_gpt.main(["--track=laptop", "--prompt=äb", *flags]) == 0
+        return capsys.readouterr().out
+
+    for step, tied in ((2, True), (14, False)):
+        path = home.checkpoint(step)
+        seen.clear()
+        written = text("--sample_tokens=30", f"--resume={path}")
+        assert seen == [(step, tied, 5)] * 30 and written.startswith("äb") and len(written) > 4
+        os.utime(path)  # the newest
+        assert text("--sample_tokens=30", "--resume=latest") == written
+        assert text("--sample_tokens=0", f"--resume={path}") == "äb\n"
+    assert sorted(home.folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume=nowhere.pt"], ["--resume=latest"]])
+def test_a_prompt_without_a_checkpoint_is_one_line(home, capsys, flags):
+    assert train_gpt.main(["--track=laptop", "--prompt=x", *flags]) == 2
+    out, errors = capsys.readouterr()
+    assert not out and errors.startswith("error: ") and errors.count("\n") == 1 and "--resume" in errors + str(flags)
+    assert not home.folder.exists()
+
+
 def test_a_run_of_all_stages_resumes_exactly(home):
     """In the middle of a stage, at the step of the untying and after it; and where a save is due at an odd step, at
     which Adam holds the gradients of one step, it is made at the next one."""

@@ -307,6 +307,17 @@ def test_run_sh_says_mistakes_in_one_line_before_it_fetches_data(tmp_path, varia
     assert_one_line(done, *named)
 
 
+@pytest.mark.parametrize("command", ["train_gpt.py --help", "-m data.text x.txt --name x", "-m data.laptop",
+                                     "-m data.shards x.bin", "records/compare.py plot {log} -o x.svg"])
+def test_a_python_without_the_packages_is_one_line(tmp_path, command):
+    """-S: Python without what is installed."""
+    log = tmp_path / "log.txt"
+    log.write_text("step:0/1 val_loss:2.0 train_time:0ms step_avg:0ms\nstep:1/1 val_loss:1.0 train_time:1ms step_avg:1ms\n")
+    done = subprocess.run([sys.executable, "-S", *command.format(log=log).split()], cwd=REPOSITORY, capture_output=True,
+                          text=True)
+    assert_one_line(done, "source .venv/bin/activate")
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(
     "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
 def test_out_of_memory_names_the_flags_to_lower(monkeypatch, capsys, error):
@@ -386,9 +397,10 @@ def test_full_disk_leaves_no_half_checkpoint(tmp_path, monkeypatch, capsys):
 
 
 def test_import_has_no_effects():
-    """At the top level stand definitions and constants only, but for the last statement."""
+    """At the top level stand definitions and constants only, but for the last statement. What a try holds are imports:
+    where a package is missing and it is no program, it raises what they raise."""
     tree = ast.parse((REPOSITORY / "train_gpt.py").read_text())
-    *body, last = tree.body
+    *body, last = [inner for node in tree.body for inner in (node.body if isinstance(node, ast.Try) else [node])]
     assert all(isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign))
                or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) for node in body)
     assert isinstance(last, ast.If)

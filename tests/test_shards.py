@@ -116,13 +116,27 @@ def corrupt(path, kind):
     path.write_bytes({"header": raw[:1000], "empty": b"", "odd": raw + b"x", "short": raw[:-2]}.get(kind, raw))
 
 
+@pytest.mark.parametrize("name, largest", [("data/laptop/laptop_val_000000.bin", 256), ("laptop_val_000000.bin", 50256),
+                                           ("data/fineweb10B/fineweb_train_000003.bin", 50256), ("a.bin", 50256)])
+def test_ids_are_those_of_the_tracks(tmp_path, monkeypatch, name, largest):
+    """Of the file's track, also by a relative name; of a file of no track, of the largest vocabulary."""
+    monkeypatch.chdir(tmp_path)
+    write_shard(name, np.array([largest, 3, largest]))
+    assert verify_shard(name) == verify_shard(tmp_path / name) == (3, 2, largest)
+    for above in (largest + 1, 65535):
+        write_shard(name, np.array([1, above]))
+        with pytest.raises(UserError, match=f"{above}.* {largest + 1}"):
+            verify_shard(name)
+        assert verify_shard(name, 65536).max_id == above
+
+
 @pytest.mark.parametrize("kind", ["magic", "version", "count", "negative", "header", "empty", "odd", "short"])
 def test_verify_refuses_a_damaged_shard(tmp_path, kind):
     write_shard(tmp_path / "a.bin", TOKENS)
-    verify_shard(tmp_path / "a.bin")
+    verify_shard(tmp_path / "a.bin", 65536)
     corrupt(tmp_path / "a.bin", kind)
     with pytest.raises(UserError):
-        verify_shard(tmp_path / "a.bin")
+        verify_shard(tmp_path / "a.bin", 65536)
 
 
 def test_command(tmp_path, capfd):

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import VAL_TOKENS, with_val_tokens
 
+import train_gpt
 from data import encoders, text
 from data.encoders import InputError, cut_blocks, encode_texts
 from train_gpt import open_shard
@@ -112,6 +114,64 @@ def test_every_document_once_in_order_with_the_share_asked_for(tmp_path):
     names = sorted(path.name for path in (tmp_path / "out" / "mine").iterdir())
     assert names == [f"mine_train_{number:06d}.bin" for number in range(1, shards + 1)] + ["mine_val_000000.bin"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def track_of(printed):
+    """The track whose lines end what the command printed, as (name, Track)."""
+    lines = printed.splitlines()
+    begin = max(i for i, line in enumerate(lines) if ": Track(" in line)
+    ((name, track),) = eval("{" + "\n".join(lines[begin:]) + "\n}", {"Track": train_gpt.Track}).items()
+    return name, track
+
+
+@pytest.mark.parametrize("encoding, place", [("bytes", "data"), ("gpt2", "data"), ("bytes", "beside it's [1]/data")])
+def test_the_track_to_paste_is_the_corpus(request, tmp_path, monkeypatch, capsys, encoding, place):
+    """Its files, vocabulary and validation tokens: there are so many, and the preset that it takes divides them."""
+    request.getfixturevalue("gpt2") if encoding == "gpt2" else None
+    monkeypatch.setattr(train_gpt, "ROOT", tmp_path / "repository")
+    train_gpt.ROOT.mkdir()
+    directory = tmp_path / "repository" / place / "mine" if place == "data" else tmp_path / place / "mine"
+    source = write_jsonl(tmp_path / "a.jsonl", sample(3, 60))
+    assert run(tmp_path, source, "--encoding", encoding, "--dir", directory, "--val_fraction", 0.2) == 0
+    name, track = track_of(capsys.readouterr().out)
+    loaded = encoders.load_encoding(encoding)
+    assert (name, track.vocab_size, track.eot_token) == ("mine", loaded.vocab_size, loaded.end_of_text)
+    preset = train_gpt.of_track(train_gpt.PRESETS, name)
+    assert track.val_tokens > 0 and track.val_tokens % preset["val_length"] == 0
+    train, val = (train_gpt.TokenStream(files, track, track.val_tokens + 1)
+                  for files in (track.train_files, track.val_files))
+    assert len(val) <= track.val_tokens + preset["val_length"]
+    assert track.get_data.startswith("python -m data.text ") and f"--encoding {encoding}" in track.get_data
+    assert [path.parent.resolve() for stream in (train, val) for path in stream.paths] == [directory] * 2
+
+
+def test_with_more_text_as_many_are_validated_as_on_the_laptop_track(tmp_path, capsys):
+    assert run(tmp_path, write_jsonl(tmp_path / "a.jsonl", sample(4, 900)), "--val_fraction", 0.5) == 0
+    assert track_of(capsys.readouterr().out)[1].val_tokens == train_gpt.TRACKS["laptop"].val_tokens
+
+
+def test_too_little_text_for_a_track_is_said_instead(tmp_path, capsys):
+    assert run(tmp_path, write_jsonl(tmp_path / "a.jsonl", sample(5, 20))) == 0
+    printed = capsys.readouterr().out
+    assert "Track(" not in printed and "--val_fraction" in printed
+
+
+def test_from_a_text_to_a_sample(sandbox, monkeypatch, capsys):
+    """As data/README.md shows it: shards, the track pasted, a run, a checkpoint, a prompt. The other track is as before."""
+    monkeypatch.setattr(train_gpt, "ROOT", sandbox.path)
+    (sandbox.path / "book.txt").write_text("\n".join(sample(6, 150)))
+    assert text.main([str(sandbox.path / "book.txt"), *"--name mine --encoding bytes --processes 1".split()]) == 0
+    script, printed = sandbox.path / "train_gpt.py", capsys.readouterr().out
+    pasted = printed[printed.index("    'mine': Track("):]
+    script.write_text(script.read_text().replace("TRACKS = {\n", "TRACKS = {\n" + pasted))
+    assert with_val_tokens((REPOSITORY / "train_gpt.py").read_text().replace("TRACKS = {\n", "TRACKS = {\n" + pasted),
+                           VAL_TOKENS) == script.read_text()
+    done = sandbox("--track=mine", "--num_steps=3", "--save_every=3")
+    assert done.returncode == 0 and "track mine" in done.stdout, done.stderr
+    done = sandbox("--prompt=The ", "--resume=latest", "--sample_tokens=20", tiny=[])
+    assert done.returncode == 0 and done.stdout.startswith("The ") and not done.stderr
+    assert len(list((sandbox.path / "records/scratch").glob("*.txt"))) == 1
+    assert sandbox().returncode == 0
 
 
 def test_any_number_of_processes_gives_the_same_files(tmp_path):

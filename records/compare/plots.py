@@ -34,9 +34,12 @@ def plot(args) -> int:
     """Validation loss against steps, tokens where known, and training time."""
     if Path(args.out).suffix not in (".svg", ".png", ".pdf"):
         raise UserError(f"-o is {args.out}, expected a name that ends in .svg, .png or .pdf")
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error}; source .venv/bin/activate (./run.sh sets it up), then again") from None
     groups = group_runs(find_runs(args.paths)[0])
     groups = sorted((g for g in groups if g.runs) if any(g.runs for g in groups) else groups, key=lambda g: g.entry)
     tokens_known = all(group.any.step_tokens for group in groups)
