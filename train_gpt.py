@@ -9,10 +9,9 @@
 `./run.sh` does the same and first sets up Python and data. A track fixes data, vocabulary, target;
 all else is yours. A run's log, records/scratch/<run_id>.txt: this source, environment, losses.
 
-The recipe is that of the public record of 2026-03-06 (published: 1,490 steps, 87.2 s on 8 H100s,
-with FP8 and kernels by hand) in plain PyTorch. An idea names its source: a record, by its date, or
-an arXiv id. records/2026-11-25_Stages has what was taken and what not, and its figures on a CPU; no
-GPU has measured it yet.
+The recipe is that of the public record of 2026-03-06 (published: 1,490 steps, 87.2 s on 8 H100s)
+in plain PyTorch. An idea names its source: a record, by its date, or an arXiv id. What was taken
+and measured, on CPUs, not yet on a GPU: records/2026-11-25_Stages.
 
 Shapes in comments: S sequences of T tokens, N = S T tokens at once, D model width, H heads of width
 d, V vocabulary, K targets of a token, W ranks.
