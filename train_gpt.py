@@ -9,10 +9,9 @@
 `./run.sh` does the same and first sets up Python and data. A track fixes data, vocabulary, target;
 all else is yours. A run's log, records/scratch/<run_id>.txt: this source, environment, losses.
 
-The recipe is that of the public record of 2026-03-06 (published: 1,490 steps, 87.2 s on 8 H100s,
-with FP8 and kernels by hand) in plain PyTorch. An idea names its source: a record, by its date, or
-an arXiv id. records/2026-11-25_Stages has what was taken and what not, and its figures on a CPU; no
-GPU has measured it yet.
+The recipe is that of the public record of 2026-03-06 (published: 1,490 steps, 87.2 s on 8 H100s)
+in plain PyTorch. An idea names its source: a record, by its date, or an arXiv id. What was taken
+and measured, on CPUs, not yet on a GPU: records/2026-11-25_Stages.
 
 Shapes in comments: S sequences of T tokens, N = S T tokens at once, D model width, H heads of width
 d, V vocabulary, K targets of a token, W ranks.
@@ -132,10 +131,6 @@ STAGES = {
         Stage(math.inf, 3,     1664,   2048,     1.73, (1,),           (1,),            False)),
     "laptop": (
         Stage(1.0,      1,     256,    0,        1.0,  (1,),           (1,),            False),)}
-
-def of_track(table: dict, track: str):
-    """A table's entry for a track; one that has none takes the laptop's."""
-    return table.get(track, table["laptop"])
 
 def knob(default, help: str, choices: tuple | None = None, least: float = 0, most: float = 10**12):
     """A field of Hyperparameters: default, help text with the unit, permitted values."""
@@ -290,11 +285,10 @@ def _stage_tensors(index: int, final: bool, hp: Hyperparameters, device: torch.d
     """Windows by kind of attention (0-dim), frequencies, score factor, target weights."""
     stage, (frequency, scale) = hp.stages[index], rotary_at(index, hp)
     short, window = short_window(stage.window), hp.final_window if final else stage.window
-    windows = {"long": window, "short": short, "paired": short}
     tensor = functools.partial(torch.tensor, device=device)
-    return ({kind: tensor(tokens) for kind, tokens in windows.items()}, frequency.to(device),
-            tensor(scale), tensor(stage.targets, dtype=torch.float32),
-            tensor(stage.targets_end, dtype=torch.float32))
+    weights = [tensor(each, dtype=torch.float32) for each in (stage.targets, stage.targets_end)]
+    windows = {"long": tensor(window), "short": tensor(short), "paired": tensor(short)}
+    return windows, frequency.to(device), tensor(scale), *weights
 
 # --- Attention: one definition of what is visible, two kernels ------------------------------------
 
@@ -370,7 +364,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, max_window: int) -> T
 GATE_DIMS = 12  # gates read the first so many dimensions of what they look at (record 2025-08-23)
 
 def norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension without a learned scale; its eps is that of x's precision."""
+    """RMSNorm over the last dimension without a learned scale; its eps is float32's epsilon."""
     return F.rms_norm(x, (x.size(-1),))
 
 class Linear(nn.Module):
@@ -831,7 +825,7 @@ def first_documents(stream: "TokenStream", hp: Hyperparameters) -> np.ndarray:
 class BatchLoader:
     """This rank's micro-batches of each step; a thread reads ahead. Rank r takes a step's sequences
     that are r modulo W: neither W nor a resume changes what a step reads."""
-    def __init__(self, stream: "TokenStream", hp: Hyperparameters, runtime: "Runtime", step: int = 0):
+    def __init__(self, stream: "TokenStream", hp: Hyperparameters, runtime: "Runtime", step=0):
         self.stream, self.hp, self.runtime, self.step = stream, hp, runtime, step
         self.num_sequences = (len(stream) - 1) // hp.sequence_length
         self.order = np.arange(self.num_sequences)
@@ -912,14 +906,8 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
         log.say(f"track {hp.track}, {sum(p.numel() for p in model.parameters()):,} parameters, "
                 f"{record['activations']}, {runtime.world_size} x {record['device']}, "
                 f"log {log.path}")
-        log.begin("compiling, about a minute the first time" if compiled else "warming up")
-        started = time.perf_counter()
-        if compiled:
-            compile_parts(model, optimizer, runtime.device)
-        warm_up(model, optimizer, train_stream, hp, runtime)
-        log.say(f"{'compiled' if compiled else 'warmed up'} in {time.perf_counter() - started:.1f} "
-                "s (not training time)")
-        resume(saved, model, optimizer, watch, hp, log)
+        get_ready(model, optimizer, train_stream, hp, runtime, log, compiled)
+        saved = resume(saved, model, optimizer, watch, hp, log)  # None: its memory is free
 
         loader, first_step = BatchLoader(train_stream, hp, runtime, progress.step), progress.step
         started = runtime.seconds()  # progress.train_time_ms is the time until then
@@ -1056,8 +1044,8 @@ def group_of(name: str, groups: list[Group]) -> Group:
     if len(claims) != 1:
         found = " and ".join(group.name for group in claims) or "none"
         mine = re.sub(r"\d+", r"\\d+", re.escape(name))  # of all layers
-        raise UserError(f"the optimizer group of the parameter {name} is {found}; mend the patterns "
-                        f'in optimizer_groups, or add a line: Group("mine", r"{mine}", "adam", '
+        raise UserError(f"the optimizer group of the parameter {name} is {found}; mend the patterns"
+                        f' in optimizer_groups, or add a line: Group("mine", r"{mine}", "adam", '
                         "hp.scalar_lr, slow, 0.0, fp32)")
     if claims[0].rule not in RULES:
         raise UserError(f"the optimizer group {claims[0].name} has the rule {claims[0].rule}, "
@@ -1329,6 +1317,17 @@ def warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperpara
     torch.set_rng_state(random_state)
     if runtime.cuda:  # the copies above are no part of what training needs
         torch.cuda.reset_peak_memory_stats()
+
+def get_ready(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperparameters,
+              runtime: Runtime, log: "Log", compiled: bool) -> None:
+    """Compile, if that is wanted, and warm up."""
+    log.begin("compiling, minutes the first time" if compiled else "warming up")
+    started = time.perf_counter()
+    if compiled:
+        compile_parts(model, optimizer, runtime.device)
+    warm_up(model, optimizer, stream, hp, runtime)
+    log.say(f"{'compiled' if compiled else 'warmed up'} in {time.perf_counter() - started:.1f} s "
+            "(not training time)")
 
 # --- Log ------------------------------------------------------------------------------------------
 
@@ -1614,6 +1613,10 @@ def write_on(hp: Hyperparameters, runtime: Runtime) -> int:
 
 # --- Command line ---------------------------------------------------------------------------------
 
+def of_track(table: dict, track: str):
+    """A table's entry for a track; one that has none takes the laptop's."""
+    return table.get(track, table["laptop"])
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print its whole usage before the line that matters
         flags = [f"--{f.name}" for f in dataclasses.fields(Hyperparameters)]
@@ -1662,6 +1665,8 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
          f"--entry {hp.entry!r} is no folder below records/"),
         (hp.model_dim % (4 * hp.num_heads), f"--model_dim {hp.model_dim} is no multiple of four "
          f"times --num_heads {hp.num_heads}: a quarter of a head's width turns with another one"),
+        (hp.num_heads % 2 and any(layer.attention == "paired" for layer in hp.layers),
+         f"--num_heads {hp.num_heads}: layers with paired heads need an even number"),
     ):
         if wrong:
             raise UserError(message)

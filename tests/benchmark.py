@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 from train_gpt import TRACKS, TokenStream  # noqa: E402
 
-SPEEDRUN = "--num_steps=48 --cooldown_steps=34 --momentum_warmup_steps=20 --compile=on".split()
+SPEEDRUN = "--num_steps=48 --cooldown=0.7 --momentum_warmup_steps=20 --compile=on".split()
 LAYERS, HEADS, WIDTH, CONTEXT, BATCH, STEPS = 4, 4, 128, 64, 12, 2000
 
 
@@ -76,8 +76,8 @@ def learning_rate(step):
 def baseline_run(seed):
     """{"seconds", "val_loss", "total_seconds"} of one run of A."""
     began, track = time.perf_counter(), TRACKS["laptop"]
-    train = torch.from_numpy(TokenStream(track.train_files, track.vocab_size, 1, track.get_data).read(0, 40_000_000))
-    val = torch.from_numpy(TokenStream(track.val_files, track.vocab_size, 1, "").read(0, track.val_tokens + 1))
+    train = torch.from_numpy(TokenStream(track.train_files, track, 1).read(0, 40_000_000))
+    val = torch.from_numpy(TokenStream(track.val_files, track, 1).read(0, track.val_tokens + 1))
     torch.manual_seed(seed)
     model = Baseline(track.vocab_size)
     decayed = [p for p in model.parameters() if p.ndim == 2]

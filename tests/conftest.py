@@ -106,7 +106,7 @@ def recipe_sandbox(tmp_path):
 
 @pytest.fixture
 def hp():
-    """Hyperparameters of the laptop track's 3 layers with a width of 32."""
+    """Hyperparameters of the laptop track's layers with a width of 32."""
     return train_gpt.parse_arguments(["--track=laptop", *TINY])
 
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SEARCHES
-from test_records import ADAMW, CPU, ENTRIES, ENTRY_TINY, MODERN, RECORDS, SMALL, VALUE, build, load, loss_of, small
+from conftest import ENTRY_TINY, SEARCHES
+from test_records import ADAMW, CPU, ENTRIES, MODERN, RECORDS, SMALL, VALUE, build, load, loss_of, small
 
 from records import compare
 

@@ -17,7 +17,7 @@ import train_gpt
 from data.shards import write_shard
 from records import compare
 
-RUN = ["--track=laptop", *TINY, "--num_steps=1", "--cooldown_steps=0", "--val_every=0", "--log_every=0"]
+RUN = ["--track=laptop", *TINY, "--num_steps=1", "--val_length=512", "--val_every=0", "--log_every=0"]
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_checkpoints(home, capsys):
 
 
 def test_hyperparameters(home, capsys):
-    number = 0
+    number = worked = 0
     endless = {"num_steps": ("1000000000000000000000",), "sample_tokens": ("1000000000000000000000",)}
     for f in dataclasses.fields(train_gpt.Hyperparameters):
         values = ["", "abc", "-1", "1e400", "0x10", "１２", "None", "nan", "inf", "-0", "0", "3", "1.5",
@@ -179,10 +179,38 @@ def test_hyperparameters(home, capsys):
         if f.name in endless:
             values = [value for value in values if value not in ("3", "99999999999999999999")] + list(endless[f.name])
         for value in values:
-            assert_right_or_one_line(f"--{f.name}={value!r}", train_gpt.main, [*RUN, f"--{f.name}={value}"])
+            code = assert_right_or_one_line(f"--{f.name}={value!r}", train_gpt.main, [*RUN, f"--{f.name}={value}"])
+            worked += code == 0
             shutil.rmtree(home / "records", ignore_errors=True)
             number += 1
+    assert number / 10 < worked < number / 2  # so it was the value that mattered
     say(capsys, number, "flags")
+
+
+def test_shards_of_cut_documents(home, recipe, capsys):
+    """The loader of a run of all stages: what it reads begins with an end-of-text token, or one line."""
+    path, number = home / "data/laptop/laptop_train_000001.bin", 0
+    right, alone = path.read_bytes(), train_gpt.Runtime(0, 1, torch.device("cpu"))
+    count = (len(right) - 1024) // 2
+
+    def read():
+        track = train_gpt.TRACKS["laptop"]
+        loader = train_gpt.BatchLoader(train_gpt.TokenStream(track.train_files, track, 1), recipe, alone)
+        for _ in range(recipe.num_steps):
+            assert all((tokens[:, 0] == track.eot_token).all() for tokens, _ in loader.next())
+
+    cases = {**shard_mutations(len(right)), "no document": lambda data: data[:1024] + b"\1\0" * count,
+             "right: nothing but beginnings": lambda data: data[:1024] + b"\0\1" * count,
+             "right: one document": lambda data: data[:1024] + b"\0\1" + b"\1\0" * (count - 1),
+             "right: one begins at the end": lambda data: data[:1024] + b"\1\0" * (count - 1) + b"\0\1"}
+    (home / "data/laptop/laptop_train_000002.bin").unlink()
+    for case, change in cases.items():
+        path.write_bytes(change(right))
+        code = assert_right_or_one_line(case, train_gpt.run_as_program, read)
+        zeros = case in ("no document", "right: zeros", "field 2 is 0")
+        assert code == (2 if zeros else 0) or not case.startswith(("right", "no")), case
+        number += 1
+    say(capsys, number, "shards")
 
 
 def test_logs(home, capsys):

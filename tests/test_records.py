@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPOSITORY, TINY, metric_lines
+from conftest import ENTRY_TINY, REPOSITORY, metric_lines
 from torch.optim.optimizer import Optimizer
 
 import train_gpt
@@ -18,6 +18,7 @@ import train_gpt
 RECORDS = REPOSITORY / "records"
 ENTRIES = ["2024-06-06_AdamW", "2024-10-14_ModernArch", "2024-11-03_UntieEmbed", "2024-12-04_ValueEmbed"]
 ADAMW, MODERN, UNTIE, VALUE = ENTRIES
+NGRAM = "2026-11-22_NGramEmbed"  # another frame: today's script goes on from it
 CPU = torch.device("cpu")
 SMALL = ["--track=laptop", "--num_layers=4", "--num_heads=2", "--model_dim=32", "--batch_size=2", "--micro_batch=2",
          "--sequence_length=128", "--device=cpu", "--dtype=float32"]
@@ -410,10 +411,6 @@ def test_untie_embed_leaves_cuda_no_attention_kernel_but_cudnns():
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
 
-ENTRY_TINY = [flag for flag in TINY if not flag.startswith(("--sample_tokens", "--window", "--ngram", "--muon"))]
-ENTRY_TINY += ["--num_steps=14"]
-
-
 @pytest.mark.parametrize("entry", [ADAMW, UNTIE, VALUE])  # ModernArch's ranks do what AdamW's do
 def test_runs_alike_on_two_ranks_and_in_parts(sandbox, entry):
     """One rank, two ranks, and one rank with one sequence at a time print the same losses; the log is whole."""
@@ -448,6 +445,20 @@ def test_runs_in_bfloat16_and_saves(sandbox, entry):
     (path,) = (sandbox.path / "records/scratch").glob("*_step000012.pt")
     state = torch.load(path, weights_only=True)
     assert state["step"] == 12 and "embed.weight" in state["model"] and "bfloat16" in done.stdout
+
+
+def test_ngram_embed_runs_and_resumes_exactly(sandbox):
+    """The entry before today's, as it was recorded."""
+    script = f"records/{NGRAM}/train_gpt.py"
+    flags = [*ENTRY_TINY, "--window_end=128", "--ngrams=3", "--ngram_rows=1021", "--sample_tokens=0", "--save_every=5"]
+    whole = sandbox(script=script, tiny=flags)
+    assert whole.returncode == 0, whole.stderr
+    losses = [float(line.split("loss:")[1]) for line in metric_lines(whole.stdout)]
+    assert len(losses) == 14 + 6 and losses[0] == pytest.approx(math.log(384), abs=1e-4) and losses[-1] < 4.5
+    (middle,) = (sandbox.path / "records/scratch").glob("*_step000005.pt")
+    rest = sandbox(f"--resume={middle}", script=script, tiny=flags)
+    after = metric_lines(rest.stdout)
+    assert rest.returncode == 0 and len(after) >= 9 and after == metric_lines(whole.stdout)[-len(after):]
 
 
 @pytest.mark.parametrize("flags, named", [(["--model_dim=33"], "--model_dim"), (["--moun=1"], "--moun"),
@@ -540,7 +551,7 @@ def test_the_frame_is_one_text():
         assert all(text[name] == texts[0][name] for text in texts), name
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("entry", [*ENTRIES, NGRAM])
 def test_tracks_are_todays(entry):
     """Data, vocabulary, validation tokens and target, so that results compare; there may be tracks since."""
     module = load(entry)
@@ -550,20 +561,26 @@ def test_tracks_are_todays(entry):
     assert module.device_name(CPU) == train_gpt.device_name(CPU)
 
 
-def test_value_embed_has_todays_schedules_and_attention():
-    """So the tests of today's, against formulas and against brute force, hold for both."""
-    module, hp = load(VALUE), train_gpt.Hyperparameters(warmup_steps=20)
-    theirs = module.parse_arguments(["--track=fineweb", "--warmup_steps=20"])
-    assert all(module.lr_scale(step, theirs) == train_gpt.lr_scale(step, hp) for step in range(1530))
-    assert all(module.muon_momentum(step, theirs) == train_gpt.muon_momentum(step, hp) for step in range(1530))
+@pytest.mark.parametrize("entry", [VALUE, NGRAM])
+def test_todays_schedules_and_attention_are_theirs(entry):
+    """So the tests of today's, against formulas and against brute force, hold for both: today's with one stage's rate,
+    no floor, no extension."""
+    module = load(entry)
+    theirs = module.parse_arguments(["--track=fineweb"])
+    hp = train_gpt.Hyperparameters(
+        track="laptop", num_steps=theirs.num_steps, extension_steps=0, lr_floor=0.0, momentum_cooldown_steps=0,
+        cooldown=theirs.cooldown_steps / theirs.num_steps, momentum_warmup_steps=theirs.momentum_warmup_steps)
+    for step in range(theirs.num_steps + 1):
+        assert module.lr_scale(step, theirs) == pytest.approx(train_gpt.lr_scale(step, hp), abs=1e-12)
+        assert module.muon_momentum(step, theirs) == pytest.approx(train_gpt.muon_momentum(step, hp), abs=1e-12)
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 200, 8, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(200, 2, 16, requires_grad=True) for _ in range(3))
     first_key = torch.arange(200).sub(37).clamp(min=0)
-    results = []
-    for attention in (module.attention, train_gpt.attention):
-        y = attention(q, k, v, first_key, 64)
-        results.append([y, *torch.autograd.grad(y.square().sum(), (q, k, v))])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    ours = train_gpt.attention(q / math.sqrt(16), k, v, first_key, 64)  # today's factor is the caller's
+    before = module.attention(*(t.transpose(0, 1)[None] for t in (q, k, v)), first_key, 64)[0].transpose(0, 1)
+    results = [[y, *torch.autograd.grad(y.square().sum(), (q, k, v))] for y in (ours, before)]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("window", [64, 200])

@@ -118,7 +118,7 @@ def test_another_number_of_ranks(request, tables, flags, saved, before, after):
     assert done.returncode == 0 and f"at step {saved}" in done.stdout, done.stderr
     wanted, found = ({line.split(" ")[0]: float(line.split("loss:")[1]) for line in metric_lines(run.stdout)}
                      for run in (whole, done))
-    assert len(found) > 3 and all(found[step] == pytest.approx(wanted[step], abs=5e-3) for step in found)
+    assert len(found) >= 3 and all(found[step] == pytest.approx(wanted[step], abs=5e-3) for step in found)
 
 
 class Home:
@@ -196,30 +196,30 @@ def test_a_run_of_all_stages_resumes_exactly(home):
     which Adam holds the gradients of one step, it is made at the next one."""
     code, lines = home("--save_every=5", "--keep=9")  # due at 5, 10; made at 6 and 10
     assert code == 0 and [path.stem[-2:] for path in sorted(home.folder.glob("*.pt"))] == ["06", "10"]
+    for path in home.folder.glob("*.pt"):
+        path.unlink()
     code, again = home("--save_every=2", "--keep=9")
-    assert code == 0 and again == lines
-    newer = sorted(path for path in home.folder.glob("*.pt") if path.stem[-2:] not in ("06", "10"))
-    assert [path.stem[-2:] for path in newer] == ["02", "04", "08", "12", "14"]
-    last = newer[-1].rename(home.folder / "whole.kept")
-    untied = torch.load(newer[2], weights_only=True)["model"]
+    assert code == 0 and again == lines and len(list(home.folder.glob("*.pt"))) == 7
+    last = home.checkpoint(14).rename(home.folder / "whole.kept")
+    untied = torch.load(home.checkpoint(8), weights_only=True)["model"]
     assert torch.equal(untied["embed.weight"], untied["head.linear.weight"][0])
-    for step in (2, 8, 12):
-        code, after = home("--save_every=14", f"--resume={home.checkpoint(step)}")
+    for step in (6, 8, 10):
+        code, after = home("--save_every=14", "--keep=9", f"--resume={home.checkpoint(step)}")
         assert code == 0 and after == lines[-len(after):]
-        assert [line.split()[0] for line in after if "train_loss" in line] == [f"step:{i}/14" for i in range(step + 1, 15)]
+        steps = [line.split()[0] for line in after if "train_loss" in line]
+        assert steps == [f"step:{i}/14" for i in range(step + 1, 15)]
         assert_same_state(home.checkpoint(14), last)
         home.checkpoint(14).unlink()
 
 
-@pytest.mark.parametrize("step", [6, 7])
-def test_a_signal_ends_a_run_where_adam_holds_no_gradient(home, monkeypatch, step):
-    """Given during step 6 or 7, step 7's is done when the run ends, and it resumes exactly: at the untying."""
+def test_a_signal_ends_a_run_where_adam_holds_no_gradient(home, monkeypatch):
+    """It comes in step 6; the run ends before step 8, not 7, and resumes exactly: at the untying."""
     code, lines = home("--save_every=14")
     last = home.checkpoint(14).rename(home.folder / "whole.kept")
     training_step = train_gpt.training_step
 
     def interrupted(model, optimizer, batch, schedule):
-        if schedule.step == step and optimizer.num_updates == step:  # not in the warm-up
+        if schedule.step == optimizer.num_updates == 6:  # not in the warm-up
             signal.raise_signal(signal.SIGTERM)
         return training_step(model, optimizer, batch, schedule)
     monkeypatch.setattr(train_gpt, "training_step", interrupted)

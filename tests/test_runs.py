@@ -23,8 +23,8 @@ from train_gpt import SEPARATOR, Optimizer, Runtime, TokenStream, warm_up
 CPU = torch.device("cpu")
 CPU_ALONE = Runtime(0, 1, CPU)
 GOLDEN = Path(__file__).with_name("golden_losses.txt")  # a run's name, step, val_loss
-RENEW = ("the losses are not those of tests/golden_losses.txt; if the change was meant, renew them, and say in the commit "
-         "why: RENEW_GOLDEN=1 ./run.sh test tests/test_runs.py -k golden")
+RENEW = ("the losses are not those of tests/golden_losses.txt; if the change was meant, renew them, and say why in the "
+         "commit: RENEW_GOLDEN=1 ./run.sh test tests/test_runs.py -k golden")
 
 
 def log_of(sandbox, folder="records/scratch"):
@@ -332,7 +332,7 @@ def test_out_of_memory_names_the_flags_to_lower(monkeypatch, capsys, error):
 @pytest.mark.parametrize("memory, flags, advice", [
     (80e9, "off", ["--micro_batch", "1"]), (24e9, "on", ["--micro_batch", "1"]),
     (40e9, "off", "--micro_batch 1 --sequence_length 8192 --batch_size 16 --val_length 16384".split())])
-def test_out_of_memory_on_a_gpu_names_sizes_that_fit(monkeypatch, capsys, memory, flags, advice):
+def test_out_of_memory_on_a_gpu_names_a_length_that_fits(monkeypatch, capsys, memory, flags, advice):
     """Of 16,384 tokens a sequence takes 41 GB uncompiled, 8 GB compiled, beside 6 GB (./run.sh simulate)."""
     def fail(hp, runtime):
         raise torch.OutOfMemoryError("CUDA out of memory")
