@@ -152,7 +152,7 @@ class Hyperparameters:
     # model
     num_heads: int = knob(6, "attention heads", least=1)
     model_dim: int = knob(768, "width of the residual stream", least=1, most=2**16)
-    ngrams: int = knob(2, "longest n: every layer adds embeddings of the 2- to n-grams", most=6)
+    ngrams: int = knob(2, "longest n: layers add embeddings of the 2- to n-grams", None, 2, 6)
     ngram_rows: int = knob(251_520, "rows of each n's table of n-grams", least=2, most=2**31)
     attention_scale: float = knob(0.1, "factor of the attention's scores at the first window")
     final_window: int = knob(2560, "tokens a query sees in a long layer in the last validation")

@@ -3,7 +3,7 @@
 #
 #   bash tests/gpu.sh CORPUS            CORPUS: a folder with GPT-2 tokens, *_train_*.bin and *_val_*.bin
 #   bash tests/gpu.sh CORPUS entries    the four historical entries at full size: ms a micro-batch, memory, loss
-#   bash tests/gpu.sh CORPUS ab         ValueEmbed and train_gpt.py in turn, 65,536 tokens a step: loss at equal tokens
+#   bash tests/gpu.sh CORPUS ab         ValueEmbed and train_gpt.py in turn, 20 M tokens each: loss at equal tokens
 #   SIMULATE=1 bash tests/gpu.sh ...    the same runs on the simulated GPU (./run.sh simulate): do they run at all?
 #
 # Results come to $OUT (default: gpu_logs/): summary.txt, and logs.tar.gz with all else. It takes the Python it finds
@@ -70,12 +70,12 @@ checks)
     else
         timeout 120 "$python" -m pytest -q tests/test_cuda.py || failed=1
     fi
-    # 100 steps of one micro-batch of 65,536 tokens, the published model: ms a micro-batch, MFU, peak memory, kernels
-    flags="--track fineweb --batch_size 1 --cooldown_steps 5 --val_every 0 --log_every 5 --sample_tokens 0"
+    # 100 steps of what one of 8 GPUs does: 16,384, 32,768 and 49,152 tokens a step; ms, MFU, peak memory, kernels
+    flags="--track fineweb --batch_size 1 --extension_steps 10 --val_every 0 --log_every 5 --sample_tokens 0"
     run 150 fineweb_100_steps train_gpt.py $flags --num_steps 100
     entry=gpu_trace_$$  # the profiler's own time must not be in the run above
     run 90 fineweb_trace train_gpt.py $flags --num_steps 60 --profile --entry "$entry"
-    run 60 laptop_on_gpu train_gpt.py --track laptop --sample_tokens 0 --num_steps 100 --cooldown_steps 50
+    run 60 laptop_on_gpu train_gpt.py --track laptop --sample_tokens 0 --num_steps 100
     if [[ -z "${SIMULATE:-}" ]]; then  # measured beside predicted, with this machine's torch
         CUDA_PYTHON=$python timeout 150 "$python" -m tests.simulate --gpus 1 --json $flags --num_steps 100 \
             > "$logs/simulated.json" || failed=1
@@ -91,10 +91,9 @@ entries)
             --warmup_steps 5 --cooldown_steps 15 --val_every 0 --log_every 5
     done ;;
 ab)
-    for script in records/2024-12-04_ValueEmbed/train_gpt.py train_gpt.py; do
-        run 280 "ab_$(basename "$(dirname "$(realpath "$script")")")" "$script" --track fineweb --batch_size 1 \
-            --num_steps 300 --cooldown_steps 120 --val_every 150 --log_every 10
-    done ;;
+    flags="--track fineweb --num_steps 300 --val_every 150 --log_every 10"
+    run 280 ab_ValueEmbed records/2024-12-04_ValueEmbed/train_gpt.py $flags --batch_size 1 --cooldown_steps 120
+    run 280 ab_today train_gpt.py $flags --batch_size 2 --extension_steps 8 ;;  # 32,768 to 98,304 tokens a step
 *) echo "error: '$what' is unknown; expected entries, ab, or nothing"; exit 2 ;;
 esac
 [[ -z "$failed" ]] || { echo "FAILED: something above"; exit 1; }

@@ -29,7 +29,7 @@ SAYS_NOTHING = {"this_pr", "pr", "baseline", "log", "logs", "run", "runs", "resu
                 "candidate"}  # of whose runs a folder holds
 # Hyperparameters on which no result depends: runs that differ in these alone are comparable.
 HARMLESS = {"seed", "entry", "resume", "resume_anyway", "keep", "val_every", "log_every", "save_every", "profile",
-            "sample_tokens", "device", "compile", "dtype"}
+            "prompt", "sample_tokens", "device", "compile", "dtype"}
 
 
 class UserError(Exception):
