@@ -1561,6 +1561,7 @@ def start_run(hp: Hyperparameters, runtime: Runtime) -> tuple[TokenStream, Token
     record = runtime.agree({
         "command": sys.argv, "script": os.path.relpath(__file__, ROOT),
         "hyperparameters": dataclasses.asdict(hp), "target": track.target,
+        "stage_tokens": [s.batch * hp.batch_size * hp.sequence_length for s in hp.stages],
         "run_id": f"{hp.track}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}",
         "activations": dtype, "git_commit": _output_of("git", "rev-parse", "HEAD") or None,
         "git_dirty": bool(_output_of("git", "status", "--porcelain")),

@@ -410,6 +410,27 @@ def test_the_table_is_the_entries_claims_a_line_each(tmp_path):
     assert run("table", root).stdout.splitlines()[0].split()[:2] == ["entry", "track"]
 
 
+def test_an_entrys_claim_rests_on_its_own_runs_not_on_those_made_as_anothers_baseline(tmp_path):
+    root = Path(entries(tmp_path))
+    own = (tmp_path / "2030-02-02_New/baseline").glob("*.txt")
+    (tmp_path / "2030-01-01_Old").mkdir()
+    for path in list(own)[:3]:
+        (tmp_path / "2030-01-01_Old" / path.name).write_text(path.read_text().replace('"seed": ', '"seed": 1'))
+    claims = {row["label"]: row["runs"] for row in rows(str(root)) if row["claim"]}
+    assert claims == {"2030-01-01_Old": 3, "2030-02-02_New": len(GOOD)}
+    assert "2030-01-01_Old, in 2030-02-02_New" in run("table", "--all", str(root)).stdout
+
+
+@pytest.mark.parametrize("facts, tokens", [
+    ({}, 8 * 256), ({"stage_tokens": [2048, 2048]}, 2048), ({"stage_tokens": [2048, 4096]}, None),
+    ({"hyperparameters": {"batch_size": 8, "sequence_length": 256, "extension_steps": 40}}, None)])
+def test_tokens_a_step_are_not_told_of_a_run_whose_batch_grows(tmp_path, facts, tokens):
+    facts = {"hyperparameters": {"batch_size": 8, "sequence_length": 256}, **facts}
+    path = write(tmp_path / "x", [log(middle=running(1) + json.dumps(facts, indent=1) + "\n", body=metrics(3.27))])
+    found = compare.read_log(str(next((tmp_path / "x").glob("*"))))
+    assert [r.step_tokens for r in found] == [tokens], path
+
+
 def test_the_table_is_at_most_120_columns_wide(tmp_path):
     for number in range(3):
         facts = {"hyperparameters": {name * 20: number for name in "abcdef"}, "target": 3.28}

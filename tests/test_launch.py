@@ -131,48 +131,49 @@ def shelf(tmp_path, monkeypatch):
     return make
 
 
-def last_shard_read(hp):
-    """The number of the last shard that a run's loader takes a token from."""
-    track, last = train_gpt.TRACKS[hp.track], []
+def reads(hp):
+    """What a run's loader reads of the shards that are there: all its tokens, and the place of the last one."""
+    track, places = train_gpt.TRACKS[hp.track], []
     stream = train_gpt.TokenStream(track.train_files, track, 1)
     read = stream.read
-    stream.read = lambda start, count: last.append(start + count - 1) or read(start, count)
+    stream.read = lambda start, count: places.append(start + count) or read(start, count)
     loader = train_gpt.BatchLoader(stream, hp, train_gpt.Runtime(0, 1, torch.device("cpu")))
-    for _ in range(hp.num_steps):
-        loader.next()
-    assert loader.epoch(hp.num_steps) == 0 and max(last) < len(stream)
-    return int(np.searchsorted(stream.ends, max(last), side="right"))
+    tokens = torch.cat([t for _ in range(hp.num_steps) for t, _ in loader.next()])
+    assert max(places) <= len(stream)  # nothing is read twice
+    return tokens, max(places) - 1
 
 
 @pytest.mark.parametrize("size", [11_000, 23_456, 60_000])
 def test_shards_are_counted(shelf, size):
-    """One shard more is fetched until a run of all stages finds its documents whole; and none that it does not read,
-    but for one that may hold the end of the last document read."""
+    """One shard more is fetched until a run of all stages finds its documents; and none that it does not read."""
     lengths = np.random.RandomState(0).randint(1, 4000, size=100)  # cut at 896 and 2,048: most have tails
     hp, hub = train_gpt.parse_arguments(READS), shelf(lengths, size)
     assert {train_gpt.stage_index(step, hp) for step in range(12)} == {0, 1, 2, 3}
     assert launch.bring(train_gpt, hp, None) == 0
     least, counted = -(-2048 * (3 + 2 * 3 + 3 * 6) // size), hub.asked[-1]
     assert least < counted < launch.ALL_SHARDS and hub.asked == list(range(least, counted + 1))
-    assert last_shard_read(hp) in (counted - 1, counted)
+    tokens, last = reads(hp)
+    assert last // size + 1 == counted
     hub.asked.clear()
     assert launch.bring(train_gpt, hp, None) == 0 and hub.asked == [least]  # all there: asked once
     assert launch.bring(train_gpt, hp, 2) == 0 and hub.asked[-1] == 2  # SHARDS=2
-    (hub.folder / f"fineweb_train_{counted:06d}.bin").unlink()
-    assert launch.reads_beyond(train_gpt, hp)  # with one shard less it would not do
+    launch.fetch("fineweb", launch.ALL_SHARDS)
+    assert torch.equal(tokens, reads(hp)[0])  # shards that lie beside change nothing
 
 
-def test_what_a_run_reads_does_not_depend_on_shards_that_lie_beside(shelf):
-    """With the shards that are counted it reads what it would read with all, wherever a shard ends."""
-    hp, track = train_gpt.parse_arguments(READS), train_gpt.TRACKS["fineweb"]
-    hub, read = shelf(np.random.RandomState(1).randint(1, 3000, size=150), 3001), []
-    assert launch.bring(train_gpt, hp, None) == 0 and hub.asked[-1] < launch.ALL_SHARDS
-    for number in (hub.asked[-1], launch.ALL_SHARDS):
-        launch.fetch("fineweb", number)
-        stream = train_gpt.TokenStream(track.train_files, track, 1)
-        loader = train_gpt.BatchLoader(stream, hp, train_gpt.Runtime(0, 1, torch.device("cpu")))
-        read.append(torch.cat([tokens for _ in range(hp.num_steps) for tokens, _ in loader.next()]))
-    assert torch.equal(*read)
+def test_shards_are_counted_to_the_token(shelf):
+    """The seventh shard ends with the last target of the run, in the middle of a document; or just before it."""
+    lengths, hp = np.random.RandomState(1).randint(100, 3000, size=100), train_gpt.parse_arguments(READS)
+    hub = shelf(lengths, 10**6)
+    launch.fetch("fineweb", 1)
+    wanted, last = reads(hp)
+    ends = np.cumsum(lengths)
+    assert last % 7 == 6 and min(abs(ends - last)) > 100
+    for size, counted in (((last + 1) // 7, 7), (last // 7, 8)):
+        shutil.rmtree(hub.folder)
+        hub = shelf(lengths, size)
+        assert launch.bring(train_gpt, hp, None) == 0 and hub.asked[-1] == counted < launch.ALL_SHARDS
+        assert torch.equal(reads(hp)[0], wanted)
 
 
 def test_a_run_longer_than_all_shards_reads_them_again(shelf):

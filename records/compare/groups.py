@@ -43,7 +43,8 @@ class Group:
         run = self.any
         settings = {name: value if isinstance(value, str) else json.dumps(value) for name, value in run.config.items()}
         settings.pop("num_steps", None)  # the steps say it
-        return {**settings, "steps": str(run.steps), "on": self.device}
+        where = {"in": guest} if (guest := guest_of(run)) else {}
+        return {**settings, **where, "steps": str(run.steps), "on": self.device}
 
     @property
     def losses(self) -> list[float]:
@@ -64,7 +65,7 @@ def group_runs(runs: list[Run]) -> list[Group]:
     groups: dict[str, Group] = {}
     seen = set()
     for run in runs:
-        key = json.dumps([run.code_hash, run.gpu, run.world_size, run.steps, run.config], sort_keys=True)
+        key = json.dumps([run.code_hash, run.gpu, run.world_size, run.steps, run.config, guest_of(run)], sort_keys=True)
         group = groups.setdefault(key, Group([], [], []))
         identity = run.file_hash, run.index
         kind = group.duplicates if identity in seen else group.runs if run.complete else group.incomplete
@@ -72,6 +73,12 @@ def group_runs(runs: list[Run]) -> list[Group]:
         kind.append(run)
     found = [group for group in groups.values() if group.runs or group.incomplete]
     return sorted(found, key=lambda group: mean(group.times) if group.times else math.inf)
+
+
+def guest_of(run: Run) -> str:
+    """The entry in whose folder a run of another one lies, as its baseline, on another day; else ""."""
+    host = next((folder for folder in reversed(run.folders) if DATED.match(folder)), "")
+    return "" if host == run.entry.split("/")[0] else host
 
 
 def first_at_target(group: Group, target: float) -> list[tuple[Run, tuple]]:
@@ -106,11 +113,13 @@ def is_claim(group: Group) -> bool:
 
 
 def claims_of(groups: list[Group]) -> list[Group]:
-    """For each entry and track the runs that it rests on, in the entries' order; of several sorts, the most runs."""
+    """For each entry and track the runs that it rests on, in the entries' order; of several sorts its own, or the
+    most runs."""
     best: dict[tuple[str, str], Group] = {}
     for group in filter(is_claim, groups):
         key = group.any.track, group.entry.split("/")[0]
-        if key not in best or len(group.runs) > len(best[key].runs):
+        rank = not guest_of(group.any), len(group.runs)
+        if key not in best or rank > (not guest_of(best[key].any), len(best[key].runs)):
             best[key] = group
     return [best[key] for key in sorted(best)]
 
@@ -120,7 +129,7 @@ def usual_of(groups: list[Group]) -> Group:
     usual = {}
     for name in dict.fromkeys(name for group in groups for name in group.told):
         usual[name] = Counter(group.told.get(name) for group in groups).most_common(1)[0][0]
-    return max(groups, key=lambda group: (is_claim(group), len(group.runs),
+    return max(groups, key=lambda group: (is_claim(group), not guest_of(group.any), len(group.runs),
                                           sum(group.told.get(name) == value for name, value in usual.items())))
 
 
