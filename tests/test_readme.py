@@ -21,7 +21,8 @@ PAGES = [REPOSITORY / "README.md", *(REPOSITORY / folder / "README.md" for folde
 README = PAGES[0].read_text()
 STARTS_TRAINING = r"(?:train_gpt\.py|\./run\.sh|my_idea\.py)(?: |$)"
 TOOLS = r"python (-m (data|tests)\.|tests/benchmark|records/compare)"
-OTHERS = r"cp |diff |#SBATCH |\./run.sh test|bash tests/gpu.sh CORPUS$"  # their files are checked, they have no flags
+# Their files are checked; they have no flags.
+OTHERS = r"cp |diff |#SBATCH |\./run.sh test|bash tests/gpu.sh CORPUS$|source |python records/studies/\S+/study\.py \w+$"
 
 
 def commands(page):
