@@ -95,7 +95,23 @@ def start(module: ModuleType, script: str, words: list[str]) -> int:
     if code:
         return code
     sys.argv = [script, *words]  # the log shows it as the run's command
-    return module.main(words) if processes == 1 else torchrun(processes, script, words)
+    code = module.main(words) if processes == 1 else torchrun(processes, script, words)
+    if not code and (command := page(hp)):
+        print(f"a page of this run: {command}")
+    return code
+
+
+def page(hp) -> str:
+    """The command that makes a page of the newest run, beside the last entry with logs of its
+    track; empty where there is no log."""
+    runs = Path("records", getattr(hp, "entry", "") or "scratch").glob(f"{hp.track}-*.txt")
+    log = max(runs, key=lambda path: path.stat().st_mtime, default=None)
+    if not log:
+        return ""
+    entries = sorted({str(path.parent) for path in Path("records").glob(f"20*/{hp.track}-*.txt")})
+    beside = [entry for entry in entries if entry != str(log.parent)][-1:]
+    words = [os.path.relpath(sys.executable), "records/compare.py", "report", *beside, str(log)]
+    return " ".join([*words, "-o", str(log.with_suffix(".html"))])
 
 
 def bring(module: ModuleType, hp, shards: int | None) -> int:

@@ -2,6 +2,7 @@
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,7 @@ def started(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["launch.py"])
     for name in ("NPROC", "SHARDS", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(launch, "page", lambda hp: "")  # no run, no page
     seen = SimpleNamespace(fetched=None, words=None, processes=0, code=None)
 
     def fetch(track, shards):
@@ -406,3 +408,17 @@ def test_an_interrupted_fetch_ends_in_one_line(sandbox):
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and errors == "interrupted\n" and time.monotonic() - interrupted < 30
+
+
+def test_a_run_ends_with_the_command_for_its_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hp = train_gpt.parse_arguments(["--track=laptop"])
+    assert launch.page(hp) == ""
+    for number, name in enumerate(["scratch/laptop-1", "scratch/laptop-2", "scratch/fineweb-3", "2030-01-01_A/laptop-4",
+                                   "2031-01-01_B/fineweb-5", "2030-02-02_C/ablation/laptop-6"]):
+        path = tmp_path / "records" / f"{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (number, number))
+    assert shlex.split(launch.page(hp))[1:] == ["records/compare.py", "report", "records/2030-01-01_A",
+                                                "records/scratch/laptop-2.txt", "-o", "records/scratch/laptop-2.html"]
