@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Train GPT-2 (124M) to a validation loss of 3.28 on FineWeb in the least time, in one file.
+"""Train a GPT-2 to a validation loss of 3.28 on FineWeb in the least time, in one file.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py --track fineweb    # 8 GPUs
     python train_gpt.py --track fineweb     # one GPU: the same batches, in parts
-    python train_gpt.py --track laptop      # a CPU: bytes of Python, in minutes
+    python train_gpt.py --track laptop      # a CPU: bytes of Python, in a minute
     python train_gpt.py --help              # every setting, with its unit
 
 `./run.sh` does the same and first sets up Python and data. A track fixes data, vocabulary, target;
@@ -114,9 +114,9 @@ class Stage(NamedTuple):
     """What holds for a part of the run."""
     until: float     # its end, as a share of the scheduled steps; inf: the extension after them
     batch: int       # a step has so many times batch_size sequences
-    window: int      # tokens a query sees in a long layer; elsewhere half of its blocks of 128
+    window: int      # tokens a query sees in a long layer; elsewhere short_window of it
     document: int    # tokens of a document that are read, its rest is dropped; 0: the text as it is
-    lr: float        # factor of all learning rates
+    lr: float        # factor of all learning rates until they fall to lr_floor
     targets: tuple[float, ...]      # weights of the losses of the 1st, 2nd, ... next token, at the
     targets_end: tuple[float, ...]  # beginning and at the end of the stage
     tied: bool       # are embedding and head one matrix?
@@ -152,7 +152,7 @@ class Hyperparameters:
     # model
     num_heads: int = knob(6, "attention heads", least=1)
     model_dim: int = knob(768, "width of the residual stream", least=1, most=2**16)
-    ngrams: int = knob(2, "longest n: layers add embeddings of the 2- to n-grams", None, 2, 6)
+    ngrams: int = knob(2, "longest n: attention layers add 2- to n-gram embeddings", None, 2, 6)
     ngram_rows: int = knob(251_520, "rows of each n's table of n-grams", least=2, most=2**31)
     attention_scale: float = knob(0.1, "factor of the attention's scores at the first window")
     final_window: int = knob(2560, "tokens a query sees in a long layer in the last validation")
@@ -165,11 +165,11 @@ class Hyperparameters:
     ngram_lr: float = knob(0.6, "Adam learning rate of the n-gram embeddings")
     ngram_rule: str = knob("adam", "their update; lazy_adam: rows that did not occur rest",
                            ("adam", "lazy_adam"))
-    scalar_lr: float = knob(0.04, "Adam learning rate of the learned scalars; a fifth: of gates")
+    scalar_lr: float = knob(0.04, "Adam learning rate of scalars; gates: optimizer_groups")
     adam_every: int = knob(2, "Adam steps once in so many steps, Muon in each", least=1, most=100)
-    adam_decay: float = knob(0.005, "weight decay of Adam's matrices, times squared rate")
+    adam_decay: float = knob(0.005, "weight decay of Adam's matrices, see optimizer_groups")
     muon_lr: float = knob(0.023, "Muon learning rate of the matrices of the blocks")
-    muon_decay: float = knob(1.2, "weight decay of Muon's matrices, times squared rate")
+    muon_decay: float = knob(1.2, "weight decay of Muon's matrices, times both rates")
     muon_beta2: float = knob(0.95, "decay of NorMuon's second moment, a step", most=0.999999)
     momentum_start: float = knob(0.85, "Muon's momentum at step 0 and at the end", most=0.999999)
     momentum_end: float = knob(0.95, "Muon's momentum between", most=0.999999)
@@ -194,7 +194,6 @@ class Hyperparameters:
     sample_tokens: int = knob(300, "tokens the model writes at the end of the run; 0: none")
     prompt: str = knob("", "do not train: write text after this from --resume's checkpoint")
 
-    # The rows of the tables that hold for the run; where logs and checkpoints go.
     layers = property(lambda self: of_track(LAYERS, self.track))
     stages = property(lambda self: of_track(STAGES, self.track))
     folder = property(lambda self: ROOT / "records" / (self.entry or "scratch"))
@@ -244,20 +243,13 @@ def muon_momentum(step: int, hp: Hyperparameters) -> float:
     return (1 - done) * hp.momentum_start + done * hp.momentum_end
 
 def short_window(window: int) -> int:
-    """Tokens a query sees in short and paired layers where long ones see window."""
+    """Positions a query sees in short and paired layers (there two are a token), half of window."""
     return max(window // 256 * 128, min(window, 128))
 
-def window_size(step: int, hp: Hyperparameters) -> tuple[int, ...]:
-    """Tokens a query sees at step in each layer that has attention (record 2025-09-03)."""
-    window = hp.stages[stage_index(step, hp)].window
-    return tuple(window if layer.attention == "long" else short_window(window)
-                 for layer in hp.layers if layer.attention)
-
 def rotary_at(index: int, hp: Hyperparameters) -> tuple[Tensor, float]:
-    """Frequencies of the rotary positions in a stage, (d / 4,) radians a token, and the factor of
-    the attention's scores. The other half of a head does not turn (record 2024-12-17). Where the
-    window grows, what turns less than 32 times in it is slowed down (YaRN, arXiv 2309.00071,
-    record 2025-09-10)."""
+    """Rotary frequencies of a stage, (d / 4,) radians a token, and the factor of the scores. Half
+    of a head does not turn (record 2024-12-17). Where the window grows, what turns less than 32
+    times in it is slowed down (YaRN, arXiv 2309.00071, record 2025-09-10)."""
     frequency = 1024 ** -torch.linspace(0, 1, hp.model_dim // hp.num_heads // 4)
     scale = hp.attention_scale
     for before, stage in itertools.pairwise(hp.stages[:index + 1]):
@@ -282,7 +274,7 @@ class Schedule:
 
 @functools.lru_cache(maxsize=64)  # or each step would wait for them to reach the GPU
 def _stage_tensors(index: int, final: bool, hp: Hyperparameters, device: torch.device) -> tuple:
-    """Windows by kind of attention (0-dim), frequencies, score factor, target weights."""
+    """Windows by attention (0-dim, record 2025-09-03), frequencies, score factor, weights."""
     stage, (frequency, scale) = hp.stages[index], rotary_at(index, hp)
     short, window = short_window(stage.window), hp.final_window if final else stage.window
     tensor = functools.partial(torch.tensor, device=device)
@@ -425,9 +417,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.paired = hp.num_heads, layer.attention == "paired"
         self.key_offset = layer.attention == "long"
-        windows = [stage.window for stage in hp.stages]
-        self.max_window = (max(*windows, hp.final_window) if layer.attention == "long" else
-                           short_window(max(windows)))
+        longest, is_long = max(stage.window for stage in hp.stages), layer.attention == "long"
+        self.max_window = max(longest, hp.final_window) if is_long else short_window(longest)
         self.qkv = Linear(hp.model_dim, hp.model_dim, parts=3)
         self.proj = Linear(hp.model_dim, hp.model_dim)
         self.gate = nn.Parameter(torch.zeros(hp.num_heads, GATE_DIMS))
@@ -513,8 +504,7 @@ class GPT(nn.Module):
         self.head = Head(hp, padded_vocab_size)
         self.embed = nn.Embedding(padded_vocab_size, hp.model_dim)
         self.embed.weight.data.copy_(self.head.linear.weight[0])
-        tables = {layer.value_table for layer in hp.layers} - {None}
-        width = len(tables) * hp.model_dim  # one look-up serves all
+        width = hp.model_dim * len({layer.value_table for layer in hp.layers} - {None})
         self.value_embed = nn.Embedding(padded_vocab_size, width) if width else None
         self.ngram, self.stem = NGramEmbed(hp, sparse), Stem()
         self.blocks = nn.ModuleList(Block(hp, layer) for layer in hp.layers)
@@ -587,8 +577,7 @@ def softcap(logits: Tensor, cap: float, shift: float, scale: float) -> Tensor:
 class CappedCrossEntropy(torch.autograd.Function):
     """Of logits (N, V) under softcap(logits, *cap): the cross-entropies of each of targets (N, K),
     summed and weighted by weights (K,) (record 2025-12-22); and the unweighted sum of the first,
-    which has no gradient. A target of -1 counts nothing. The backward is one pass over the logits,
-    and nothing else of their size is kept for it."""
+    without gradient. A target of -1 counts nothing. The backward is one pass over the logits."""
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, weights: Tensor, cap: tuple) -> tuple:
         capped, ctx.cap = softcap(logits, *cap), cap
@@ -688,15 +677,14 @@ def orthogonalise(matrices: Tensor) -> Tensor:
         x = torch.baddbmm(x, x, polynomial, beta=a)
     return (x.mT if wide else x).view(matrices.shape)
 
-# An update rule takes its group, the mean gradient, its state, Muon's momentum now and 1 - beta^t
+# An update rule takes its group, the summed gradient, its state, Muon's momentum now and 1 - beta^t
 # for each beta (0-dim tensors). It updates the state and returns the direction to go against.
 
 def muon_direction(group: Group, grad: Tensor, momentum_buffer: Tensor, second_moment: Tensor,
                    momentum: Tensor, _: Tensor) -> Tensor:
-    """Muon (record 2024-10-14) for matrices (K, rows, columns): Nesterov momentum, orthogonalised,
-    so that all singular directions learn at one rate. NorMuon (arXiv 2510.05491, record
-    2025-10-24): then each row is divided by its root mean square over time, second_moment (K, rows,
-    1), and each matrix brought back to its norm."""
+    """Muon (record 2024-10-14) for (matrices, rows, columns): Nesterov momentum, orthogonalised.
+    NorMuon (arXiv 2510.05491, record 2025-10-24): then each row is divided by its root mean square
+    over time, second_moment's (rows, 1), and each matrix brought back to its norm."""
     grad = grad.float()
     momentum_buffer.add_((1 - momentum) * (grad - momentum_buffer))
     direction = grad + momentum * (momentum_buffer - grad)
@@ -742,9 +730,8 @@ def change(direction: Callable, group: Group, grad: Tensor, values: Tensor, stat
     return (lr * step).to(group.travel_dtype)
 
 class Optimizer:
-    """All groups' updates. Each rank keeps the state of its rows only (ZeRO-1). Gradients travel by
-    reduce-scatter and changes by all-gather while other buckets are computed. Adam waits for the
-    gradients of adam_every steps and takes their sum (record 2025-09-30)."""
+    """Each rank keeps the state of its rows only (ZeRO-1). Gradients are reduce-scattered, changes
+    all-gathered, while other buckets are computed. Adam: adam_every steps' sum (2025-09-30)."""
     def __init__(self, model: GPT, hp: Hyperparameters, dtype: torch.dtype, rank: int = 0,
                  world_size: int = 1):
         """Raises UserError where a parameter is in no group or in two, or a rule is unknown."""
@@ -807,9 +794,8 @@ class Optimizer:
 # --- Data -----------------------------------------------------------------------------------------
 
 def first_documents(stream: "TokenStream", hp: Hyperparameters) -> np.ndarray:
-    """The document with which each sequence of the run begins, and the one after the run's last;
-    beyond the stream's documents, they are read once more. A sequence begins where a document does
-    (record 2025-07-12): what the one before had no room for is dropped."""
+    """The document with which each sequence of the run begins, and the one after the run's last.
+    What the sequence before had no room for is dropped (record 2025-07-12). All read: once more."""
     lengths, document, firsts = np.diff(stream.documents), 0, []
     for stage, begin, end in zip(hp.stages, [0, *stage_ends(hp)], stage_ends(hp), strict=False):
         totals = np.minimum(lengths, stage.document or 2**62).cumsum().tolist()
@@ -1014,8 +1000,7 @@ class TokenStream:
         return np.concatenate([*starts, self.ends[-1:]])
 
     def packed(self, document: int, length: int, cut: int) -> tuple[Tensor, Tensor]:
-        """As sequence(), of documents from that one on, endlessly; of each the first `cut` tokens
-        (record 2025-09-03)."""
+        """As sequence(), of documents from that one on, cut (record 2025-09-03); endlessly."""
         documents, parts, missing = self.documents, [], length + 1
         while missing:
             start, end = documents[document % (len(documents) - 1):][:2].tolist()
@@ -1054,9 +1039,8 @@ def group_of(name: str, groups: list[Group]) -> Group:
 
 class Bucket:
     """Parameters as one tensor `values`, of which each rank has my_rows: a table, stacked matrices
-    of one shape (a row is a matrix), or numbers. Their groups, one for each parameter, may differ
-    in the rate alone. Parameters are views of it, and `grads` is what travels. sparse: gradients
-    are sparse (CPU, one rank), and `grads` is None."""
+    of one shape (a row is a matrix), or numbers. Their groups may differ in the rate alone.
+    `grads` is what travels; None: gradients are sparse (CPU, one rank)."""
     def __init__(self, params: list[nn.Parameter], groups: list[Group], sparse: bool,
                  rank: int = 0, world_size: int = 1):
         self.group, self.params, self.world_size = groups[0], params, world_size
@@ -1088,9 +1072,8 @@ class Bucket:
         return [part.view_as(p) for part, p in zip(parts, self.params, strict=True)]
 
     def reduce(self) -> Tensor:
-        """Start the reduce-scatter: this rank gets its rows of the ranks' sum. Collective.
-        Takes the parameters' gradients. Returns the sum of this rank's own, which is not finite if
-        one of them is not."""
+        """Start the reduce-scatter: this rank gets its rows of the ranks' sum. Collective. Takes
+        the gradients; returns the sum of this rank's, not finite if one of them is not."""
         if self.grads is None:
             self.grad, self.params[0].grad = self.params[0].grad.coalesce(), None
             return self.grad.values().sum(dtype=torch.float32)
@@ -1443,6 +1426,12 @@ def write_sample(model: GPT, hp: Hyperparameters, step: int, device: torch.devic
             tokens.append(torch.multinomial(chances, 1, generator=generator).item())
     return decode(tokens[1:])
 
+def window_size(step: int, hp: Hyperparameters) -> tuple[int, ...]:
+    """Positions a query sees at step in each layer that has attention; for reports alone."""
+    window = hp.stages[stage_index(step, hp)].window
+    return tuple(window if layer.attention == "long" else short_window(window)
+                 for layer in hp.layers if layer.attention)
+
 def finish(stop: int, model: GPT, progress: "Progress", watch: Watch, hp: Hyperparameters,
            runtime: Runtime, log: Log) -> int:
     """The last lines of a log: target, speed, memory, a sample. Returns the exit code."""
@@ -1518,11 +1507,16 @@ def save_checkpoint(progress: Progress, record: dict, model: GPT, optimizer: Opt
     watch.checkpoint = path
     log.say(f"checkpoint {path} in {time.perf_counter() - start:.2f} s (not training time)")
 
+def checkpoint_of(hp: Hyperparameters) -> str:
+    """The checkpoint that --resume names; empty where it wants the latest and there is none."""
+    found = [str(path) for path in hp.folder.glob("*_step*.pt") if path.is_file()]
+    return max(found, key=os.path.getmtime, default="") if hp.resume == "latest" else hp.resume
+
 @contextmanager
 def resuming(path: str):
     """Makes one line of whatever a broken or foreign checkpoint leads torch to raise."""
     try:
-        yield
+        yield path
     except Exception as error:
         raise UserError(f"can't resume from {path}: {one_line(error)}; expected a checkpoint that "
                         "--save_every wrote, of this script, data and command") from None
@@ -1576,9 +1570,7 @@ def start_run(hp: Hyperparameters, runtime: Runtime) -> tuple[TokenStream, Token
     if record["compiled"] and (lacks := lacks_for_compile(device)):
         raise UserError(f"torch.compile needs {lacks}, which is not here; on Debian and Ubuntu: "
                         "apt install build-essential python3-dev, or use --compile off")
-    found = [path for path in hp.folder.glob("*_step*.pt") if path.is_file()]
-    latest = str(max(found, key=lambda path: path.stat().st_mtime, default=""))
-    if not (path := runtime.agree(latest if hp.resume == "latest" else hp.resume)):
+    if not (path := runtime.agree(checkpoint_of(hp))):
         return train_stream, val_stream, record, {}
     with resuming(path):
         saved = load_checkpoint(path, hp, record)
@@ -1601,9 +1593,7 @@ def resume(saved: dict, model: GPT, optimizer: Optimizer, watch: Watch, hp: Hype
 
 def write_on(hp: Hyperparameters, runtime: Runtime) -> int:
     """Print what --resume's checkpoint, of any settings, writes after --prompt; the exit code."""
-    found = sorted(hp.folder.glob("*_step*.pt"), key=os.path.getmtime)
-    path = str(found[-1]) if found and hp.resume == "latest" else hp.resume
-    with resuming(path):
+    with resuming(checkpoint_of(hp) or hp.resume) as path:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         mine = {"prompt": hp.prompt, "sample_tokens": hp.sample_tokens}
         hp, dtype = Hyperparameters(**saved["hyperparameters"] | mine), saved["activations"]
@@ -1642,17 +1632,32 @@ def parse_arguments(argv: list[str] | None = None) -> Hyperparameters:
     parser.set_defaults(**{**of_track(PRESETS, track), "track": track})
     return Hyperparameters(**vars(parser.parse_args(argv)))
 
+def wrong_row(hp: Hyperparameters) -> str:
+    """What is wrong in LAYERS or STAGES; nothing: ""."""
+    layers, stages, kinds = hp.layers, hp.stages, ("short", "long", "paired", None)
+    tables = sorted({row.value_table for row in layers} - {None})
+    for i, row in enumerate(layers):
+        earlier = all(j is None or 0 <= j < i for j in (row.skip_from, row.attends_to))
+        if row.attention not in kinds or not earlier or (not row.attention and row[1] is not None):
+            return f"layer {i} of LAYERS, {tuple(row)}: attention, a later layer or its table"
+    for i, (row, old) in enumerate(zip(stages, (None, *stages), strict=False)):
+        later = not old or (old.until < row.until and old.tied >= row.tied)
+        if not later or len(row.targets) != len(row.targets_end):
+            return f"stage {i} of STAGES, {tuple(row)}: until rises, untied stays, targets pair up"
+    fits = tables == list(range(len(tables))) and sum(row.backout for row in layers) <= 1
+    return "" if fits else f"LAYERS: value tables {tables} are not 0, 1, ...; or a second backout"
+
 def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
     """Raises UserError, with the flag to change, where hp can't be run on world_size ranks."""
     for f in dataclasses.fields(hp):
         value, low, high = getattr(hp, f.name), f.metadata["least"], f.metadata["most"]
         if f.type in (int, float) and not low <= value <= high:  # nor NaN
             raise UserError(f"--{f.name} is {value}, expected from {low:,} to {high:,}")
-    sizes = [stage.batch * hp.batch_size for stage in hp.stages]
-    uneven = [n for n in sizes if n < 1 or n % world_size]
+    uneven = [n for s in hp.stages if (n := s.batch * hp.batch_size) < 1 or n % world_size]
     val_tokens, records = TRACKS[hp.track].val_tokens, (ROOT / "records").resolve()
     nearest = max(val_tokens // hp.val_length, 1) * hp.val_length  # that many there are
     for wrong, message in (
+        (wrong_row(hp), wrong_row(hp)),
         (hp.extension_steps >= hp.num_steps, f"--extension_steps {hp.extension_steps}, expected "
          f"less than --num_steps {hp.num_steps}; use --extension_steps {hp.num_steps // 40}"),
         (uneven, f"{min(uneven, default=0)} sequences a step can't be divided over {world_size} "
@@ -1694,10 +1699,9 @@ def run(argv: list[str] | None = None) -> int:
             token = 0.5e6 if compile_pays(hp, runtime.device) and hp.compile != "off" else 2.5e6
             memory = torch.cuda.get_device_properties(runtime.device).total_memory
             less = min(less, int((0.8 * memory - 6e9) / (length * token)))
-        flags = f"--micro_batch {less}"
-        if less < 1:
-            flags = (f"--micro_batch 1 --sequence_length {length // 2} "
-                     f"--batch_size {2 * hp.batch_size} --val_length {min(hp.val_length, length)}")
+        flags = f"--micro_batch {less}" if less > 0 else (
+            f"--micro_batch 1 --sequence_length {length // 2} --batch_size {2 * hp.batch_size} "
+            f"--val_length {min(hp.val_length, length)}")
         raise UserError(f"out of memory on {device_name(runtime.device)} with {hp.micro_batch} "
                         f"sequences of {length} tokens at once; use {flags}, or a smaller "
                         "--model_dim") from None

@@ -258,3 +258,18 @@ def test_flags_that_an_error_proposes_can_run():
 def test_presets_can_run_on_their_usual_ranks(track):
     for world_size in (1, 2, 4, 8):
         check_hyperparameters(parse_arguments(["--track", track]), world_size)
+
+
+@pytest.mark.parametrize("table, row, change", [
+    ("LAYERS", 1, {"attention": "longg"}), ("LAYERS", 0, {"skip_from": 0}), ("LAYERS", 1, {"attends_to": 1}),
+    ("LAYERS", 2, {"skip_from": -1}), ("LAYERS", 6, {"value_table": 0}), ("LAYERS", 1, {"value_table": 7}),
+    ("LAYERS", 3, {"backout": True}), ("STAGES", 1, {"until": 0.2}), ("STAGES", 0, {"targets_end": (1,)}),
+    ("STAGES", 3, {"tied": True})])
+def test_impossible_rows_are_one_line(monkeypatch, table, row, change):
+    hp = train_gpt.Hyperparameters()
+    train_gpt.check_hyperparameters(hp, 8)
+    rows = list(getattr(train_gpt, table)["fineweb"])
+    rows[row] = rows[row]._replace(**change)
+    monkeypatch.setitem(getattr(train_gpt, table), "fineweb", tuple(rows))
+    with pytest.raises(train_gpt.UserError, match=table):
+        train_gpt.check_hyperparameters(hp, 8)
