@@ -1717,10 +1717,13 @@ def run_as_program(function: Callable, *args) -> int:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # torchrun ends all ranks when one fails: rank 0 says what all have met
         print("error:", " ".join(str(error).split("\n")), file=sys.stderr, flush=True)
-        return 2
+        code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        return 130
+        code = 130
+    if dist.is_initialized():  # Python's exit would abort, or wait, where other ranks still compute
+        os._exit(code)
+    return code
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from types import SimpleNamespace
 
@@ -383,6 +384,23 @@ def test_a_rank_that_fails_alone_ends_the_node_with_its_own_line(sandbox):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2 and errors.splitlines()[-1].startswith("error: can't write the log"), errors
     assert "Traceback" not in errors and time.monotonic() - begun < 60
+
+
+def test_a_rank_that_fails_is_not_held_by_what_python_does_at_its_exit(tmp_path):
+    """There threads of gloo aborted it (exit code 134, seen once in CI), and other threads are waited for."""
+    program = textwrap.dedent(f"""
+        import atexit, os, threading, time
+        import torch.distributed as dist
+        import train_gpt
+        def fail():
+            dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+            atexit.register(os.abort)
+            threading.Thread(target=time.sleep, args=(100,)).start()
+            raise train_gpt.UserError("mine")
+        raise SystemExit(train_gpt.run_as_program(fail))
+        """)
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, text=True, capture_output=True, timeout=90)
+    assert (done.returncode, done.stderr) == (2, "error: mine\n")
 
 
 def test_a_rank_other_than_0_that_fails_alone_ends_the_node_with_its_own_line(sandbox):
