@@ -79,11 +79,13 @@ def start(module: ModuleType, script: str, words: list[str]) -> int:
     first.add_argument("--track", nargs="?")  # that its value is missing, the script's parser says
     first.add_argument("--device", nargs="?")
     first.add_argument("--prompt", nargs="?")
+    first.add_argument("--resume", nargs="?")
     given = first.parse_known_args(words)[0]
     if given.prompt:  # one process writes text, without data
         return module.main(words)
     gpus = 0 if given.device == "cpu" else torch.cuda.device_count()  # heeds CUDA_VISIBLE_DEVICES
-    if given.track is None:
+    by_checkpoint = given.resume and hasattr(module, "settings_of")  # older scripts take none
+    if given.track is None and not by_checkpoint:
         track = "fineweb" if gpus else "laptop"
         words = ["--track", track, *words]  # the entries' own default is fineweb, on a CPU too
         print(f"track {track} (CUDA GPUs to run on: {gpus}; choose with --track)")
@@ -95,6 +97,9 @@ def start(module: ModuleType, script: str, words: list[str]) -> int:
     if code:
         return code
     sys.argv = [script, *words]  # the log shows it as the run's command
+    ranks = f"NPROC={processes} " if os.environ.get("NPROC") else ""
+    record = "" if script == "train_gpt.py" else f" --record {Path(script).parent.name}"
+    os.environ["STARTED_BY"] = f"{ranks}./run.sh{record}"  # a run that is ended tells it
     code = module.main(words) if processes == 1 else torchrun(processes, script, words)
     if not code and (command := page(hp)):
         print(f"a page of this run: {command}")

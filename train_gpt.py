@@ -33,6 +33,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import timeit
 from bisect import bisect_right
@@ -44,6 +45,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":  # until the first step Ctrl-C ends this at once, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 try:
     import numpy as np
     import torch
@@ -51,6 +54,7 @@ try:
     import torch.nn.functional as F
     from torch import Tensor, nn
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    from torch.profiler import record_function
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
@@ -144,7 +148,7 @@ class Hyperparameters:
     seed: int = knob(0, "of the initial weights; the data's order never changes", most=2**63 - 1)
     # work
     num_steps: int = knob(1490, "optimizer steps", least=1, most=10**6)
-    extension_steps: int = knob(40, "how many of them come after the schedule, at its last rate")
+    extension_steps: int = knob(40, "so many of them come after the schedule (*)")
     batch_size: int = knob(8, "sequences a step, over all ranks; a stage multiplies it", least=1)
     sequence_length: int = knob(16_384, "tokens a sequence", least=128)
     micro_batch: int = knob(3, "sequences a rank computes at once; more are done in turn", least=1)
@@ -173,24 +177,25 @@ class Hyperparameters:
     muon_beta2: float = knob(0.95, "decay of NorMuon's second moment, a step", most=0.999999)
     momentum_start: float = knob(0.85, "Muon's momentum at step 0 and at the end", most=0.999999)
     momentum_end: float = knob(0.95, "Muon's momentum between", most=0.999999)
-    momentum_warmup_steps: int = knob(300, "steps over which Muon's momentum rises")
-    momentum_cooldown_steps: int = knob(50, "steps over which it falls again at the end")
+    momentum_warmup_steps: int = knob(300, "steps over which Muon's momentum rises (*)")
+    momentum_cooldown_steps: int = knob(50, "steps over which it falls again at the end (*)")
     cooldown: float = knob(0.6, "share of the schedule in which the rates fall to the floor",
                            least=1e-6, most=1)
     lr_floor: float = knob(0.15, "factor of the rates at the end of the schedule")
     # run
-    val_every: int = knob(125, "steps between validations; 0: only at the end")
+    val_every: int = knob(125, "steps from validation to validation; 0: one, at the end")
     log_every: int = knob(10, "steps between lines with the training loss; 0: none")
     save_every: int = knob(0, "steps between checkpoints; 0: only when a signal ends the run")
     keep: int = knob(2, "checkpoints of a run that stay, the last ones", least=1)
-    resume: str = knob("", "checkpoint to continue from; latest: the newest beside the log, if any")
+    resume: str = knob("", "checkpoint to continue from, its settings but for the flags given; "
+                       "latest: the newest beside the log, if any")
     resume_anyway: bool = knob(False, "continue though script, data or settings have changed")
     entry: str = knob("", "write the log into records/<entry>/ instead of records/scratch/")
     device: str = knob("auto", "auto: CUDA if there is a GPU", ("auto", "cuda", "cpu"))
     dtype: str = knob("auto", "of the activations; auto: bfloat16 where it is fast",
                       ("auto", "bfloat16", "float32"))
     compile: str = knob("auto", "torch.compile; auto: where it pays", ("auto", "on", "off"))
-    profile: bool = knob(False, "write a Chrome trace of steps 3 to 5 beside the log")
+    profile: bool = knob(False, "trace three steps, name the dearest operations; compiles by part")
     sample_tokens: int = knob(300, "tokens the model writes at the end of the run; 0: none")
     prompt: str = knob("", "do not train: write text after this from --resume's checkpoint")
 
@@ -860,10 +865,13 @@ def training_step(model: GPT, optimizer: Optimizer, batch: list[tuple[Tensor, Te
     """One update by the gradient, summed over tokens and ranks. Returns this rank's mean loss."""
     mean_loss = torch.zeros((), device=batch[0][0].device)
     for tokens, targets in batch:
-        objective, loss = model(tokens, targets, schedule)
-        objective.backward()
+        with record_function("forward"):  # names for --profile
+            objective, loss = model(tokens, targets, schedule)
+        with record_function("backward"):
+            objective.backward()
         mean_loss += loss / len(batch)
-    optimizer.step(schedule)
+    with record_function("optimizer"):
+        optimizer.step(schedule)
     return mean_loss
 
 @torch.no_grad()
@@ -892,11 +900,15 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
         log.say(f"track {hp.track}, {sum(p.numel() for p in model.parameters()):,} parameters, "
                 f"{record['activations']}, {runtime.world_size} x {record['device']}, "
                 f"log {log.path}")
+        log.say(f"{hp.num_steps} steps, the last {hp.extension_steps} at the last rate; rates fall "
+                f"over {hp.cooldown:.0%} of the others, momentum rises over "
+                f"{hp.momentum_warmup_steps}, falls over {hp.momentum_cooldown_steps}")
         get_ready(model, optimizer, train_stream, hp, runtime, log, compiled)
         saved = resume(saved, model, optimizer, watch, hp, log)  # None: its memory is free
 
         loader, first_step = BatchLoader(train_stream, hp, runtime, progress.step), progress.step
         started = runtime.seconds()  # progress.train_time_ms is the time until then
+        watch.heed_signals()
         for step in range(first_step, hp.num_steps + 1):
             progress.step, last = step, step == hp.num_steps
             schedule = Schedule(step, hp, runtime.device)
@@ -905,7 +917,7 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
             if schedule.unties:
                 optimizer.untie()
             val_due = (last or (hp.val_every and step % hp.val_every == 0)) and not stop
-            val_due = val_due and progress.validated < step
+            val_due = val_due and progress.validated < step and (last or not hp.profile)
             save_due = stop or (whole and step > first_step and hp.save_every and
                                 step % hp.save_every < hp.adam_every)
             if val_due or save_due:  # neither is training time
@@ -1221,13 +1233,18 @@ class Watch:
         self.runtime, self.pending, self.checkpoint = runtime, [], ""
         self.signal, self.signalled_at, self.agreed = 0, 0.0, 0  # this rank's; what all heed
 
+    def heed_signals(self) -> None:
+        """From now on they end the run after a step."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
     def on_signal(self, number: int, frame=None) -> None:
         """End the run after this step; a second signal leaves at once."""
         if not self.signal:
             self.signal, self.signalled_at = number, time.monotonic()
             if self.runtime.rank == 0:
-                print(f"{signal.Signals(number).name}: the run ends after this step, with a "
-                      "checkpoint; a second one ends it at once", file=sys.stderr, flush=True)
+                warn(f"{signal.Signals(number).name}: the run ends after this step, with a "
+                     "checkpoint; a second one ends it at once")
         elif time.monotonic() - self.signalled_at > 1.0:  # sooner: torchrun's copy of the first
             os._exit(128 + number)
 
@@ -1257,14 +1274,24 @@ class Watch:
 
 @contextmanager
 def supervised(watch: Watch, log: "Log", progress: "Progress"):
-    """Within, signals end the run after a step, and an error leaves a last line in the log."""
-    handlers = {n: signal.signal(n, watch.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    """Within, an error leaves a last line in the log, signals end the run (until watch heeds them
+    at once: there is nothing to save), and a terminal shows what goes on."""
+    def leave(number, frame=None):
+        """Not by an exception: of that the compiler would make a traceback."""
+        log.write(f"run ended by {signal.Signals(number).name} before its first step")
+        if log.file:
+            warn(f"{signal.Signals(number).name} before the first step: nothing was to be saved")
+        os._exit(128 + number)
+
+    handlers = {n: signal.signal(n, leave) for n in (signal.SIGINT, signal.SIGTERM)}
+    threading.Thread(target=log.follow, args=(progress,), daemon=True).start()
     try:
         yield
     except BaseException as error:
         log.write(f"run failed at step {progress.step}: {type(error).__name__}: {error}")
         raise
     finally:
+        log.unfollow()
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -1273,10 +1300,18 @@ def supervised(watch: Watch, log: "Log", progress: "Progress"):
 def compile_parts(model: GPT, optimizer: Optimizer, device: torch.device) -> None:
     """torch.compile each block, stem and head: one compilation serves all blocks of a kind."""
     torch._dynamo.config.recompile_limit = 128  # kinds of blocks, batches; with, without gradients
-    for part in [*model.blocks, model.stem, model.head]:
-        part.compile(dynamic=False)
+    if not model.hp.profile:
+        for part in [*model.blocks, model.stem, model.head]:
+            part.compile(dynamic=False)
     if device.type == "cuda":  # fuses Adam's ten passes over large tables; a CPU's are small
         optimizer.changes = {name: torch.compile(change, dynamic=False) for name in RULES}
+
+def name_parts(model: GPT, compiled: bool) -> None:
+    """For --profile: attention, MLP and head have names in the trace; so each is compiled alone."""
+    for part in model.modules():
+        if name := {Attention: "attention", MLP: "MLP", Head: "head"}.get(type(part)):
+            forward = torch.compile(part.forward, dynamic=False) if compiled else part.forward
+            part.forward = record_function(name)(forward)
 
 def warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperparameters,
             runtime: "Runtime") -> None:
@@ -1308,6 +1343,8 @@ def get_ready(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperpa
     started = time.perf_counter()
     if compiled:
         compile_parts(model, optimizer, runtime.device)
+    if hp.profile:
+        name_parts(model, compiled)
     warm_up(model, optimizer, stream, hp, runtime)
     log.say(f"{'compiled' if compiled else 'warmed up'} in {time.perf_counter() - started:.1f} s "
             "(not training time)")
@@ -1319,6 +1356,12 @@ NOT_KEPT = 3  # exit code of a run that ended well, but whose log or checkpoint 
 PEAK_FLOPS = {  # dense bfloat16 FLOP/s of data sheets, by part of a device's name; first match
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
     "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+CLEAR = "\r\x1b[K"  # what a terminal shows of the run's progress goes
+
+def warn(message: str) -> None:
+    """A line on stderr."""
+    print(CLEAR * sys.stderr.isatty() + message, file=sys.stderr, flush=True)
 
 def one_line(error: BaseException) -> str:
     """What an exception says, at most 300 characters of it, or its name where it says nothing."""
@@ -1345,10 +1388,12 @@ class Log:
     source, SEPARATOR, the environment, SEPARATOR, then a line each time something is said."""
     def __init__(self, hp: Hyperparameters, runtime: Runtime, record: dict):
         """Raises UserError where the log can't be written, before any work is done."""
-        self.hp, self.failed, self.file = hp, False, None
+        self.hp, self.failed, self.file, self.terminal = hp, False, None, False
+        self.lock, self.doing, self.since = threading.Lock(), "starting", time.monotonic()
         self.path = hp.folder / f"{record['run_id']}.txt"
         if runtime.rank:
             return
+        self.terminal = sys.stdout.isatty()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "ab", buffering=0)  # nothing is left where a write fails
@@ -1377,15 +1422,16 @@ class Log:
     def fail(self, message: str) -> None:
         """Warn on stderr, once a run; its exit code will be NOT_KEPT."""
         if not self.failed:
-            print(f"warning: {message}; the run goes on, its exit code will be {NOT_KEPT}",
-                  file=sys.stderr, flush=True)
+            warn(f"warning: {message}; the run goes on, its exit code will be {NOT_KEPT}")
         self.failed = True
 
     def say(self, *lines: str) -> None:
         """Into the file and onto the console."""
         self.write(*lines)
         if self.file:
-            print(*lines, sep="\n", flush=True)
+            with self.lock:
+                self.doing = ""
+                print(CLEAR * self.terminal + "\n".join(lines), flush=True)
 
     def metric(self, step: int, name: str, value: float, time_ms: float) -> None:
         """A line of the public format. Its colons are set here: a log holds this source as well."""
@@ -1394,18 +1440,48 @@ class Log:
         self.say(" ".join(f"{key}:{word}" for key, word in words.items()))
 
     def begin(self, name: str) -> None:
-        """On the console alone: something silent goes on. On a terminal the next line covers it."""
-        if self.file:
-            print(f"{name} ...", end="\r" if sys.stdout.isatty() else "\n", flush=True)
+        """On the console alone: something goes on that takes a while."""
+        self.doing, self.since = name, time.monotonic()
+        if self.file and not self.terminal:
+            print(f"{name} ...", flush=True)
+
+    def follow(self, progress: "Progress") -> None:
+        """On a terminal, twice a second, in place until the next line: what goes on."""
+        first, began, end = None, 0.0, tokens_before(self.hp.num_steps, self.hp)
+        while self.terminal:
+            step, now = progress.step, time.monotonic()
+            text = f"{self.doing} ... {int(now - self.since)} s"
+            if not self.doing:
+                first, began = (step, now) if first is None else (first, began)
+                here = tokens_before(step, self.hp)
+                done = here - tokens_before(first, self.hp)
+                left = f", {(now - began) * (end - here) / done:.0f} s left" if done else ""
+                text = f"step {step}/{self.hp.num_steps}{left}"
+            with self.lock:
+                print(f"{CLEAR}{text}" * self.terminal, end="", flush=True)
+            time.sleep(0.5)
+
+    def unfollow(self) -> None:
+        """The last line is said."""
+        with self.lock:
+            print(CLEAR * self.terminal, end="", flush=True)
+            self.terminal = False
 
 def profiler(hp: Hyperparameters, runtime: Runtime, log: Log):
-    """A context: with --profile, on rank 0, torch's profiler; else None."""
+    """A context: with --profile, on rank 0, torch's profiler of three training steps; else None."""
     if not hp.profile or runtime.rank:
         return nullcontext()
-    path = str(log.path.with_suffix(".trace.json"))
+
+    def tell(profile):
+        """Once it has them."""
+        path, device = log.path.with_suffix(".trace.json"), "device" if runtime.cuda else "cpu"
+        profile.export_chrome_trace(str(path))
+        log.say(f"trace: {path} (open it in https://ui.perfetto.dev); dearest of three steps:",
+                profile.key_averages().table(f"self_{device}_time_total", row_limit=10,
+                                             max_name_column_width=50))
+
     return torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1),
-        on_trace_ready=lambda profile: profile.export_chrome_trace(path))
+        schedule=torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1), on_trace_ready=tell)
 
 @torch.no_grad()
 def write_sample(model: GPT, hp: Hyperparameters, step: int, device: torch.device) -> str:
@@ -1422,7 +1498,9 @@ def write_sample(model: GPT, hp: Hyperparameters, step: int, device: torch.devic
     with torch.compiler.set_stance("force_eager"):
         for _ in range(hp.sample_tokens):
             context = torch.tensor([tokens[-hp.sequence_length:]], device=device)
-            chances = (model(context, None, schedule)[-1, :track.eot_token].cpu() / 0.8).softmax(-1)
+            last = context.size(1) - 1  # few lengths: to prepare a product of a new one takes long
+            logits = model(F.pad(context, (0, -context.size(1) % 128)), None, schedule)[last]
+            chances = (logits[:track.eot_token].cpu() / 0.8).softmax(-1)
             tokens.append(torch.multinomial(chances, 1, generator=generator).item())
     return decode(tokens[1:])
 
@@ -1436,8 +1514,11 @@ def finish(stop: int, model: GPT, progress: "Progress", watch: Watch, hp: Hyperp
            runtime: Runtime, log: Log) -> int:
     """The last lines of a log: target, speed, memory, a sample. Returns the exit code."""
     if stop:
+        script, ranks = os.path.relpath(__file__), runtime.world_size
+        torchrun = f"torchrun --standalone --nproc_per_node={ranks} {script}"
+        command = os.environ.get("STARTED_BY", torchrun if ranks > 1 else f"python {script}")
         log.say(f"run ended by {signal.Signals(stop).name} at step {progress.step}; go on with: "
-                f"--resume {watch.checkpoint or 'latest'}")
+                f"{command} --resume {watch.checkpoint or 'latest'}")
         return 128 + stop
     log.say(f"target {TRACKS[hp.track].target}: {progress.reached or 'missed'}")
     per_second = 1000 * tokens_before(hp.num_steps, hp) / max(progress.train_time_ms, 1e-3)
@@ -1474,7 +1555,7 @@ class Progress:
     step: int = 0
     train_time_ms: float = 0.0
     reached: str = ""  # when the target first was
-    validated: int = -1  # the last step at which a validation was made
+    validated: int = 0  # the last step at which a validation was made: none at the beginning
 
     def validate(self, loss: float, hp: Hyperparameters, log: Log) -> None:
         """Note a validation at this step, in the log too."""
@@ -1507,19 +1588,31 @@ def save_checkpoint(progress: Progress, record: dict, model: GPT, optimizer: Opt
     watch.checkpoint = path
     log.say(f"checkpoint {path} in {time.perf_counter() - start:.2f} s (not training time)")
 
-def checkpoint_of(hp: Hyperparameters) -> str:
-    """The checkpoint that --resume names; empty where it wants the latest and there is none."""
-    found = [str(path) for path in hp.folder.glob("*_step*.pt") if path.is_file()]
-    return max(found, key=os.path.getmtime, default="") if hp.resume == "latest" else hp.resume
+def latest_checkpoint(folder: Path, track: str | None) -> str:
+    """The newest checkpoint in a folder, of a track or of any; empty where there is none."""
+    found = [str(p) for p in folder.glob(f"{track or '*'}-*_step*.pt") if p.is_file()]
+    return max(found, key=os.path.getmtime, default="")
 
 @contextmanager
 def resuming(path: str):
     """Makes one line of whatever a broken or foreign checkpoint leads torch to raise."""
     try:
-        yield path
+        yield
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"can't resume from {path}: {one_line(error)}; expected a checkpoint that "
                         "--save_every wrote, of this script, data and command") from None
+
+def settings_of(path: str) -> dict:
+    """The settings of the run that wrote a checkpoint, but for those of one start alone and what
+    no flag may be. Raises UserError."""
+    with resuming(path):  # mapped: the tensors are not read yet
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        then, once = saved["hyperparameters"], {"resume", "resume_anyway", "prompt", "profile"}
+        return {f.name: then[f.name] for f in dataclasses.fields(Hyperparameters)
+                if f.name not in once and type(then.get(f.name)) is f.type
+                and then[f.name] in (f.metadata["choices"] or [then[f.name]])}
 
 def load_checkpoint(path: str, hp: Hyperparameters, record: dict) -> dict:
     """What save_checkpoint wrote, on the CPU. Raises all sorts unless it belongs to this run."""
@@ -1532,9 +1625,12 @@ def load_checkpoint(path: str, hp: Hyperparameters, record: dict) -> dict:
     if hp.dtype not in ("auto", activations):
         raise ValueError(f"its activations are {activations}; use --dtype auto")
     then, now = {**state, **state["hyperparameters"]}, {**record, **dataclasses.asdict(hp)}
-    for name in sorted({*dataclasses.asdict(hp), "code_hash", "data_fingerprint"} - MAY_CHANGE):
-        if repr(then.get(name)) != repr(now[name]) and not hp.resume_anyway:  # a tensor has no ==
-            raise ValueError(f"its {name} is {then.get(name)}, here {now[name]} (--resume_anyway)")
+    compared = sorted({*dataclasses.asdict(hp), "code_hash", "data_fingerprint"} - MAY_CHANGE)
+    wrong = [f"its {name} is {then.get(name)}, here {now[name]}" for name in compared
+             if repr(then.get(name)) != repr(now[name])]  # repr: a tensor has no ==
+    if wrong and not hp.resume_anyway:
+        raise UserError(f"can't resume from {path}: {'; '.join(wrong)}; leave out the flags that "
+                        "say so, go back to its script and data, or use --resume_anyway")
     progress = state["progress"] = Progress(**state["progress"])
     updates = state["optimizer"]["num_updates"]
     if not (0 <= int(progress.step) <= hp.num_steps and int(progress.validated) <= progress.step
@@ -1570,10 +1666,10 @@ def start_run(hp: Hyperparameters, runtime: Runtime) -> tuple[TokenStream, Token
     if record["compiled"] and (lacks := lacks_for_compile(device)):
         raise UserError(f"torch.compile needs {lacks}, which is not here; on Debian and Ubuntu: "
                         "apt install build-essential python3-dev, or use --compile off")
-    if not (path := runtime.agree(checkpoint_of(hp))):
+    if hp.resume in ("", "latest"):
         return train_stream, val_stream, record, {}
-    with resuming(path):
-        saved = load_checkpoint(path, hp, record)
+    with resuming(hp.resume):
+        saved = load_checkpoint(hp.resume, hp, record)
     # A run goes on in its log, and in its precision: a busy machine may measure another.
     record |= {name: saved[name] for name in ("run_id", "activations")}
     return train_stream, val_stream, record, saved
@@ -1587,17 +1683,19 @@ def resume(saved: dict, model: GPT, optimizer: Optimizer, watch: Watch, hp: Hype
             optimizer.load_state_dict(saved["optimizer"])
             torch.set_rng_state(saved["random"])
         watch.checkpoint = saved["path"]
-        log.say(f"resumed from {saved['path']} at step {saved['progress'].step}")
+        beside = Path(saved["path"]).parent.glob("*_step*.pt")
+        others = sorted({path.name.rpartition("_step")[0] for path in beside} - {saved["run_id"]})
+        others = f"; other runs with checkpoints there: {', '.join(others)}" if others else ""
+        log.say(f"resumed from {saved['path']} at step {saved['progress'].step}{others}")
     elif hp.resume:
         log.say(f"no checkpoint in {hp.folder}: the run begins at step 0")
 
 def write_on(hp: Hyperparameters, runtime: Runtime) -> int:
-    """Print what --resume's checkpoint, of any settings, writes after --prompt; the exit code."""
-    with resuming(checkpoint_of(hp) or hp.resume) as path:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        mine = {"prompt": hp.prompt, "sample_tokens": hp.sample_tokens}
-        hp, dtype = Hyperparameters(**saved["hyperparameters"] | mine), saved["activations"]
-        model = build_model(hp, runtime.device, getattr(torch, dtype), flex=False)
+    """Print what --resume's checkpoint writes after --prompt; the exit code."""
+    with resuming(hp.resume):
+        saved = torch.load(hp.resume, map_location="cpu", weights_only=True)
+        dtype = getattr(torch, saved["activations"])
+        model = build_model(hp, runtime.device, dtype, flex=False)
         model.load_state_dict(saved["model"])
         print(write_sample(model, hp, saved["progress"]["step"], runtime.device))
     return 0
@@ -1616,21 +1714,36 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}{''.join(near)}; python train_gpt.py --help lists every flag")
 
 def parse_arguments(argv: list[str] | None = None) -> Hyperparameters:
-    """The run that argv (default: sys.argv) asks for. Raises UserError on a bad flag or value."""
+    """The run that argv (default: sys.argv) asks for: its flags, else the settings of --resume's
+    checkpoint, else the track's. Raises UserError on a bad flag, value or checkpoint."""
     first = _Parser(add_help=False, allow_abbrev=False)
-    default = "fineweb" if torch.cuda.is_available() else "laptop"
-    first.add_argument("--track", choices=tuple(TRACKS), default=default)
-    track = first.parse_known_args(argv)[0].track
+    first.add_argument("--track", choices=tuple(TRACKS))
+    first.add_argument("--num_steps", type=int)
+    first.add_argument("--resume", default="")
+    first.add_argument("--entry", default="")
+    given, path = first.parse_known_args(argv)[0], ""
+    if given.resume:
+        folder = Hyperparameters(entry=given.entry).folder
+        path = latest_checkpoint(folder, given.track) if given.resume == "latest" else given.resume
+    then = settings_of(path) if path else {}
+    track = given.track or then.get("track", "fineweb" if torch.cuda.is_available() else "laptop")
+    fields = {f.name: f.default for f in dataclasses.fields(Hyperparameters)}
+    defaults = {**fields, **of_track(PRESETS, track), **then, "track": track}
+    shorter = (given.num_steps or defaults["num_steps"]) / max(defaults["num_steps"], 1)
+    for name in ("extension_steps", "momentum_warmup_steps", "momentum_cooldown_steps"):
+        defaults[name] = round(defaults[name] * shorter)
     parser = _Parser(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                      usage="%(prog)s [flags]", description=__doc__,
-                     epilog=f"Defaults are those of the track {track}.")
+                     epilog=f"Defaults are those of the track {track}; (*): "
+                     "in proportion to --num_steps.")
     for f in dataclasses.fields(Hyperparameters):
         kind = ({"action": "store_true"} if f.type is bool else
                 {"type": f.type, "choices": f.metadata["choices"]})
         parser.add_argument(f"--{f.name}", default=f.default,
                             help=f"{f.metadata['help']} (%(default)s)", **kind)
-    parser.set_defaults(**{**of_track(PRESETS, track), "track": track})
-    return Hyperparameters(**vars(parser.parse_args(argv)))
+    parser.set_defaults(**defaults)
+    hp = Hyperparameters(**vars(parser.parse_args(argv)))
+    return dataclasses.replace(hp, resume=path or hp.resume)
 
 def wrong_row(hp: Hyperparameters) -> str:
     """What is wrong in LAYERS or STAGES; nothing: ""."""
@@ -1666,7 +1779,9 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
         (val_tokens % hp.val_length or hp.val_length % 128, f"--val_length {hp.val_length} must "
          f"divide {val_tokens:,} validation tokens and be a multiple of 128; use a power of two "
          f"(or, in a track of your own, val_tokens {nearest:,})"),
-        (hp.prompt and not hp.resume, "--prompt needs a checkpoint to write from: --resume FILE"),
+        (hp.profile and hp.num_steps < 6, "--profile traces steps 3 to 5: it needs --num_steps 6"),
+        (hp.prompt and hp.resume in ("", "latest"),
+         "--prompt needs a checkpoint to write from, --resume FILE, and there is none yet"),
         (not hp.folder.resolve().is_relative_to(records),
          f"--entry {hp.entry!r} is no folder below records/"),
         (hp.model_dim % (4 * hp.num_heads), f"--model_dim {hp.model_dim} is no multiple of four "
@@ -1683,6 +1798,7 @@ def run(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "inductor"))
     hp = parse_arguments(argv)
     runtime = start_runtime(hp)
+    hp = runtime.agree(hp)  # another node may see other files
     try:
         code = (write_on if hp.prompt else train)(hp, runtime)
     except (RuntimeError, MemoryError) as error:
@@ -1716,10 +1832,10 @@ def run_as_program(function: Callable, *args) -> int:
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # torchrun ends all ranks when one fails: rank 0 says what all have met
-        print("error:", " ".join(str(error).split("\n")), file=sys.stderr, flush=True)
+        warn("error: " + " ".join(str(error).split("\n")))
         code = 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        warn("interrupted")
         code = 130
     if dist.is_initialized():  # Python's exit would abort, or wait, where other ranks still compute
         os._exit(code)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -24,13 +25,14 @@ CPU = torch.device("cpu")
 LINUX = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes by Linux's /proc")
 
 
-def start(sandbox, *args, ranks=1, limit=None):
+def start(sandbox, *args, ranks=1, limit=None, env=None):
     """The script in the sandbox as a running process; limit: of the size of its files, in bytes."""
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return subprocess.Popen([*command, "train_gpt.py", "--track=laptop", *TINY, *args], cwd=sandbox.path, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
                             preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
 
 
@@ -97,7 +99,7 @@ def test_killed_at_twenty_moments(sandbox):
         assert torch.equal(value, wanted[name]), name
     assert log.read_text().count("\nresumed from") == 20 and len(checkpoints(sandbox)) == 2
     (run,) = compare.read_log(str(log))
-    assert run.complete and run.restart_step == 0 and [step for step, _, _ in run.curve] == list(range(0, 161, 16))
+    assert run.complete and run.restart_step == 0 and [step for step, _, _ in run.curve] == list(range(16, 161, 16))
     last = re.findall(r"^step:160/160 val_loss:\S+ train_time:(\d+)ms", log.read_text(), re.M)[-1]
     times = [float(ms) for ms in re.findall(r"train_loss:\S+ train_time:(\d+)ms", log.read_text())]
     assert run.train_time_ms == float(last) == max(times + [float(last)])  # goes on from the checkpoint's
@@ -242,11 +244,105 @@ def test_signals_end_the_run_with_a_checkpoint(sandbox, number):
     out, errors = process.communicate()
     assert process.returncode == 128 + number and "Traceback" not in errors
     (path,) = checkpoints(sandbox)
-    assert f"run ended by {number.name}" in out and str(path) in out
-    done = sandbox(*flags, f"--resume={path}")
+    assert f"run ended by {number.name}" in out
+    command = out[out.index("go on with: ") + 12:].splitlines()[0]  # whole: it needs no more flags
+    assert command == f"python train_gpt.py --resume {path}"
+    done = subprocess.run([sys.executable, *command.split()[1:]], cwd=sandbox.path, text=True, capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     (log,) = scratch(sandbox).glob("*.txt")
     assert metric_lines(log.read_text()) == metric_lines(whole.stdout)  # no line twice, none lost
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_compiling_ends_at_once(sandbox, number, tmp_path):
+    """There is nothing to save, and the compiler's traceback would say nothing."""
+    process = start(sandbox, "--compile=on", env={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cold")})
+    wait_for(process, "compiling")
+    time.sleep(3)
+    process.send_signal(number)
+    out, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (128 + number,
+                                            f"{number.name} before the first step: nothing was to be saved\n")
+    assert "compiled in" not in out and not checkpoints(sandbox)
+    (log,) = scratch(sandbox).glob("*.txt")
+    assert log.read_text().endswith(f"\nrun ended by {number.name} before its first step\n")
+
+
+def test_ctrl_c_during_the_imports_is_no_traceback(sandbox):
+    source = (sandbox.path / "train_gpt.py").read_text()
+    (sandbox.path / "train_gpt.py").write_text(source.replace(
+        "    import numpy as np\n", "    print('importing', flush=True); time.sleep(30)\n", 1))
+    process = start(sandbox)
+    wait_for(process, "importing")
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=10) == ("", "") and process.returncode == -signal.SIGINT
+
+
+def test_resume_takes_the_checkpoints_settings(sandbox):
+    """Where no flag is given: those of the model, of the work, and how often it validates, logs, saves."""
+    flags = ["--track=laptop", *TINY, "--seed=4", "--val_every=2", "--num_steps=8"]
+    bare = lambda *words: sandbox(*words, tiny=[])  # noqa: E731
+    whole = sandbox("--seed=4", "--val_every=2", "--num_steps=8", "--save_every=4", "--keep=9")
+    assert whole.returncode == 0, whole.stderr
+    four, eight = checkpoints(sandbox)
+    eight.unlink()
+    settings = train_gpt.parse_arguments([f"--resume={four}"])
+    assert dataclasses.replace(settings, resume="", save_every=0, keep=2) == train_gpt.parse_arguments(flags)
+    assert train_gpt.parse_arguments([f"--resume={four}", "--val_every=1", "--seed=5"]) == dataclasses.replace(
+        settings, val_every=1, seed=5)
+    done = bare("--resume", four)
+    lines = metric_lines(whole.stdout)
+    assert done.returncode == 0 and metric_lines(done.stdout) == lines[-len(metric_lines(done.stdout)):], done.stderr
+    assert [line.split()[0] for line in metric_lines(done.stdout) if "val_loss" in line] == ["step:6/8", "step:8/8"]
+    assert checkpoints(sandbox)[-1].stem.endswith("_step000008")  # saved again, as --save_every 4 says
+
+
+def test_latest_says_which_run_it_took_and_what_others_there_are(sandbox, tmp_path):
+    for seed in (1, 2):
+        assert sandbox("--save_every=6", f"--seed={seed}").returncode == 0
+    older, newer = sorted(checkpoints(sandbox), key=os.path.getmtime)
+    done = sandbox("--resume=latest", tiny=[])
+    assert f"resumed from {newer} at step 6; other runs with checkpoints there: {older.stem[:-11]}\n" in done.stdout
+    newer.rename(newer.with_name("other-" + newer.name))  # of another track
+    done = sandbox("--resume=latest", tiny=[])  # the sandbox names the track
+    assert f"resumed from {older} at step 6" in done.stdout, done.stderr
+
+
+def test_settings_that_no_flag_may_have_are_not_taken(sandbox, tmp_path):
+    assert sandbox("--save_every=6").returncode == 0
+    (path,) = checkpoints(sandbox)
+    saved, wanted = torch.load(path, weights_only=True), train_gpt.parse_arguments(["--track=laptop"])
+    saved["hyperparameters"] = {"track": "moon", "num_steps": "many", "device": "abacus", "prompt": "x", "unknown": 1}
+    torch.save(saved, tmp_path / "odd.pt")
+    found = train_gpt.parse_arguments(["--track=laptop", f"--resume={tmp_path / 'odd.pt'}"])
+    assert found == dataclasses.replace(wanted, resume=str(tmp_path / "odd.pt"))
+
+
+@LINUX
+def test_a_terminal_shows_what_goes_on_and_keeps_none_of_it(sandbox):
+    """Steps and the time that is left, seconds of the validation; each covered by the next line. The log has none."""
+    source = (sandbox.path / "train_gpt.py").read_text()
+    source = source.replace("    optimizer.step(schedule)\n", "    optimizer.step(schedule); time.sleep(0.6)\n", 1)
+    source = source.replace("    num_sequences = TRACKS", "    time.sleep(1.2)\n    num_sequences = TRACKS", 1)
+    (sandbox.path / "train_gpt.py").write_text(source)
+    shown, terminal = os.openpty()
+    process = subprocess.Popen([sys.executable, "train_gpt.py", "--track=laptop", *TINY, "--log_every=0"],
+                               cwd=sandbox.path, stdout=terminal, stderr=subprocess.STDOUT)
+    os.close(terminal)
+    text = b""
+    with suppress(OSError):  # a terminal that was left
+        while part := os.read(shown, 10_000):
+            text += part
+    assert process.wait(timeout=60) == 0
+    text = text.decode().replace("\r\n", "\n")
+    assert re.search(r"\r\x1b\[Kwarming up \.\.\. \d s", text) and "step 0/" not in text.split("warming up")[0]
+    assert "\r\x1b[Kvalidating on 16,384 tokens ... 1 s" in text
+    assert re.search(r"\r\x1b\[Kstep [345]/6, \d s left", text) and text.endswith("\r\x1b[K")
+    remains = ["".join(line.split("\r\x1b[K")[-1:]) for line in text.split("\n")]  # what a terminal keeps
+    (log,) = scratch(sandbox).glob("*.txt")
+    assert [line for line in remains if line] == log.read_text().split(train_gpt.SEPARATOR + "\n")[2].splitlines()
+    assert "\r" not in log.read_text()
 
 
 def test_a_second_signal_leaves_at_once(monkeypatch, capsys):
