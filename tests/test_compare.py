@@ -1,5 +1,6 @@
 """records/compare.py on logs built from the description of the public formats, and on our own script's."""
 import ast
+import dataclasses
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from conftest import REPOSITORY, TINY
 from scipy import stats
 
 from records import compare
+from records.compare.groups import group_runs
 
 SEP = "=" * 100
 CODE = f'''"""A script.
@@ -421,14 +423,90 @@ def test_an_entrys_claim_rests_on_its_own_runs_not_on_those_made_as_anothers_bas
     assert "2030-01-01_Old, in 2030-02-02_New" in run("table", "--all", str(root)).stdout
 
 
+def group_of(folder, facts, code=CODE, **more):
+    """The group of a log that tells these facts."""
+    write(folder, [log(code=code, middle=f"{running(1)}{json.dumps(facts, indent=1)}\n", **more)])
+    return compare.Group(compare.read_log(str(folder / "0.txt")), [], [])
+
+
 @pytest.mark.parametrize("facts, tokens", [
-    ({}, 8 * 256), ({"stage_tokens": [2048, 2048]}, 2048), ({"stage_tokens": [2048, 4096]}, None),
+    ({}, 8 * 256), ({"stage_tokens": [4096, 4096]}, 4096), ({"stage_tokens": [2048, 4096]}, None),
+    ({"stage_tokens": "abc"}, None), ({"stage_tokens": [10**400]}, None), ({"stage_tokens": [[1], [1]]}, None),
     ({"hyperparameters": {"batch_size": 8, "sequence_length": 256, "extension_steps": 40}}, None)])
-def test_tokens_a_step_are_not_told_of_a_run_whose_batch_grows(tmp_path, facts, tokens):
-    facts = {"hyperparameters": {"batch_size": 8, "sequence_length": 256}, **facts}
-    path = write(tmp_path / "x", [log(middle=running(1) + json.dumps(facts, indent=1) + "\n", body=metrics(3.27))])
-    found = compare.read_log(str(next((tmp_path / "x").glob("*"))))
-    assert [r.step_tokens for r in found] == [tokens], path
+def test_tokens_of_a_script_without_stages(tmp_path, facts, tokens):
+    group = group_of(tmp_path, {"hyperparameters": {"batch_size": 8, "sequence_length": 256}, **facts})
+    assert group.tokens_before(20) == (tokens and 20 * tokens)
+
+
+SOURCE = (REPOSITORY / "train_gpt.py").read_text()
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("flags", [["--track=fineweb"], ["--track=laptop"], ["--track=fineweb", "--extension_steps=0"],
+                                   ["--track=fineweb", "--num_steps=7", "--extension_steps=3", "--batch_size=5"]])
+def test_tokens_of_a_run_in_stages_are_those_of_train_gpt(tmp_path, flags, told):
+    """Also of the first logs, which do not tell stage_tokens."""
+    from train_gpt import parse_arguments, stage_ends, tokens_before
+    hp = parse_arguments(flags)
+    facts = {"hyperparameters": dataclasses.asdict(hp)}
+    if told:
+        facts["stage_tokens"] = [stage.batch * hp.batch_size * hp.sequence_length for stage in hp.stages]
+    group = group_of(tmp_path, facts, SOURCE)
+    steps = {0, 1, hp.num_steps // 2, hp.num_steps, *(end + more for end in stage_ends(hp) for more in (-1, 0, 1))}
+    for step in filter(lambda step: 0 <= step <= hp.num_steps, steps):
+        assert group.tokens_before(step) == tokens_before(step, hp)
+    assert not told or hp.track == "laptop" or "--extension_steps=0" in flags or len(group.stages) == 4
+
+
+TABLE = re.search(r"^STAGES = \{\n.*?\n\n", SOURCE, re.M | re.S)[0]
+HOSTILE = {
+    "no table": "STAGES = 5\n", "a call": "STAGES = open('hacked', 'w')\n", "two tables": TABLE + TABLE,
+    "changed later": TABLE + "STAGES['laptop'] = ()\n", "cut": TABLE[:200] + "\n\n",
+    "a name": TABLE.replace("1 / 3", "x"), "no row": "STAGES = {'laptop': ()}\n",
+    "a division by zero": TABLE.replace("1 / 3", "1 / 0"), "no number": TABLE.replace("1 / 3", "None"),
+    "an infinite end": TABLE.replace("1 / 3", "math.inf"), "not a number": TABLE.replace("1 / 3", "1e999 / 1e999"),
+    "ends that fall": TABLE.replace("1 / 3", "0.9"), "half a batch": TABLE.replace("2 / 3,    2,", "2 / 3,    2.5,"),
+    "a side effect": TABLE.replace("1 / 3", "open('hacked', 'w')"), "unpacked": TABLE.replace("1 / 3", "*[1 / 3]"),
+    "a comprehension": "STAGES = {track: (Stage(1.0, 1),) for track in TRACKS}\n",
+    "other rows": TABLE.replace("Stage(", "Part("), "parentheses": f"STAGES = {'(' * 8_000}\n",
+    "signs": f"STAGES = {{'laptop': {'-' * 16_000}1}}\n", "names": f"STAGES = {{'laptop': x{'.x' * 8_000}}}\n",
+    "quotients": f"STAGES = {{'laptop': (Stage(1{'/1' * 7_500}, 1),) * 2}}\n", "in a comment": "# STAGES\n",
+    "a huge table": f"STAGES = {{'laptop': {'-' * 9_000_000}1}}\n", "text": '"""\nSTAGES\n"""\n'}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_tokens_of_stages_that_cannot_be_read_are_not_told(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    code = SOURCE.replace(TABLE, HOSTILE[name])
+    assert code != SOURCE
+    settings = {"track": "fineweb", "num_steps": 20, "extension_steps": 2, "batch_size": 8, "sequence_length": 256}
+    group = group_of(tmp_path / "logs", {"hyperparameters": settings}, code)
+    assert group.stages is None and group.tokens_before(20) is None and not (tmp_path / "hacked").exists()
+    for words in (["table", "logs"], ["report", "logs", "-o", "page.html"]):
+        assert compare.main(words) == 0
+
+
+@pytest.mark.parametrize("change", [{"stage_tokens": [2048, 4096, 6144, 9999]}, {"stage_tokens": [2048, 4096]},
+                                    *({name: value} for name in ("num_steps", "extension_steps", "batch_size")
+                                      for value in (None, "abc", [1], 1e400, 10**400))])
+def test_tokens_of_stages_whose_log_tells_otherwise_are_not_told(tmp_path, change):
+    settings = {"track": "fineweb", "num_steps": 20, "extension_steps": 2, "batch_size": 8, "sequence_length": 256}
+    facts = {"hyperparameters": settings, "stage_tokens": [2048, 4096, 6144, 6144]}
+    assert group_of(tmp_path / "right", facts, SOURCE).tokens_before(20) == 2048 * (6 + 2 * 6 + 3 * 8)
+    facts = {**facts, **change} if "stage_tokens" in change else {"hyperparameters": {**settings, **change}}
+    assert group_of(tmp_path / "wrong", facts, SOURCE).stages is None
+
+
+def test_tokens_of_the_entries():
+    """As the READMEs of the record and of the study tell them."""
+    def last(folder):
+        (group,) = group_runs([run for path in sorted((REPOSITORY / "records" / folder).glob("*.txt"))
+                               for run in compare.read_log(str(path))])
+        return group.tokens_before(group.any.steps)
+    assert last("2026-11-22_NGramEmbed") == 390 * 2048 and last("2026-11-25_Stages") == 348_160  # 0.80 and 0.35 M
+    assert last("studies/2026-11-25_English/final/new") == 598_016
+    assert last("studies/2026-11-25_English/short/new") == 352_256
+    assert row(REPOSITORY / "records/2026-11-25_Stages" / "*.txt")["tokens_to_target"] == 348_160
 
 
 def test_the_table_is_at_most_120_columns_wide(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from conftest import REPOSITORY
 from test_compare import FORMS, GOOD, LAYOUTS, NEW_TIMES, OLD_TIMES, entries, log, metrics, run, running, write
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -232,6 +233,22 @@ def test_a_thousand_logs(tmp_path, browser):
     browser.click("section:has(td a) th:nth-child(3) button")
     losses = [text for text in browser.text("section:has(td a) tr td:nth-child(3)")]
     assert losses == sorted(losses) and len(losses) == 1000 and not browser.errors
+
+
+@opened
+def test_the_tokens_of_a_run_in_stages_stand_beside_those_of_another(tmp_path, browser):
+    settings = {"track": "fineweb", "num_steps": 20, "batch_size": 8, "sequence_length": 250_000}
+    source = (REPOSITORY / "train_gpt.py").read_text()
+    for name, facts, code in (("even", {}, "x = 1\n"), ("stages", {"extension_steps": 2}, source)):
+        write(tmp_path / name, [told({"hyperparameters": {**settings, **facts}}, code=code)])
+    browser.open(report(tmp_path / "even", tmp_path / "stages", out=tmp_path / "both.html"))
+    plot = ".plot[data-x=tokens]"
+    assert browser.js(f"document.querySelectorAll('{plot} .line').length") == 2
+    browser.hover(f"{plot} svg", 0.99, 0.8)  # 6 steps of one batch, 6 of two, 8 of three
+    assert "step 20, 84 M tokens, 2 s" in browser.text("#tip > div")
+    browser.click("#legend button:nth-child(2)")
+    browser.hover(f"{plot} svg", 0.99, 0.8)
+    assert "step 20, 40 M tokens, 2 s" in browser.text("#tip > div") and not browser.errors
 
 
 EVIL = """</script><script>hacked = 1</script><img src=x onerror="hacked = 2">'"><b id=hacked>&lt;${hacked = 3}]]>-->"""

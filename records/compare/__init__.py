@@ -1,6 +1,7 @@
 """Reads run logs of the GPT-2 speedrun; never imports torch. `python records/compare.py --help` shows the commands.
 
     logs          what a log tells of its runs, in our format and in all public ones
+    tokens        how many a run has read at a step
     groups        which runs are comparable, and what a group is called
     statistics    means, deviations, and Student's and Welch's tests
     table         a row for each group

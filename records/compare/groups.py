@@ -8,6 +8,7 @@ from functools import cached_property
 
 from .logs import DATED, SAYS_NOTHING, Run
 from .statistics import mean
+from .tokens import stages_of, tokens_before
 
 WHERE = {"activations", "compiled", "threads", "data_fingerprint", "on"}  # of what makes groups: not what was trained
 
@@ -53,6 +54,15 @@ class Group:
     @property
     def times(self) -> list[float]:
         return [run.train_time_ms for run in self.runs if run.train_time_ms is not None]
+
+    @cached_property
+    def stages(self) -> list[tuple[float, int]] | None:
+        """As stages_of tells them: all runs are of one code and of equal settings, so of equal stages."""
+        return stages_of(self.any)
+
+    def tokens_before(self, step: int) -> int | None:
+        """Tokens that a run has read when it comes to a step; None where the log does not tell."""
+        return tokens_before(step, self.stages) if self.stages else None
 
     @property
     def typical(self) -> Run:

@@ -137,15 +137,6 @@ class Run:
         return self.facts.get("target", TARGET)
 
     @property
-    def step_tokens(self) -> int | None:
-        """Tokens a step, over all ranks; None where that is not told, or grows from stage to stage."""
-        stages = self.facts.get("stage_tokens") or []
-        if len(set(map(repr, stages))) > 1 or not stages and self.hyperparameters.get("extension_steps"):
-            return None  # the first logs of runs in stages told only that they end in an extension
-        sizes = [self.hyperparameters.get(name) for name in ("batch_size", "sequence_length")]
-        return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
-
-    @property
     def config(self) -> dict:
         """All that must be alike, besides code and hardware, for two runs to be comparable."""
         rest = ("activations", "compiled", "data_fingerprint", "threads")

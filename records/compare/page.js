@@ -21,7 +21,7 @@
   // What the four plots show: for each visible group, lines of points {x, y, low, high, said}.
   const PLOTS = {
     time: {name: "training time (seconds)", x: (point) => point[4] === null ? null : point[4] / 1000},
-    tokens: {name: "tokens (millions)", x: (point, group) => group.tokens ? point[0] * group.tokens / 1e6 : null},
+    tokens: {name: "tokens (millions)", x: (point) => point[5] === null ? null : point[5] / 1e6},
     steps: {name: "step", x: (point) => point[0]},
     pace: {name: "step"},
   };
@@ -39,12 +39,12 @@
       }
       const points = [];
       for (const point of group.curve) {
-        const x = PLOTS[kind].x(point, group);
+        const x = PLOTS[kind].x(point);
         if (x === null) continue;
-        const [step, mean, low, high, ms] = point;
+        const [step, mean, low, high, ms, tokens] = point;
         points.push({x, y: mean, low, high, said: [
           group.label,
-          `step ${figure(step, 0)}` + (group.tokens ? `, ${figure(step * group.tokens / 1e6, 2)} M tokens` : "")
+          `step ${figure(step, 0)}` + (tokens === null ? "" : `, ${figure(tokens / 1e6, 2)} M tokens`)
             + (ms === null ? "" : `, ${figure(ms / 1000, 2)} s`),
           `validation loss ${mean.toFixed(4)}` + (low < high ? ` (${low.toFixed(4)} to ${high.toFixed(4)})` : ""),
           runs(group)]});

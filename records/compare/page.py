@@ -275,8 +275,8 @@ def chart_data(subject: Subject, labels: list[str]) -> dict:
         return [None if finite(value) is None else round(value, digits) for value in values]
     groups = []
     for number, (group, label) in enumerate(zip(subject.groups, labels, strict=True)):
-        points = [[step, *figures(losses, 6), *figures([ms], 1)] for step, *losses, ms in thin(curves_of(group),
-                                                                                               CURVE_POINTS)]
+        points = [[step, *figures(losses, 6), *figures([ms], 1), group.tokens_before(step)]
+                  for step, *losses, ms in thin(curves_of(group), CURVE_POINTS)]
         paces = []
         for run in group.runs or group.incomplete:
             intervals = run.pace.intervals(after=run.restart_step)
@@ -286,17 +286,12 @@ def chart_data(subject: Subject, labels: list[str]) -> dict:
         odd = sorted(paces, key=lambda pace: -pace[0])[:PACE_RUNS]
         groups.append({
             "label": visible(label), "runs": len(group.runs), "target": finite(group.any.target),
-            "on": number < min(GROUPS_ON, len(subject.main)), "tokens": tokens_of(group),
+            "on": number < min(GROUPS_ON, len(subject.main)),
             "curve": [point for point in points if None not in point[1:4]], "left": len(paces) - len(odd),
             "paces": [{"name": visible(name_of(run)),
                        "points": [[step, *figures([ms], 3)] for step, ms in slowest(intervals, PACE_POINTS)]}
                       for _, run, intervals in odd]})
     return {"groups": groups, "unit": unit_of(subject.groups)}
-
-
-def tokens_of(group: Group) -> int | None:
-    """Tokens a step, if they are a number that can be drawn."""
-    return tokens if 0 < (tokens := group.any.step_tokens or 0) < 10**12 else None
 
 
 def thin(points: list, most: int) -> list:

@@ -42,7 +42,7 @@ def plot(args) -> int:
         raise UserError(f"{error}; source .venv/bin/activate (./run.sh sets it up), then again") from None
     groups = group_runs(find_runs(args.paths)[0])
     groups = sorted((g for g in groups if g.runs) if any(g.runs for g in groups) else groups, key=lambda g: g.entry)
-    tokens_known = all(group.any.step_tokens for group in groups)
+    tokens_known = all(group.stages for group in groups)
     axes_names = ["step", *(["tokens (millions)"] if tokens_known else []), "training time (seconds)"]
     labels = [f"{shortened(visible(label), 160)} ({count(len(group.runs), 'run')})".replace("$", r"\$")
               for group, label in zip(groups, labels_of(groups), strict=True)]
@@ -59,7 +59,7 @@ def plot(args) -> int:
             if name == "step":
                 shown = [(point[0], *point[1:4]) for point in points]
             elif name.startswith("tokens"):
-                shown = [(point[0] * group.any.step_tokens / 1e6, *point[1:4]) for point in points]
+                shown = [(group.tokens_before(point[0]) / 1e6, *point[1:4]) for point in points]
             else:
                 shown = [(point[4] / 1000, *point[1:4]) for point in points if point[4] is not None]
             if shown:

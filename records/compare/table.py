@@ -32,8 +32,8 @@ def row_of(group: Group, label: str, target: float | None, claim: bool = False) 
                             for run in group.incomplete],
         "duplicate_logs": [run.path for run in group.duplicates],
         "reached": len(first_at_target(group, target)),
-        "tokens_to_target": finite(mean([point[0] * run.step_tokens for run, point in first_at_target(group, target)
-                                         if run.step_tokens])),
+        "tokens_to_target": finite(mean([group.tokens_before(point[0]) for _, point in first_at_target(group, target)
+                                         if group.stages])),
         "train_time_ms_to_target": finite(mean([point[2] for _, point in first_at_target(group, target)
                                                 if point[2] is not None])),
     }
