@@ -213,15 +213,18 @@ def test_the_same_file_twice_counts_once_and_is_said(tmp_path):
     assert "duplicate: " in run("table", folder).stdout
 
 
-def test_files_that_are_no_logs_are_named(tmp_path):
-    folder = write(tmp_path, [log()])
+def test_files_that_are_no_logs_are_said_where_they_were_named(tmp_path):
+    """In a folder other files may lie; but a log that ends before its first step is of a run that failed."""
+    folder = write(tmp_path, [log(), log(body="run failed at step 0: OSError\n")])
     write(tmp_path, ["", "Traceback (most recent call last):\n", b"\0\1\2" * 5000, "torch==2.5\n", b"\xff\xfe\xc3\x28"],
           "other{}.txt")
     closed = tmp_path / "closed.txt"
     closed.write_text(log())
     closed.chmod(0)
     done = run("table", folder)
-    assert done.returncode == 0 and all(f"other{i}.txt" in done.stdout for i in range(5))
+    assert done.returncode == 0 and "other" not in done.stdout and "no step in " + folder + "/1.txt" in done.stdout
+    for paths in ([folder, *(f"{folder}/other{i}.txt" for i in range(5))], [f"{folder}/*.txt"]):
+        assert all(f"no log: {folder}/other{i}.txt\n" in run("table", *paths).stdout for i in range(5))
     if os.geteuid():  # root reads everything
         assert "can't read" in done.stdout and "closed.txt" in done.stdout
     assert row(folder)["runs"] >= 1
@@ -234,7 +237,9 @@ def test_files_that_are_no_logs_are_named(tmp_path):
     (["table", "--jsom", "{}"], "--jsom"),
     (["ab", "train_gpt.py", "train_gpt.py", "--runs", "0"], "--runs is 0"),
     (["runs-needed", "--sd", "0", "--margin", "1"], "--sd"), (["ab", "{}/a.py", "{}/b.py", "--runs", "1"], "a.py"),
-    (["plot", "{}/main.txt", "-o", "{}/x.doc"], "doc")])
+    (["plot", "{}/main.txt", "-o", "{}/x.doc"], "doc"),
+    (["diff", "train_gpt.py", "records/compare.py"], "diff -u train_gpt.py records/compare.py"),
+    (["diff", "train_gpt.py", "{}/main.txt"], "no log: train_gpt.py"), (["diff", "a.py", "b.py"], "there is no a.py")])
 def test_mistakes_end_in_one_line(tmp_path, words, named):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.txt").write_bytes(b"\0")
@@ -403,7 +408,9 @@ def test_the_table_is_the_entries_claims_a_line_each(tmp_path):
     lines = run("table", root).stdout.splitlines()
     assert [line.split()[0] for line in lines[:4] if line] == ["entry", "2030-01-01_Old", "2030-02-02_New"]
     assert "3 other groups of runs" in lines[-1] and "--all" in lines[-1]
+    assert sum("not all rows were run in turn" in line for line in lines) == 1
     everything = run("table", "--all", root).stdout
+    assert "run in turn" not in everything
     for name in ("2030-02-02_New, ngrams 1 ", "2030-02-02_New, ngrams 1, muon_lr 0.2 ", "2030-03-03_Study "):
         assert name in everything, everything
     assert sorted(row["label"] for row in rows(root) if row["claim"]) == ["2030-01-01_Old", "2030-02-02_New"]

@@ -288,11 +288,11 @@ def test_public_layouts(tmp_path, browser):
     texts = [text for text, *_ in LAYOUTS.values()] + [log(body=body) for body in FORMS.values()]
     llm_c = "\n".join(f"s:{s} {'trl' if s % 250 else 'tel'}:{4 - s / 5000:.4f}" for s in range(990))
     texts += [llm_c, "nothing", log(body=metrics(died_at=12)), log(body=metrics(restart=True)),
-              metrics().replace("3.2775", "nan")]
+              metrics().replace("3.2775", "nan"), log(body="")]
     write(tmp_path / "public", texts)
     browser.open(report(tmp_path / "public", out=tmp_path / "public.html"))
     assert browser.js("document.querySelectorAll('.plot svg').length") == 3 and not browser.errors
-    assert any("no log: " in note for note in browser.text("li"))
+    assert any("no step in " in note for note in browser.text("li"))
 
 
 @opened

@@ -1,10 +1,11 @@
 """Difference: what the code, settings and results of two logs do not have in common."""
 import difflib
+import shlex
 import sys
 from pathlib import Path
 
 from .groups import group_runs, same_seed
-from .logs import Run, code_of, find_runs
+from .logs import Run, UserError, code_of, find_runs
 from .statistics import spread
 from .text import count, paint
 from .verdict import comparison
@@ -39,6 +40,9 @@ def code_diff(a: list[str], b: list[str], context: int = 3) -> list[str]:
 def diff(args) -> int:
     """The code, then what else differs, of two logs; of folders a run of each, with the same seed if there is
     one, and the results of all."""
+    if all(path.endswith(".py") and Path(path).is_file() for path in (args.a, args.b)):
+        raise UserError(f"{args.a} and {args.b} are scripts, expected logs; to compare scripts: "
+                        f"{shlex.join(['diff', '-u', args.a, args.b])}")
     sides = []
     for path in (args.a, args.b):
         groups = group_runs(find_runs([path], direct=True)[0])

@@ -348,13 +348,20 @@ def sample_of(run: Run) -> str:
     return "\n".join(line.removeprefix("|").removeprefix(" ") for line in text)
 
 
+def has_separator(path: str) -> bool:
+    """Whether a file without a run is a log all the same, of a run that ended before its first step. Raises OSError."""
+    with open(path, "rb") as file:
+        return any(line.rstrip(b"\r\n") == SEPARATOR for line in lines_of(file))
+
+
 def find_runs(paths: list[str], direct: bool = False) -> tuple[list[Run], list[str]]:
-    """All runs below paths, and what is to be said of the rest: files that are no logs or can't be read.
+    """All runs below paths, and what is to be said of the rest: files that can't be read, logs that end before their
+    first step, and named files that are no logs; in a folder those are passed over.
 
     direct: of a folder only the logs directly in it, if there are any. Raises UserError where a path leads nowhere, or
     nothing holds a run.
     """
-    files, remarks, runs = [], [], []
+    files, named, remarks, runs = [], set(), [], []
     for path in paths:
         found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         if not found:
@@ -366,14 +373,18 @@ def find_runs(paths: list[str], direct: bool = False) -> tuple[list[Run], list[s
                 files += sorted(here if direct and here else below)
             else:
                 files.append(item)
+                named.add(os.path.normpath(item))
     for path in dict.fromkeys(os.path.normpath(f) for f in files):
         try:
             in_file = read_log(path)
+            begun = bool(in_file) or has_separator(path)
         except OSError as error:
             remarks.append(f"can't read {path}: {error.strerror}")
             continue
-        if not in_file:
+        if not begun and path in named:
             remarks.append(f"no log: {path}")
+        elif not in_file and begun:
+            remarks.append(f"no step in {path}")
         runs += in_file
     if not runs:
         raise UserError("; ".join([f"no run in {' '.join(paths)}", *remarks[:3]]))

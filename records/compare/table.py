@@ -107,6 +107,9 @@ def table(args) -> int:
     notes += remarks
     if len(notes) > NOTES and not (args.all or args.json):
         notes[NOTES - 1:] = [f"... and {len(notes) - NOTES + 1} notes more (--all)"]
+    if shown is claims and len(claims) > 1:
+        notes.append("not all rows were run in turn, or on one day: to compare times, verify ENTRY against its "
+                     "baseline/, which was")
     if left := len(groups) - len(shown):
         notes.append(f"{left} other groups of runs (ablations, trials, baselines, studies): --all")
     if notes:
