@@ -36,7 +36,7 @@ def stages_of(run: Run) -> list[tuple[float, int]] | None:
         except (SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError, MemoryError):
             return None
         tokens = [batch * math.prod(sizes) for _, batch in rows]
-    fits = told in (None, tokens) and ends == sorted(ends) and all(map(is_size, tokens))
+    fits = told in (None, tokens) and [0, *ends] == sorted([0, *ends]) and all(map(is_size, tokens))
     return list(zip(ends, tokens, strict=True)) if fits else None
 
 
