@@ -239,13 +239,16 @@ def test_a_thousand_logs(tmp_path, browser):
 def test_the_tokens_of_a_run_in_stages_stand_beside_those_of_another(tmp_path, browser):
     settings = {"track": "fineweb", "num_steps": 20, "batch_size": 8, "sequence_length": 250_000}
     source = (REPOSITORY / "train_gpt.py").read_text()
+    later = metrics().replace("step:0/20 val_loss", "step:0/20 other")  # not validated before the first step
     for name, facts, code in (("even", {}, "x = 1\n"), ("stages", {"extension_steps": 2}, source)):
-        write(tmp_path / name, [told({"hyperparameters": {**settings, **facts}}, code=code)])
+        write(tmp_path / name, [told({"hyperparameters": {**settings, **facts}}, code=code, body=later)])
     browser.open(report(tmp_path / "even", tmp_path / "stages", out=tmp_path / "both.html"))
     plot = ".plot[data-x=tokens]"
     assert browser.js(f"document.querySelectorAll('{plot} .line').length") == 2
     browser.hover(f"{plot} svg", 0.99, 0.8)  # 6 steps of one batch, 6 of two, 8 of three
     assert "step 20, 84 M tokens, 2 s" in browser.text("#tip > div")
+    heights = browser.js(f"[...document.querySelectorAll('{plot} circle:not(.mark)')].map(it => it.cy.baseVal.value)")
+    assert len(heights) == 8 and min(heights) > 0  # all points are seen
     browser.click("#legend button:nth-child(2)")
     browser.hover(f"{plot} svg", 0.99, 0.8)
     assert "step 20, 40 M tokens, 2 s" in browser.text("#tip > div") and not browser.errors

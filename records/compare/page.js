@@ -63,8 +63,8 @@
     return {found, digits: Math.max(0, -Math.floor(Math.log10(step) + 1e-9))};
   }
 
-  // The range of y: for losses from the lowest end to the second point, for the first is far above; for times from zero
-  // to what is usual, so that one stall does not press everything to the ground (it is told by the number above).
+  // The range of y: for losses from the lowest end to the first point after step 0, whose loss is far above; for times
+  // from zero to what is usual, so that one stall does not press everything to the ground (it is told by the number above).
   function range(kind, lines, xs, targets) {
     const inside = lines.flatMap((line) => line.points.filter((point) => point.x >= xs[0]));
     if (kind === "pace") {
@@ -75,7 +75,8 @@
     let high = -Infinity, low = Infinity;
     for (const line of lines) {
       const shown = line.points.filter((point) => point.x >= xs[0]);
-      for (const point of xs[0] > 0 || shown.length < 2 ? shown : shown.slice(1)) high = Math.max(high, point.high);
+      const trained = shown.filter((point) => point.x > 0);
+      for (const point of trained.length ? trained : shown) high = Math.max(high, point.high);
       for (const point of shown) low = Math.min(low, point.low);
     }
     for (const target of targets) {

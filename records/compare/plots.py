@@ -76,7 +76,8 @@ def plot(args) -> int:
         axis.grid(alpha=0.3)
         axis.set_xlim(left=-0.02 * axis.get_xlim()[1])  # a point at zero is seen whole
     floor = min([*finals, *targets])
-    top = max(point[1] for group in groups for point in curves_of(group)[1:] or curves_of(group))
+    points = [point for group in groups for point in curves_of(group)]
+    top = max(point[1] for point in [point for point in points if point[0] > 0] or points)  # at step 0 it is far above
     told = f" a {unit}" if (unit := unit_of(groups)) else ""
     margin = 0.04 * (top - floor) or 0.01
     axes[0][0].set(ylabel=f"validation loss (nats{told})", ylim=(floor - margin, top + margin))
