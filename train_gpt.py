@@ -1514,9 +1514,11 @@ def finish(stop: int, model: GPT, progress: "Progress", watch: Watch, hp: Hyperp
            runtime: Runtime, log: Log) -> int:
     """The last lines of a log: target, speed, memory, a sample. Returns the exit code."""
     if stop:
-        script, ranks = os.path.relpath(__file__), runtime.world_size
-        torchrun = f"torchrun --standalone --nproc_per_node={ranks} {script}"
-        command = os.environ.get("STARTED_BY", torchrun if ranks > 1 else f"python {script}")
+        ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        nodes = "--standalone" if ranks == str(runtime.world_size) else "(nodes as before)"
+        launcher = (f"torchrun {nodes} --nproc_per_node={ranks}" if "RANK" in os.environ else
+                    sys.executable)
+        command = os.environ.get("STARTED_BY", f"{launcher} {os.path.relpath(__file__)}")
         log.say(f"run ended by {signal.Signals(stop).name} at step {progress.step}; go on with: "
                 f"{command} --resume {watch.checkpoint or 'latest'}")
         return 128 + stop

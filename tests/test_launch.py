@@ -374,7 +374,17 @@ def test_ctrl_c_ends_a_run_with_a_checkpoint(sandbox, processes):
     os.killpg(process.pid, signal.SIGINT)
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "run ended by SIGINT at step" in out, errors
-    assert "Traceback" not in errors and len(list((sandbox.path / "records/scratch").glob("*.pt"))) == 1
+    (path,) = (sandbox.path / "records/scratch").glob("*.pt")
+    assert "Traceback" not in errors and f"go on with: NPROC={processes} ./run.sh --resume {path}\n" in out
+
+
+def test_a_run_goes_on_without_a_track(sandbox):
+    """Where there is a GPU, too: not fineweb, but the track of the checkpoint."""
+    process = begin(sandbox, "--track=laptop", *TINY, "--save_every=3")
+    assert process.communicate(timeout=300) and process.returncode == 0
+    process = begin(sandbox, "--resume=latest")
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0 and "resumed from" in out and "choose with --track" not in out, errors
 
 
 def test_a_rank_that_fails_alone_ends_the_node_with_its_own_line(sandbox):
