@@ -127,7 +127,7 @@ class Stage(NamedTuple):
 
 STAGES = {
     "fineweb": (  # windows: record 2025-09-03; batches, rates: 2025-11-29, 2025-12-22; documents:
-        # 2026-02-10; targets, untying: 2025-12-22; extension: 2025-09-21
+        # 2026-02-10; targets, untying: 2025-12-22; extension: 2025-09-21, final_window: 2025-09-15
         #     until     batch  window  document  lr    targets: beginning, end          tied
         Stage(1 / 3,    1,     384,    896,      1.0,  (1, 0.5, 0.25), (1, 0.5, 0),     True),
         Stage(2 / 3,    2,     896,    2048,     1.52, (1, 0.5),       (1, 0),          True),
@@ -253,8 +253,8 @@ def short_window(window: int) -> int:
 
 def rotary_at(index: int, hp: Hyperparameters) -> tuple[Tensor, float]:
     """Rotary frequencies of a stage, (d / 4,) radians a token, and the factor of the scores. Half
-    of a head does not turn (record 2024-12-17). Where the window grows, what turns less than 32
-    times in it is slowed down (YaRN, arXiv 2309.00071, record 2025-09-10)."""
+    of a head does not turn, the base is 1024 (2024-12-17). Where the window grows, what turns less
+    than 32 times in it is slowed down (YaRN, arXiv 2309.00071, record 2025-09-10)."""
     frequency = 1024 ** -torch.linspace(0, 1, hp.model_dim // hp.num_heads // 4)
     scale = hp.attention_scale
     for before, stage in itertools.pairwise(hp.stages[:index + 1]):
@@ -367,7 +367,8 @@ def norm(x: Tensor) -> Tensor:
 class Linear(nn.Module):
     """`parts` maps without bias in one product; Muon orthogonalises each. zero: begins at zero.
     weight: (parts, out, in), or (1, in, out) where in is larger, so that Muon has tall matrices
-    alone; float32, or small updates would be lost. Standard deviation 0.5 / sqrt(in) at first."""
+    alone; float32, or small updates would be lost. At first uniform, of standard deviation 0.5 /
+    sqrt(in) (record 2026-01-30)."""
     def __init__(self, in_features: int, out_features: int, parts: int = 1, zero: bool = False):
         super().__init__()
         self.transposed = in_features > out_features
@@ -481,7 +482,7 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(hp, layer) if layer.attention else None
         self.mlp = MLP(hp)
-        self.residual_scale = nn.Parameter(torch.full((2,), 1.1 ** 0.5))  # for attention, MLP
+        self.residual_scale = nn.Parameter(torch.full((2,), 1.1 ** 0.5))  # and MLP: 2025-12-29
         self.branch_scale = nn.Parameter(torch.tensor([1.0, 1.0, 0.0, 0.05]))  # and x0, n-grams
         self.skip_scale = None if layer.skip_from is None else nn.Parameter(torch.tensor(-1.5))
         self.skip_gate = (None if layer.skip_from is None else
