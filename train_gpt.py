@@ -1515,10 +1515,8 @@ def finish(stop: int, model: GPT, progress: "Progress", watch: Watch, hp: Hyperp
            runtime: Runtime, log: Log) -> int:
     """The last lines of a log: target, speed, memory, a sample. Returns the exit code."""
     if stop:
-        ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-        nodes = "--standalone" if ranks == str(runtime.world_size) else "(nodes as before)"
-        launcher = (f"torchrun {nodes} --nproc_per_node={ranks}" if "RANK" in os.environ else
-                    sys.executable)
+        ranks = f"torchrun --standalone --nproc_per_node={runtime.world_size}"
+        launcher = ranks if runtime.world_size > 1 else sys.executable  # several nodes: docs/
         command = os.environ.get("STARTED_BY", f"{launcher} {os.path.relpath(__file__)}")
         log.say(f"run ended by {signal.Signals(stop).name} at step {progress.step}; go on with: "
                 f"{command} --resume {watch.checkpoint or 'latest'}")
