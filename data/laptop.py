@@ -9,6 +9,7 @@ the validation shard and all others to the training shard.
 import argparse
 import hashlib
 import sys
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -60,8 +61,8 @@ def build(source: Path | None = None, target: Path | None = None) -> None:
         (val if is_validation(name) else train).append(tokenize(path))
     num_val = sum(map(len, val))
     if num_val <= TRACK.val_tokens or not train:
-        raise UserError(f"the source of torch gave {num_val:,} validation tokens, expected more than "
-                        f"{TRACK.val_tokens:,}; reinstall torch: pip install --force-reinstall -r requirements.txt")
+        raise UserError(f"the source of torch {metadata.version('torch')} gives {num_val:,} validation tokens, expected "
+                        f"more than {TRACK.val_tokens:,}; take the pinned release: pip install -r requirements.txt")
     for name, parts in shards.items():
         tokens = np.concatenate(parts)
         if not _holds(target / name, tokens):

@@ -324,6 +324,24 @@ def test_verify(tmp_path, name, finals, times, more, broken):
     assert re.search("^unknown +same data", done.stdout, re.M)
 
 
+@pytest.mark.parametrize("minutes, word", [(((0, 2, 4), (1, 3, 5)), "pass"), (((0, 1, 2), (3, 4, 5)), "unknown"),
+                                           (((3, 4, 5), (0, 1, 2)), "unknown"), (None, "unknown")])
+def test_runs_that_were_not_made_in_turn_are_said(tmp_path, minutes, word):
+    """On a machine that others use too, one side after the other compares the hours as well: no failure, but said."""
+    for name, times, side in (("old", OLD_TIMES, 0), ("new", NEW_TIMES, 1)):
+        texts = []
+        for i in range(3):
+            facts = {"run_id": f"laptop-20260101-12{minutes[side][i]:02}00-abcdef"} if minutes else {}
+            middle = SMI + json.dumps(facts, indent=1) + "\n"
+            texts.append(log(code=f"import {name}\n", middle=middle, body=metrics(GOOD[i], time_ms=times[i])))
+        write(tmp_path / name, texts)
+    told = run("verify", tmp_path / "new", "--baseline", tmp_path / "old").stdout
+    assert re.search(f"^{word} +run in turn: ", told, re.M), told
+    page = run("report", tmp_path / "old", tmp_path / "new", "-o", tmp_path / "page.html")
+    assert page.returncode == 0, page.stderr
+    assert ("did not run in turn" in (tmp_path / "page.html").read_text()) == (word != "pass" and minutes is not None)
+
+
 def test_verify_wants_whole_runs_of_one_script(tmp_path):
     old, new = sample(tmp_path / "old", GOOD, OLD_TIMES), sample(tmp_path / "new", GOOD, NEW_TIMES)
     Path(new, "cut.txt").write_text(log(code=CODE + "# new\n", body=metrics(died_at=12)))

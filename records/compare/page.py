@@ -180,7 +180,9 @@ def verdict_part(found: Judgement, labels: list[str], args) -> Section:
     new, old = found.new, found.old
     who = element("p", element("b", "A"), f", the baseline: {labels[0]}. ", element("b", "B"), f": {labels[1]}.",
                   class_="sides")
-    other = any(rule.name == "same hardware" and rule.passed is False for rule in found.rules)
+    rules = {rule.name: rule for rule in found.rules}
+    other = "same hardware" in rules and rules["same hardware"].passed is False
+    apart = "run in turn" in rules and "machine's" in rules["run in turn"].figures
     word, why = "not known", "The logs of a side tell no training time."
     if new.times and old.times:
         ratio, p = mean(new.times) / mean(old.times), found.faster_p
@@ -190,6 +192,7 @@ def verdict_part(found: Judgement, labels: list[str], args) -> Section:
         word = ("not tested" if p is None else "yes, faster" if p < args.p else
                 "no, slower" if 1 - p < args.p and ratio > 1 else "not shown")
         why += " The hardware differs: the times do not compare." * other
+        why += " They did not run in turn: a part of it may be the machine's." * (apart and not other)
     cards = [card("Faster?", word, why)]
     if found.contrasts:
         first, *others = found.contrasts
@@ -201,15 +204,15 @@ def verdict_part(found: Judgement, labels: list[str], args) -> Section:
             tested = "not tested" if contrast.p is None else f"p = {contrast.p:.2g}"
             why += f" At equal steps, {contrast.name}: {contrast.apart:+.4f}, {contrast.word} ({tested})."
         cards.append(card("Learns better?", word, why))
-    rules = [element("tr", element("td", rule.word, class_=f"rule {rule.word.lower()}"),
-                     element("th", rule.name, scope="row"), element("td", rule.figures)) for rule in found.rules]
+    rows = [element("tr", element("td", rule.word, class_=f"rule {rule.word.lower()}"),
+                    element("th", rule.name, scope="row"), element("td", rule.figures)) for rule in found.rules]
     note = [element("p", "A and B are the same script.")] if found.same_script else []
     kind, conclusion = "fail" if found.failed else "pass", found.conclusion[0].upper() + found.conclusion[1:] + "."
     if min(len(new.runs), len(old.runs)) < 2:
         kind, conclusion = "unknown", "No claim yet: a test needs 2 complete runs of each side, or more."
     return section("Verdict", who, element("p", conclusion, class_=f"conclusion {kind}"),
                    element("div", *cards, class_="cards"), *note,
-                   element("div", element("table", *rules, class_="rules"), class_="wide"))
+                   element("div", element("table", *rows, class_="rules"), class_="wide"))
 
 
 def times_of(group: Group) -> str:

@@ -1,5 +1,6 @@
 """Verdict: does a claim hold against a baseline, rule by rule, and does it learn better?"""
 import os
+import re
 from dataclasses import dataclass
 
 from .groups import Group, by_seed, group_runs, labels_of
@@ -98,6 +99,22 @@ def rule_of_seeds(group: Group, who: str) -> Rule:
                 "; ".join(same) or (f"{number} different loss curves" if number > 1 else "1 loss curve"))
 
 
+def rule_of_turns(new: Group, old: Group) -> Rule:
+    """Runs of both sides in turn, as ab makes them, see the same machine at the same speed; the logs' names tell when
+    a run began."""
+    begun = [sorted("".join(found.groups()) for run in group.runs
+                    if (found := re.search(r"-(20\d{6})-(\d{6})-", str(run.facts.get("run_id") or ""))))
+             for group in (new, old)]
+    if not all(begun):
+        return Rule("run in turn", None, "the logs do not say when they began")
+    told = ["{} to {}".format(*(f"{t[:4]}-{t[4:6]}-{t[6:8]} {t[8:10]}:{t[10:12]}" for t in (times[0], times[-1])))
+            for times in begun]
+    if begun[0][0] < begun[1][-1] and begun[1][0] < begun[0][-1]:
+        return Rule("run in turn", True, " and ".join(told))
+    return Rule("run in turn", None, f"{' and '.join(told)}: one side after the other, so the ratio of times may be the "
+                "machine's")
+
+
 def judge(new: Group, old: Group, target: float | None, p: float, systems_only: bool) -> list[Rule]:
     """The rules that compare a candidate with a baseline; both have complete runs."""
     rules = [rule_of_seeds(new, "candidate"), rule_of_seeds(old, "baseline")]
@@ -123,6 +140,7 @@ def judge(new: Group, old: Group, target: float | None, p: float, systems_only: 
         for g in (new, old)]
     known = all(g.any.gpu and g.any.world_size for g in (new, old))
     rules.append(Rule("same hardware", hardware[0] == hardware[1] if known else None, " and ".join(hardware)))
+    rules.append(rule_of_turns(new, old))
     faster = welch_test_below(new.times, old.times)
     if not new.times or not old.times:
         rules.append(Rule("faster", False, "no training times in the logs"))
