@@ -1782,7 +1782,7 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
          f"(or, in a track of your own, val_tokens {nearest:,})"),
         (hp.profile and hp.num_steps < 6, "--profile traces steps 3 to 5: it needs --num_steps 6"),
         (hp.prompt and hp.resume in ("", "latest"),
-         "--prompt needs a checkpoint to write from, --resume FILE, and there is none yet"),
+         f"--prompt needs a checkpoint to write from: --resume FILE, or one in {hp.folder}"),
         (not hp.folder.resolve().is_relative_to(records),
          f"--entry {hp.entry!r} is no folder below records/"),
         (hp.model_dim % (4 * hp.num_heads), f"--model_dim {hp.model_dim} is no multiple of four "

@@ -34,6 +34,7 @@ def started(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["launch.py"])
     for name in ("NPROC", "SHARDS", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("STARTED_BY", "")  # so that what launch.py puts there is gone after the test
     monkeypatch.setattr(launch, "page", lambda hp: "")  # no run, no page
     seen = SimpleNamespace(fetched=None, words=None, processes=0, code=None)
 

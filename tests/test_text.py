@@ -168,7 +168,7 @@ def test_from_a_text_to_a_sample(sandbox, monkeypatch, capsys):
                            VAL_TOKENS) == script.read_text()
     done = sandbox("--track=mine", "--num_steps=3", "--save_every=3")
     assert done.returncode == 0 and "track mine" in done.stdout, done.stderr
-    done = sandbox("--prompt=The ", "--resume=latest", "--sample_tokens=20", tiny=[])
+    done = sandbox("--track=mine", "--prompt=The ", "--resume=latest", "--sample_tokens=20", tiny=[])
     assert done.returncode == 0 and done.stdout.startswith("The ") and not done.stderr
     assert len(list((sandbox.path / "records/scratch").glob("*.txt"))) == 1
     assert sandbox().returncode == 0

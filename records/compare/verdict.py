@@ -111,8 +111,8 @@ def rule_of_turns(new: Group, old: Group) -> Rule:
             for times in begun]
     if begun[0][0] < begun[1][-1] and begun[1][0] < begun[0][-1]:
         return Rule("run in turn", True, " and ".join(told))
-    return Rule("run in turn", None, f"{' and '.join(told)}: one side after the other, so the ratio of times may be the "
-                "machine's")
+    return Rule("run in turn", None,
+                " and ".join(told) + ": one side after the other, so the ratio of times may be the machine's")
 
 
 def judge(new: Group, old: Group, target: float | None, p: float, systems_only: bool) -> list[Rule]:
