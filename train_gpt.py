@@ -901,9 +901,9 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
         log.say(f"track {hp.track}, {sum(p.numel() for p in model.parameters()):,} parameters, "
                 f"{record['activations']}, {runtime.world_size} x {record['device']}, "
                 f"log {log.path}")
-        log.say(f"{hp.num_steps} steps, the last {hp.extension_steps} at the last rate; rates fall "
-                f"over {hp.cooldown:.0%} of the others, momentum rises over "
-                f"{hp.momentum_warmup_steps}, falls over {hp.momentum_cooldown_steps}")
+        log.say(f"{hp.num_steps} steps: momentum rises over {hp.momentum_warmup_steps}, falls over "
+                f"{hp.momentum_cooldown_steps}; the last {hp.extension_steps} are the extension, "
+                f"rates fall over {hp.cooldown:.0%} of the others")
         get_ready(model, optimizer, train_stream, hp, runtime, log, compiled)
         saved = resume(saved, model, optimizer, watch, hp, log)  # None: its memory is free
 

@@ -64,7 +64,9 @@ class Judgement:
     @property
     def conclusion(self) -> str:
         """The last line of verify."""
-        return f"the claim does not hold: {', '.join(self.failed)}" if self.failed else "the claim holds"
+        unknown = ", ".join(rule.name for rule in self.rules if rule.passed is None)
+        return (f"the claim does not hold: {', '.join(self.failed)}" if self.failed else
+                f"the claim holds, as far as the logs tell (unknown: {unknown})" if unknown else "the claim holds")
 
 
 def the_group(groups: list[Group], who: str) -> Group:
