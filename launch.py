@@ -202,7 +202,9 @@ def torchrun(processes: int, script: str, words: list[str]) -> int:
     except SignalException as stop:
         return 128 + stop.sigval
     except ChildFailedError as error:
-        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        # a rank that heeds signal 15 says so by 143
+        codes = {rank: -15 if failure.exitcode == 143 else failure.exitcode
+                 for rank, failure in error.failures.items()}
         killed = {rank: -code for rank, code in codes.items() if code < 0}
         # torchrun ended the others by signal 15, so 15 is the cause only where there is no other
         others = {rank: n for rank, n in killed.items() if n != 15}
@@ -227,6 +229,9 @@ def main(words: list[str]) -> int:
         die(f"{sys.executable} has no package '{error.name}', which {script} imports; unset PYTHON "
             f"to have a .venv set up, or: {sys.executable} -m pip install -r requirements.txt")
     if {"-h", "--help"} & set(words):
+        comment = Path("run.sh").read_text().partition("\nset -")[0].splitlines()[1:]
+        lines = [line.removeprefix("#").removeprefix(" ") for line in comment]
+        print(*lines, "", sep="\n", flush=True)
         sys.argv = [script, *words]  # the help calls the program by it
         return module.main(words)
     return module.run_as_program(start, module, script, words)

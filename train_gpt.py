@@ -36,6 +36,7 @@ import sysconfig
 import threading
 import time
 import timeit
+import zipfile
 from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -197,7 +198,8 @@ class Hyperparameters:
     compile: str = knob("auto", "torch.compile; auto: where it pays", ("auto", "on", "off"))
     profile: bool = knob(False, "trace three steps, name the dearest operations; compiles by part")
     sample_tokens: int = knob(300, "tokens the model writes at the end of the run; 0: none")
-    prompt: str = knob("", "do not train: write text after this from --resume's checkpoint")
+    prompt: str = knob("", "do not train: write text after this, by --resume's checkpoint or the "
+                       "latest; another --seed, another text")
 
     layers = property(lambda self: of_track(LAYERS, self.track))
     stages = property(lambda self: of_track(STAGES, self.track))
@@ -898,12 +900,7 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
     optimizer = Optimizer(model, hp, dtype, runtime.rank, runtime.world_size)
     log = Log(hp, runtime, record)
     with supervised(watch, log, progress), profiler(hp, runtime, log) as profile:
-        log.say(f"track {hp.track}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-                f"{record['activations']}, {runtime.world_size} x {record['device']}, "
-                f"log {log.path}")
-        log.say(f"{hp.num_steps} steps: momentum rises over {hp.momentum_warmup_steps}, falls over "
-                f"{hp.momentum_cooldown_steps}; the last {hp.extension_steps} are the extension, "
-                f"rates fall over {hp.cooldown:.0%} of the others")
+        log.introduce(model, record)
         get_ready(model, optimizer, train_stream, hp, runtime, log, compiled)
         saved = resume(saved, model, optimizer, watch, hp, log)  # None: its memory is free
 
@@ -1196,11 +1193,25 @@ def start_runtime(hp: Hyperparameters) -> Runtime:
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+    else:
+        choose_threads()
     if world_size > 1:
         # torchrun ends its node when a rank fails, this ends others. Saves must be shorter.
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=5),
                                 device_id=device if on_gpu else None)
     return Runtime(rank, world_size, device)
+
+def choose_threads() -> None:
+    """Compute with one thread where more are not faster: on a busy CPU they wait for each other,
+    and a step takes many times as long. Measured, 20 ms; OMP_NUM_THREADS overrides."""
+    if "OMP_NUM_THREADS" not in os.environ and (threads := torch.get_num_threads()) > 1:
+        rounds, x, many = 20, torch.ones(2**18), 0.0
+        torch.set_num_threads(1)
+        one = rounds * min(timeit.repeat(lambda: x * x, number=50, repeat=3))
+        torch.set_num_threads(threads)
+        while rounds and many < one:  # a wait is rare, and long
+            many, rounds = many + timeit.timeit(lambda: x * x, number=50), rounds - 1
+        torch.set_num_threads(threads if many < one else 1)
 
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where its matrix products are fast, else float32. A CPU is measured, 20 ms."""
@@ -1244,9 +1255,12 @@ class Watch:
         if not self.signal:
             self.signal, self.signalled_at = number, time.monotonic()
             if self.runtime.rank == 0:
-                warn(f"{signal.Signals(number).name}: the run ends after this step, with a "
-                     "checkpoint; a second one ends it at once")
-        elif time.monotonic() - self.signalled_at > 1.0:  # sooner: torchrun's copy of the first
+                warn(f"{signal.Signals(number).name}: the run ends after this step or validation, "
+                     "with a checkpoint; a second one ends it at once")
+        # sooner: a copy of the first, by torchrun or by both shell and launcher
+        elif time.monotonic() - self.signalled_at > (1.0 if self.runtime.world_size > 1 else 0.1):
+            if self.runtime.rank == 0:
+                warn(f"{signal.Signals(number).name}: ended at once, without a checkpoint")
             os._exit(128 + number)
 
     def post(self, step: int, value: Tensor) -> None:
@@ -1434,6 +1448,17 @@ class Log:
                 self.doing = ""
                 print(CLEAR * self.terminal + "\n".join(lines), flush=True)
 
+    def introduce(self, model: GPT, record: dict) -> None:
+        """The first lines: what is trained, where, and for how long."""
+        hp, parameters = self.hp, sum(p.numel() for p in model.parameters())
+        extension = f", before an extension of {n}" if (n := hp.extension_steps) else ""
+        self.say(f"track {hp.track}, {parameters:,} parameters, {record['activations']}, "
+                 f"{record['world_size']} x {record['device']}, threads {record['threads']}, "
+                 f"log {self.path}",
+                 f"{hp.num_steps} steps: Muon's momentum rises in the first "
+                 f"{hp.momentum_warmup_steps}; the rates fall in the last {hp.cooldown:.0%}"
+                 f"{extension}")
+
     def metric(self, step: int, name: str, value: float, time_ms: float) -> None:
         """A line of the public format. Its colons are set here: a log holds this source as well."""
         words = {"step": f"{step}/{self.hp.num_steps}", name: f"{value:.4f}",
@@ -1487,7 +1512,7 @@ def profiler(hp: Hyperparameters, runtime: Runtime, log: Log):
 @torch.no_grad()
 def write_sample(model: GPT, hp: Hyperparameters, step: int, device: torch.device) -> str:
     """The prompt, a document's beginning, and sample_tokens tokens more; temperature 0.8."""
-    track, generator = TRACKS[hp.track], torch.Generator().manual_seed(0)
+    track, generator = TRACKS[hp.track], torch.Generator().manual_seed(hp.seed)
     if track.eot_token == 256:
         encode, decode = str.encode, lambda ids: bytes(ids).decode("utf-8", errors="replace")
     else:
@@ -1503,7 +1528,8 @@ def write_sample(model: GPT, hp: Hyperparameters, step: int, device: torch.devic
             logits = model(F.pad(context, (0, -context.size(1) % 128)), None, schedule)[last]
             chances = (logits[:track.eot_token].cpu() / 0.8).softmax(-1)
             tokens.append(torch.multinomial(chances, 1, generator=generator).item())
-    return decode(tokens[1:])
+    text = decode(tokens[1:])  # and no code that a terminal would obey
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
 def window_size(step: int, hp: Hyperparameters) -> tuple[int, ...]:
     """Positions a query sees at step in each layer that has attention; for reports alone."""
@@ -1608,7 +1634,10 @@ def resuming(path: str):
 def settings_of(path: str) -> dict:
     """The settings of the run that wrote a checkpoint, but for those of one start alone and what
     no flag may be. Raises UserError."""
-    with resuming(path):  # mapped: the tensors are not read yet
+    with resuming(path):
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is none" if Path(path).exists() else "there is no such file")
+        # mapped: the tensors are not read yet
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         then, once = saved["hyperparameters"], {"resume", "resume_anyway", "prompt", "profile"}
         return {f.name: then[f.name] for f in dataclasses.fields(Hyperparameters)
@@ -1627,11 +1656,12 @@ def load_checkpoint(path: str, hp: Hyperparameters, record: dict) -> dict:
         raise ValueError(f"its activations are {activations}; use --dtype auto")
     then, now = {**state, **state["hyperparameters"]}, {**record, **dataclasses.asdict(hp)}
     compared = sorted({*dataclasses.asdict(hp), "code_hash", "data_fingerprint"} - MAY_CHANGE)
-    wrong = [f"its {name} is {then.get(name)}, here {now[name]}" for name in compared
-             if repr(then.get(name)) != repr(now[name])]  # repr: a tensor has no ==
+    titles = {"code_hash": "script", "data_fingerprint": "data"}  # here by their hashes
+    wrong = [f"its {titles.get(name, name)} is {then.get(name)}, here {now[name]}"
+             for name in compared if repr(then.get(name)) != repr(now[name])]  # a tensor has no ==
     if wrong and not hp.resume_anyway:
-        raise UserError(f"can't resume from {path}: {'; '.join(wrong)}; leave out the flags that "
-                        "say so, go back to its script and data, or use --resume_anyway")
+        raise UserError(f"can't resume from {path}: {'; '.join(wrong)}; go back to that, or use "
+                        "--resume_anyway")
     progress = state["progress"] = Progress(**state["progress"])
     updates = state["optimizer"]["num_updates"]
     if not (0 <= int(progress.step) <= hp.num_steps and int(progress.validated) <= progress.step
@@ -1671,8 +1701,10 @@ def start_run(hp: Hyperparameters, runtime: Runtime) -> tuple[TokenStream, Token
         return train_stream, val_stream, record, {}
     with resuming(hp.resume):
         saved = load_checkpoint(hp.resume, hp, record)
-    # A run goes on in its log, and in its precision: a busy machine may measure another.
-    record |= {name: saved[name] for name in ("run_id", "activations")}
+        # A run goes on in its log, precision, threads: a busy machine may measure others.
+        record |= {name: saved[name] for name in ("run_id", "activations", "threads")}
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(min(record["threads"], os.cpu_count()))
     return train_stream, val_stream, record, saved
 
 def resume(saved: dict, model: GPT, optimizer: Optimizer, watch: Watch, hp: Hyperparameters,
@@ -1688,6 +1720,8 @@ def resume(saved: dict, model: GPT, optimizer: Optimizer, watch: Watch, hp: Hype
         others = sorted({path.name.rpartition("_step")[0] for path in beside} - {saved["run_id"]})
         others = f"; other runs with checkpoints there: {', '.join(others)}" if others else ""
         log.say(f"resumed from {saved['path']} at step {saved['progress'].step}{others}")
+        if log.file and re.search(r"^target [\d.]+: [rm]", log.path.read_text("utf-8"), re.M):
+            log.say("its log says that this run was finished: now its last steps are done again")
     elif hp.resume:
         log.say(f"no checkpoint in {hp.folder}: the run begins at step 0")
 
@@ -1722,16 +1756,18 @@ def parse_arguments(argv: list[str] | None = None) -> Hyperparameters:
     first.add_argument("--num_steps", type=int)
     first.add_argument("--resume", default="")
     first.add_argument("--entry", default="")
-    given, path = first.parse_known_args(argv)[0], ""
-    if given.resume:
-        folder = Hyperparameters(entry=given.entry).folder
-        path = latest_checkpoint(folder, given.track) if given.resume == "latest" else given.resume
+    first.add_argument("--prompt", default=None)
+    given = first.parse_known_args(argv)[0]
+    path = given.resume if given.resume != "latest" else ""
+    if given.resume == "latest" or (given.prompt is not None and not path):
+        path = latest_checkpoint(Hyperparameters(entry=given.entry).folder, given.track)
     then = settings_of(path) if path else {}
     track = given.track or then.get("track", "fineweb" if torch.cuda.is_available() else "laptop")
     fields = {f.name: f.default for f in dataclasses.fields(Hyperparameters)}
     defaults = {**fields, **of_track(PRESETS, track), **then, "track": track}
     shorter = (given.num_steps or defaults["num_steps"]) / max(defaults["num_steps"], 1)
-    for name in ("extension_steps", "momentum_warmup_steps", "momentum_cooldown_steps"):
+    steps = ("extension_steps", "momentum_warmup_steps", "momentum_cooldown_steps")
+    for name in () if then else steps:
         defaults[name] = round(defaults[name] * shorter)
     parser = _Parser(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                      usage="%(prog)s [flags]", description=__doc__,
@@ -1782,7 +1818,7 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
          f"(or, in a track of your own, val_tokens {nearest:,})"),
         (hp.profile and hp.num_steps < 6, "--profile traces steps 3 to 5: it needs --num_steps 6"),
         (hp.prompt and hp.resume in ("", "latest"),
-         f"--prompt needs a checkpoint to write from: --resume FILE, or one in {hp.folder}"),
+         f"--prompt: no checkpoint in {hp.folder} to write from; name one: --resume FILE"),
         (not hp.folder.resolve().is_relative_to(records),
          f"--entry {hp.entry!r} is no folder below records/"),
         (hp.model_dim % (4 * hp.num_heads), f"--model_dim {hp.model_dim} is no multiple of four "

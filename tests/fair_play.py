@@ -277,6 +277,8 @@ CHECKS = [no_later_token, no_other_document, loss_is_the_mean_surprise, later_ta
 def start(path: str):
     """The script as a module that has built and run the model of each track. Raises reference.UserError if it can't."""
     try:
+        if not path.endswith(".py"):
+            raise reference.UserError("it is no .py file")
         spec = importlib.util.spec_from_file_location("candidate", os.path.abspath(path))
         module = sys.modules["candidate"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

@@ -7,8 +7,10 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -575,7 +577,7 @@ def test_the_losses_of_both_sides_are_compared(tmp_path):
                            ("other", range(1, 5), stats.ttest_ind(a, b, equal_var=False).pvalue)):
         lines = run("verify", with_seeds(tmp_path / name, a, seeds), "--baseline", old).stdout.splitlines()
         told = next(line for line in lines if line.startswith("final val loss:"))
-        assert "candidate 3.2732 ± 0.0048 (n = 4), baseline 3.2771 ± 0.0033 (n = 4): -0.0039, better" in told
+        assert "candidate 3.2732 ± 0.0048 (n = 4), baseline 3.2771 ± 0.0033 (n = 4): -0.0039, no difference shown" in told
         assert f"p = {p:.2g}: {'paired by seed, 4 pairs' if name == 'same' else 'Welch'}" in told
     one = run("verify", with_seeds(tmp_path / "one", [3.29], [0]), "--baseline", old).stdout
     assert "+0.0129, worse (not tested: a test needs 2 runs of each, and a spread)" in one
@@ -682,9 +684,10 @@ def test_ab_goes_on_where_it_was_interrupted(sandbox):
     shutil.copytree(REPOSITORY / "records/compare", root / "records/compare")
     (root / "b.py").write_text((root / "train_gpt.py").read_text() + "\n# B\n")
 
+    command = [sys.executable, "records/compare.py", "ab", "train_gpt.py", "b.py", "--runs", "2"]
+
     def start(args):
-        return subprocess.run([sys.executable, "records/compare.py", "ab", "train_gpt.py", "b.py", "--runs", "2", "--",
-                               "--track=laptop", *args], cwd=root, capture_output=True, text=True,
+        return subprocess.run([*command, "--", "--track=laptop", *args], cwd=root, capture_output=True, text=True,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
     flags = [*TINY, "--val_every=0", "--log_every=0"]
     done = start(flags)
@@ -703,7 +706,8 @@ def test_ab_goes_on_where_it_was_interrupted(sandbox):
     verdict = run("verify", root / "B", "--baseline", root / "A").stdout
     assert re.search("^FAIL +same target: 9.1 and 1.1", verdict, re.M)
     again = start(flags)
-    assert "all runs were there already" in again.stdout and "seed 0:" not in again.stdout
+    assert "kept, for their script and flags are the same: A seed 0, B seed 0, A seed 1, B seed 1" in again.stdout
+    assert "--- run" not in again.stdout
     next(p for p in logs if p.read_text().endswith("\n") and '"seed": 1' in p.read_text()).write_text("cut")
     again = start(flags)
     assert len(re.findall(r"^--- .*: [AB], seed 1:", again.stdout, re.M)) == 1 and "seed 0:" not in again.stdout
@@ -712,6 +716,20 @@ def test_ab_goes_on_where_it_was_interrupted(sandbox):
     assert len(re.findall(r"^--- .*: [AB], seed 0:", start(flags).stdout, re.M)) == 1
     (root / "b.py").write_text((root / "b.py").read_text() + "# mended\n")
     assert re.findall(r"^--- run (\d) of 4.*: ([AB]), seed", start(flags).stdout, re.M) == [("3", "B"), ("4", "B")]
+    # Ctrl-C ends the running script too, at once: without a checkpoint, which nothing would go on from
+    process = subprocess.Popen([*command, "--fresh", "--", "--track=laptop", *flags, "--num_steps=100000"], cwd=root,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "warmed up" in line:
+            break
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=20)
+    assert process.returncode == 130 and errors.startswith("interrupted;") and "Traceback" not in out + errors
+    assert not subprocess.run(["pgrep", "-f", "num_steps=100000"], capture_output=True).stdout
+    assert not list((root / "records/scratch").glob("*.pt"))
+    command += ["--fresh"]
+    assert "kept" not in (anew := start(flags).stdout) and anew.count("--- run") == 4
 
 
 def test_what_changes_no_number_splits_no_group():

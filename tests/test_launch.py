@@ -310,6 +310,7 @@ def failed(**codes):
     (failed(r0=-15, r1=-15), 143, ["rank 0 was killed by signal 15", "rank 1 was killed by signal 15"]),
     (failed(r0=2), 2, []),  # the script has said it
     (failed(r0=2, r1=-15), 2, []), (failed(r0=-15, r1=2), 2, []),  # torchrun ended the other one
+    (failed(r0=2, r1=143), 2, []), (failed(r0=143, r1=-9), 137, ["rank 1 was killed by signal 9"]),  # it heeded it
     (failed(r0=3, r1=3), 3, []),
     (SignalException("stopped", signal.SIGINT), 130, []),
 ])

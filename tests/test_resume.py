@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+import timeit
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,6 +189,18 @@ def test_a_prompt_is_continued_from_a_checkpoint(home, monkeypatch, capsys):
     assert sorted(home.folder.iterdir()) == before
 
 
+def test_a_prompt_takes_the_latest_checkpoint_and_a_seed(home, capsys):
+    """Codes that a terminal would obey are written out, as an untrained model writes them."""
+    assert home("--save_every=2")[0] == 0
+
+    def text(*flags):
+        assert train_gpt.main(["--prompt=\x1b[31m", "--sample_tokens=60", *flags]) == 0
+        return capsys.readouterr().out
+    written = text()
+    assert written == text("--resume=latest") and text("--seed=3") not in (written, text("--seed=4"))
+    assert written.startswith("\\x1b[31m") and all(c.isprintable() or c in "\n\t" for c in written)
+
+
 @pytest.mark.parametrize("flags", [[], ["--resume=nowhere.pt"], ["--resume=latest"]])
 def test_a_prompt_without_a_checkpoint_is_one_line(home, capsys, flags):
     assert train_gpt.main(["--track=laptop", "--prompt=x", *flags]) == 2
@@ -311,6 +325,45 @@ def test_latest_says_which_run_it_took_and_what_others_there_are(sandbox, tmp_pa
     assert f"resumed from {older} at step 6" in done.stdout, done.stderr
 
 
+def test_a_shorter_rest_differs_in_the_steps_alone(sandbox):
+    """What was scaled to a run's steps is the checkpoint's."""
+    assert sandbox("--save_every=3", "--num_steps=12").returncode == 0
+    done = sandbox("--num_steps=9", f"--resume={checkpoints(sandbox)[0]}", tiny=[])
+    assert done.returncode == 2 and done.stderr.count("its ") == 1 and "its num_steps is 12, here 9;" in done.stderr
+
+
+def test_a_finished_run_that_goes_on_is_said(sandbox):
+    assert sandbox("--save_every=3").returncode == 0
+    checkpoints(sandbox)[-1].unlink()
+    done = sandbox("--resume=latest", tiny=[])
+    assert "resumed from" in done.stdout and "this run was finished" in done.stdout
+    unfinished = scratch(sandbox) / next(scratch(sandbox).glob("*.txt")).name
+    unfinished.write_text(unfinished.read_text().split("\ntarget 1.1: missed")[0] + "\n")
+    assert "this run was finished" not in sandbox("--resume=latest", tiny=[]).stdout
+
+
+@pytest.mark.parametrize("stall, threads", [(0.0, 2), (0.02, 1)])
+def test_one_thread_where_two_wait_for_each_other(monkeypatch, stall, threads):
+    """A clock on which a product takes a millisecond with one thread, half of that with two, and a wait now and then."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    state, products = SimpleNamespace(threads=2, clock=0.0), []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: state.threads)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: setattr(state, "threads", n))
+
+    def timed(function, number):
+        products.append(number)
+        wait = stall * number if state.threads == 2 and len(products) % 7 == 0 else 0
+        return number * 0.001 / state.threads + wait
+    monkeypatch.setattr(timeit, "timeit", timed)
+    monkeypatch.setattr(timeit, "repeat", lambda function, number, repeat: [timed(function, number)] * repeat)
+    train_gpt.choose_threads()
+    assert state.threads == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    products.clear()
+    train_gpt.choose_threads()
+    assert not products
+
+
 def test_settings_that_no_flag_may_have_are_not_taken(sandbox, tmp_path):
     assert sandbox("--save_every=6").returncode == 0
     (path,) = checkpoints(sandbox)
@@ -352,14 +405,15 @@ def test_a_second_signal_leaves_at_once(monkeypatch, capsys):
     monkeypatch.setattr(os, "_exit", left.append)
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    watch = Watch(Runtime(0, 1, CPU))
-    watch.on_signal(signal.SIGTERM)
-    clock[0] += 0.5
-    watch.on_signal(signal.SIGTERM)  # torchrun's copy of the first
-    assert left == [] and capsys.readouterr().err.count("SIGTERM") == 1
-    clock[0] += 1
-    watch.on_signal(signal.SIGINT)
-    assert left == [130]
+    for world_size, copies in ((1, 0.05), (2, 0.5)):
+        watch = Watch(Runtime(0, world_size, CPU))
+        watch.on_signal(signal.SIGTERM)
+        clock[0] += copies
+        watch.on_signal(signal.SIGTERM)  # torchrun's copy of the first
+        assert left == [] and capsys.readouterr().err.count("SIGTERM") == 1
+        clock[0] += copies + 0.1
+        watch.on_signal(signal.SIGINT)
+        assert left.pop() == 130 and capsys.readouterr().err == "SIGINT: ended at once, without a checkpoint\n"
 
 
 def children(pid):

@@ -2,6 +2,7 @@
 import concurrent.futures
 import copy
 import dataclasses
+import gzip
 import json
 import os
 import re
@@ -339,36 +340,36 @@ def test_the_sequence_is_halved_until_the_rest_fits(record):
 
 # --- Measured beside predicted ---------------------------------------------------------------------------------------
 
-LOG = "step:95/100 train_loss:5.1 train_time:15000ms step_avg:157.89ms\nstep:100/100 val_loss:5.0 train_time:15700ms " \
-      "step_avg:157.00ms\ntokens_per_second:417000 peak_memory_per_rank:31744MiB mfu:40.0%\n"
-REPORT = dict(card=H100.name, torch="2.13.0", peak_timed=32 * 2**30, predicted=dict(
-    ms={"matrix products": 72.0, "head and loss": 12.0, "eager": 6.0}, exposed=10.0,
-    kernels=[["head and loss", "triton_red_logits", 12.0, 1], ["matrix products", "mm", 72.0, 99]]))
-REPORT["stages"] = [dict(mean=REPORT["predicted"])]
+LOG = "".join(f"step:{step}/40 train_loss:5.1 train_time:{ms}ms step_avg:1.00ms\n" for step, ms in (
+    (5, 500), (10, 1000), (15, 4000), (20, 4550), (25, 5550), (30, 6550), (35, 9000), (40, 10_000)))
+LOG += "tokens_per_second:417000 peak_memory_per_rank:31744MiB mfu:40.0%\n"
+MEAN = dict(ms={"matrix products": 72.0, "head and loss": 12.0, "eager": 6.0}, exposed=10.0,
+            kernels=[["head and loss", "triton_red_logits", 12.0, 1], ["matrix products", "mm", 72.0, 99]])
+REPORT = dict(card=H100.name, torch="2.13.0", peak_timed=32 * 2**30, predicted=MEAN, stages=[
+    dict(tokens=16_384, steps=20, mean=MEAN), dict(tokens=32_768, steps=20, mean=dict(MEAN, exposed=60.0))])
+KERNELS = {"triton_red_logits": 15_000, "triton_poi_other": 3_000, "nvjet_hsh_256x128": 225_000,
+           "void at::native::elementwise": 21_000, "ncclDevKernel_ReduceScatter": 300}
+TRACE = {"traceEvents": [dict(cat="kernel", name=name, dur=us) for name, us in KERNELS.items()]
+         + [dict(cat="cpu_op", name="aten::mm", dur=10**6), dict(name="no category")]}
 
 
 def test_measured_beside_predicted():
-    kernels = {"triton_red_logits": 15_000, "triton_poi_other": 3_000, "nvjet_hsh_256x128": 225_000,
-               "void at::native::elementwise": 21_000, "ncclDevKernel_ReduceScatter": 300}
-    trace = {"traceEvents": [dict(cat="kernel", name=name, dur=us) for name, us in kernels.items()]
-             + [dict(cat="cpu_op", name="aten::mm", dur=10**6), dict(name="no category")]}
-    assert calibrate.measured_parts(trace, {"triton_red_logits": "head and loss"}) == pytest.approx({
+    assert calibrate.measured_parts(TRACE, {"triton_red_logits": "head and loss"}) == pytest.approx({
         "head and loss": 5, "generated": 1, "matrix products": 75, "eager": 7, "collectives": 0.1})
-    lines = calibrate.table(REPORT, LOG, trace).splitlines()
-    assert lines[2:5] == ["| ms a step | 100.0 | 157.0 | 1.57 |", "| peak, GiB | 32.0 | 31.0 | 0.97 |",
-                          "| matrix products, ms a step | 72.0 | 75.0 | 1.04 |"]
-    assert len(calibrate.table(REPORT, LOG, None).splitlines()) == 4
-    first = dict(REPORT["predicted"], ms={"matrix products": 30.0})  # the trace is of the first steps
-    lines = calibrate.table(dict(REPORT, stages=[dict(mean=first), *REPORT["stages"]]), LOG, trace).splitlines()
-    assert lines[2] == "| ms a step | 100.0 | 157.0 | 1.57 |"
-    assert lines[4] == "| matrix products, ms a step, first stage | 30.0 | 75.0 | 2.50 |"
+    lines = calibrate.table(REPORT, LOG, [TRACE]).splitlines()
+    assert lines[2:5] == ["| peak, GiB | 32.0 | 31.0 | 0.97 |",
+                          "| **ms a step of 16,384 tokens** | 100.0 | 110.0 | 1.10 |",  # median of 100, 600, 110
+                          "| matrix products | 72.0 | 75.0 | 1.04 |"]
+    assert lines[-1] == "| **ms a step of 32,768 tokens** | 150.0 | 200.0 | 1.33 |"  # 200, 490, 200; 1 trace
+    assert len(calibrate.table(REPORT, LOG, []).splitlines()) == 5
 
 
 def test_what_can_t_be_compared_is_one_line(tmp_path, capsys):
-    report, log = tmp_path / "report.json", tmp_path / "log.txt"
+    report, log, trace = tmp_path / "report.json", tmp_path / "log.txt", tmp_path / "stage1.trace.json.gz"
     report.write_text(json.dumps([REPORT]))
     log.write_text(LOG)
-    assert calibrate.main([str(report), str(log)]) == 0 and "| 157.0 |" in capsys.readouterr().out
+    trace.write_bytes(gzip.compress(json.dumps(TRACE).encode()))
+    assert calibrate.main([str(report), str(log), str(trace)]) == 0 and "| 75.0 |" in capsys.readouterr().out
     log.write_text("step:0/100\n")
     for words in ([], [str(report)], [str(report), str(log)], [str(log), str(log)], [str(report), "nowhere"]):
         assert calibrate.main(words) == 2

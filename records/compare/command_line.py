@@ -96,6 +96,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     added.add_argument("a", metavar="A", help="the baseline's script")
     added.add_argument("b", metavar="B", help="the candidate's; what follows -- goes to both: -- --track laptop")
     added.add_argument("--runs", type=int, required=True, help="of each script; seeds 0, 1, ...")
+    added.add_argument("--fresh", action="store_true", help="keep no run that is there already")
     judging(added)
     end = argv.index("--") if "--" in argv else len(argv)
     args, rest = parser.parse_args(argv[:end]), argv[end + 1:]

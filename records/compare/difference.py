@@ -1,5 +1,6 @@
 """Difference: what the code, settings and results of two logs do not have in common."""
 import difflib
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -89,5 +90,8 @@ def extract(args) -> int:
     run, *others = find_runs([args.log])[0]
     if any(other.code_hash != run.code_hash for other in others):
         print(f"note: {args.log} holds {len(others) + 1} runs; this is the script of the first", file=sys.stderr)
-    Path(args.out).write_bytes(code_of(run))
+    code = code_of(run)
+    if os.path.exists(args.out) and Path(args.out).read_bytes() != code:
+        raise UserError(f"{args.out} is there already, and another script; name a new file with -o")
+    Path(args.out).write_bytes(code)
     return 0

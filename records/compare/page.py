@@ -207,7 +207,8 @@ def verdict_part(found: Judgement, labels: list[str], args) -> Section:
     rows = [element("tr", element("td", rule.word, class_=f"rule {rule.word.lower()}"),
                     element("th", rule.name, scope="row"), element("td", rule.figures)) for rule in found.rules]
     note = [element("p", "A and B are the same script.")] if found.same_script else []
-    kind, conclusion = "fail" if found.failed else "pass", found.conclusion[0].upper() + found.conclusion[1:] + "."
+    unknown = any(rule.passed is None for rule in found.rules)
+    kind, conclusion = "fail" if found.failed else "unknown" if unknown else "pass", found.conclusion[0].upper() + found.conclusion[1:] + "."
     if min(len(new.runs), len(old.runs)) < 2:
         kind, conclusion = "unknown", "No claim yet: a test needs 2 complete runs of each side, or more."
     return section("Verdict", who, element("p", conclusion, class_=f"conclusion {kind}"),

@@ -33,7 +33,9 @@ class Contrast:
 
     @property
     def word(self) -> str:
-        """Better, worse, equal, or not finite; whether p shows it is another question."""
+        """Better, worse, equal, or not finite; where it was tested, that only if p shows it."""
+        if self.p is not None and self.p >= 0.01 and self.apart:
+            return "no difference shown"
         return ("better" if self.apart < 0 else "worse" if self.apart > 0 else "equal" if self.apart == 0
                 else "not finite")
 
@@ -127,12 +129,14 @@ def judge(new: Group, old: Group, target: float | None, p: float, systems_only: 
     sd = deviation(new.losses)
     told = f"mean {mean(new.losses):.4f}" + ("" if sd is None else f", sd {sd:.4f}") + f", n = {len(new.losses)}"
     if systems_only:
-        worse = welch_test_below(old.losses, new.losses)
+        final = contrasts_of(new, old)[0]
         against = f"{told}; baseline: mean {mean(old.losses):.4f}, n = {len(old.losses)}"
-        if worse is None:
-            rules.append(Rule("loss not worse", mean(new.losses) <= mean(old.losses), against + "; means compared"))
-        else:
-            rules.append(Rule("loss not worse", worse >= 0.05, f"{against}; p = {worse:.2g} that it is worse"))
+        if final.p is None:
+            rules.append(Rule("loss not worse", final.apart <= 0, against + "; means compared"))
+        else:  # one-sided, of the same test as the last lines
+            worse = final.p / 2 if final.apart > 0 else 1 - final.p / 2
+            rules.append(Rule("loss not worse", worse >= 0.05,
+                              f"{against}; p = {worse:.2g} that it is worse, {final.how}"))
     else:
         value = t_test_below(new.losses, target)
         figures = f"{told}; " + ("a test needs 2 runs" if value is None else f"p = {value:.2g}, needed < {p:g}")
@@ -190,6 +194,9 @@ def verify(args) -> int:
     """Applies the rules; 0 where all hold, else 1."""
     folders = dict.fromkeys(path if os.path.isdir(path) else os.path.dirname(path) for path in args.candidate)
     inside = [folder for path in folders if os.path.isdir(folder := os.path.join(path, "baseline"))]
+    for path in args.candidate:
+        if not os.path.exists(path) and not any(sign in path for sign in "*?["):
+            raise UserError(f"there is no {path}")
     if not (args.baseline or inside):
         raise UserError("--baseline is missing, expected the other side's logs; an entry's stand in its baseline/")
     return verdict(args.candidate, args.baseline or inside, args)

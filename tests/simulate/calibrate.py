@@ -1,17 +1,19 @@
 """What a GPU measured beside what the simulation had predicted for it: a table.
 
     python -m tests.simulate train_gpt.py --gpus 1 --json [flags] > report.json
-    python train_gpt.py --profile [flags]
-    python -m tests.simulate.calibrate report.json records/scratch/LOG.txt records/scratch/LOG.trace.json[.gz]
+    python -m tests.simulate.trace FOLDER [flags] > log.txt
+    python -m tests.simulate.calibrate report.json log.txt FOLDER/*.trace.json[.gz]
 """
 import collections
 import gzip
+import itertools
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
-PROFILED_STEPS = 3  # that train_gpt.py's --profile records
+PROFILED_STEPS = 3  # in each trace
 PARTS = ("matrix products", "attention", "head and loss", "generated", "eager")
 PATTERNS = (("collectives", r"nccl"), ("attention", r"flex_attention|flash|fmha|cudnn.*attn"),
             ("generated", r"^triton_"), ("matrix products", r"gemm|nvjet|cutlass|cublas|xmma"))
@@ -33,42 +35,51 @@ def measured_parts(trace: dict, predicted: dict[str, str]) -> dict[str, float]:
     return dict(ms)
 
 
-def measured(log: str) -> tuple[float, float]:
-    """(ms a step, peak GiB) of a run's log. Raises ValueError where it has none."""
-    steps, peak = re.findall(r"step_avg:([0-9.]+)ms", log), re.search(r"peak_memory_per_rank:(\d+)MiB", log)
-    if not steps or not peak:
-        raise ValueError("the log has no step_avg or no peak_memory_per_rank: the run did not end")
-    return float(steps[-1]), int(peak[1]) / 1024
+def measured(log: str) -> tuple[list[tuple[int, float]], float]:
+    """([(step, its train_time in ms) of each logged line], peak GiB) of a run's log. Raises ValueError without."""
+    lines = re.findall(r"^step:(\d+)/\d+ train_loss:\S+ train_time:(\d+)ms", log, re.M)
+    peak = re.search(r"peak_memory_per_rank:(\d+)MiB", log)
+    if len(lines) < 2 or not peak:
+        raise ValueError("the log has no train_loss lines or no peak_memory_per_rank: the run did not end")
+    return [(int(step), float(ms)) for step, ms in lines], int(peak[1]) / 1024
 
 
-def table(report: dict, log: str, trace: dict | None) -> str:
-    """Markdown: what, predicted, measured, measured over predicted."""
-    predicted, (step, peak) = report["predicted"], measured(log)
-    total = sum(predicted["ms"].values()) + predicted["exposed"]
-    rows = [("ms a step", total, step), ("peak, GiB", report["peak_timed"] / 2**30, peak)]
-    if trace:  # of the run's first steps, so of its first stage
-        stages, where = report["stages"], ", first stage" * (len(report["stages"]) > 1)
-        first = stages[0]["mean"]
-        parts = measured_parts(trace, {name: part for part, name, *_ in first["kernels"]})
-        rows += [(f"{part}, ms a step{where}", first["ms"].get(part, 0.0), parts.get(part, 0.0)) for part in PARTS]
-    lines = [f"| {report['card']}, torch {report['torch']} | predicted | measured | ratio |", "|---|---|---|---|"]
+def step_time(lines: list[tuple[int, float]], begin: int, end: int) -> float:
+    """The median ms a step between lines, of steps in (begin, end]: what a few slow ones (a trace) take counts not."""
+    pairs = [(b - a, (y - x) / (b - a)) for (a, x), (b, y) in itertools.pairwise(lines) if begin <= a and b <= end]
+    return statistics.median(ms for _, ms in pairs) if pairs else float("nan")
+
+
+def table(report: dict, log: str, traces: list[dict]) -> str:
+    """Markdown: what, predicted, measured, measured over predicted; traces: one of each stage, from the first on."""
+    lines, peak = measured(log)
+    rows, begin = [("peak, GiB", report["peak_timed"] / 2**30, peak)], 0
+    for stage, trace in itertools.zip_longest(report["stages"], traces[:len(report["stages"])]):
+        mean, tokens, end = stage["mean"], f"{stage['tokens']:,} tokens", begin + stage["steps"]
+        total = sum(mean["ms"].values()) + mean["exposed"]
+        rows.append((f"**ms a step of {tokens}**", total, step_time(lines, begin, end)))
+        if trace:
+            parts = measured_parts(trace, {name: part for part, name, *_ in mean["kernels"]})
+            rows += [(part, mean["ms"].get(part, 0.0), parts.get(part, 0.0)) for part in PARTS]
+            rows.append(("all kernels", sum(mean["ms"].values()), sum(parts.values())))
+        begin = end
+    written = [f"| {report['card']}, torch {report['torch']} | predicted | measured | ratio |", "|---|---|---|---|"]
     for what, guess, value in rows:
         ratio = f"{value / guess:.2f}" if guess else ""
-        lines.append(f"| {what} | {guess:.1f} | {value:.1f} | {ratio} |")
-    return "\n".join(lines)
+        written.append(f"| {what} | {guess:.1f} | {value:.1f} | {ratio} |")
+    return "\n".join(written)
 
 
 def main(words: list[str]) -> int:
-    if not 2 <= len(words) <= 3:
-        print(f"error: expected REPORT LOG [TRACE], got {len(words)} words", file=sys.stderr)
+    if len(words) < 2:
+        print(f"error: expected REPORT LOG [TRACE of the first stage, of the second, ...], got {len(words)} words",
+              file=sys.stderr)
         return 2
     try:
         report, log = json.loads(Path(words[0]).read_text())[0], Path(words[1]).read_text()
-        trace = None
-        if len(words) == 3:
-            content = Path(words[2]).read_bytes()
-            trace = json.loads(gzip.decompress(content) if words[2].endswith(".gz") else content)
-        print(table(report, log, trace))
+        contents = [(word, Path(word).read_bytes()) for word in words[2:]]
+        print(table(report, log, [json.loads(gzip.decompress(content) if word.endswith(".gz") else content)
+                                  for word, content in contents]))
     except (OSError, ValueError, KeyError) as error:
         print(f"error: can't compare {' '.join(words)}: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
