@@ -306,23 +306,27 @@ def visible(query: Tensor, key: Tensor, first_key: Tensor) -> Tensor:
     """THE mask: may this query see this key? All positions; first_key: the query's. Broadcasts."""
     return (first_key <= key) & (key <= query)
 
-def block_mask(first_key: Tensor, block: int = 128) -> BlockMask:
-    """FlexAttention's mask from first_visible_key's (N,), N a multiple of block. first_key never
-    decreases, so a query block sees the key blocks from its first query's first key to itself, and
-    whole those that begin after its last query's first key."""
-    query_block = torch.arange(len(first_key) // block, device=first_key.device)[:, None]
-    key_block = query_block.T
-    first, last = first_key[::block, None], first_key[block - 1::block, None]
-    seen = (first // block <= key_block) & (key_block <= query_block)
-    whole = ((last + block - 1) // block <= key_block) & (key_block < query_block)
+def block_lists(first_key: Tensor, block: int = 128) -> list[Tensor]:
+    """Which key blocks each query block sees, partly and wholly, and which query blocks see each
+    key block, as BlockMask lists them: (1, 1, n) how many, (1, 1, n, n) which ones. They are ranges,
+    for first_key (N,), N = n block, never decreases: of query block i from first[i] to i, from
+    whole[i] to i - 1 wholly; of key block i from i to last[i], from i + 1 to last_whole[i]."""
+    other = torch.arange(len(first_key) // block, device=first_key.device)
+    i, most = other[:, None], len(other) - 1
+    first = first_key[::block, None] // block
+    whole = torch.minimum((first_key[block - 1::block, None] + block - 1) // block, i)
+    last, last_whole = ((begin.T <= i).sum(1, keepdim=True) - 1 for begin in (first, whole))
+    lists = ((whole - first + 1, torch.where(other < whole - first, first + other, i)),
+             (i - whole, whole + other),
+             (last - last_whole + 1, torch.where(other == 0, i, last_whole + other)),
+             (last_whole - i, i + 1 + other))
+    return [t.int()[None, None] for count, which in lists
+            for t in (count[:, 0], which.clamp(max=most))]
 
-    def ordered(dense):  # (blocks, blocks) bool -> how many, and which ones first, (1, 1, ...)
-        which = dense.int().argsort(dim=-1, descending=True, stable=True).int()
-        return dense.sum(-1, dtype=torch.int32)[None, None], which[None, None].contiguous()
-
-    return BlockMask.from_kv_blocks(
-        *ordered(seen & ~whole), *ordered(whole), BLOCK_SIZE=block,
-        mask_mod=lambda batch, head, query, key: visible(query, key, first_key[query]))
+def block_mask(first_key: Tensor, lists: Callable = block_lists) -> BlockMask:
+    """FlexAttention's mask from first_visible_key's (N,); lists: block_lists, or it compiled."""
+    return BlockMask((len(first_key),) * 2, *lists(first_key), BLOCK_SIZE=(128, 128),
+                     mask_mod=lambda b, h, query, key: visible(query, key, first_key[query]))
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor,
                       max_window: int) -> Tensor:
@@ -507,7 +511,7 @@ class GPT(nn.Module):
     """The model of hp. flex: FlexAttention; sparse: gradients of the n-gram tables."""
     def __init__(self, hp: Hyperparameters, flex: bool = False, sparse: bool = False):
         super().__init__()
-        track, self.hp, self.flex = TRACKS[hp.track], hp, flex
+        track, self.hp, self.flex, self.block_lists = TRACKS[hp.track], hp, flex, block_lists
         self.eot_token, padded_vocab_size = track.eot_token, 128 * math.ceil(track.vocab_size / 128)
         self.head = Head(hp, padded_vocab_size)
         self.embed = nn.Embedding(padded_vocab_size, hp.model_dim)
@@ -522,7 +526,7 @@ class GPT(nn.Module):
         starts, masks = {1: start, 2: (2 * start).repeat_interleave(2)}, {None: None}
         for kind in {layer.attention for layer in self.hp.layers} - {None}:
             first_key = first_visible_key(starts[1 + (kind == "paired")], schedule.windows[kind])
-            masks[kind] = block_mask(first_key) if self.flex else first_key
+            masks[kind] = block_mask(first_key, self.block_lists) if self.flex else first_key
         return masks
 
     def forward(self, tokens: Tensor, targets: Tensor | None,
@@ -1267,7 +1271,7 @@ class Watch:
         """After a step; value: 0-dim, not finite where the step was not. Collective."""
         marks = torch.zeros(2, device=self.runtime.device)  # 1 + a bad rank, or 0; the signal
         marks[0] = ~value.isfinite() * (self.runtime.rank + 1)
-        marks[1] = self.signal
+        marks[1].fill_(self.signal)  # not "=": that copies from the host, and waits for the GPU
         if self.runtime.world_size > 1:
             dist.all_reduce(marks, op=dist.ReduceOp.MAX)
         marks = marks.to("cpu", non_blocking=True)  # from a GPU into pinned memory
@@ -1320,6 +1324,7 @@ def compile_parts(model: GPT, optimizer: Optimizer, device: torch.device) -> Non
             part.compile(dynamic=False)
     if device.type == "cuda":  # fuses Adam's ten passes over large tables; a CPU's are small
         optimizer.changes = {name: torch.compile(change, dynamic=False) for name in RULES}
+        model.block_lists = torch.compile(block_lists, dynamic=False)  # few kernels for many
 
 def name_parts(model: GPT, compiled: bool) -> None:
     """For --profile: attention, MLP and head have names in the trace; so each is compiled alone."""

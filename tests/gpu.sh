@@ -68,14 +68,14 @@ case $what in
 checks)
     today="--track fineweb --batch_size 1 --num_steps 100 --extension_steps 10 --val_every 0 --log_every 5"
     today+=" --sample_tokens 0 --entry $entry"
-    ab="--track fineweb --val_every 100 --log_every 10 --sample_tokens 50 --entry $entry"
+    ab="--track fineweb --val_every 100 --log_every 10 --entry $entry"
     if [[ -n "${SIMULATE:-}" ]]; then
         "$python" -m tests.simulate --tests || failed=1
         run 0 today train_gpt.py $today
     else
         # Together what is not timed: it compiles, on its own cores, what the runs below then find in the caches.
         begun=$SECONDS
-        (timeout 220 "$python" -m pytest -q tests/test_cuda.py || echo "exit code $?") > "$logs/test_cuda.txt" 2>&1 &
+        (timeout 220 "$python" -m pytest -q --show-capture=no tests/test_cuda.py || echo "exit code $?") > "$logs/test_cuda.txt" 2>&1 &
         pids=$!  # a bare wait would wait for the tee above, too
         (run 270 today_compiles train_gpt.py $today --num_steps 8 --extension_steps 1) > "$logs/1.out" 2>&1 &
         pids+=" $!"
@@ -94,7 +94,8 @@ checks)
         run 120 today "-m tests.simulate.trace $logs" $today
     fi
     # Loss at equal tokens, 13.1 M: ValueEmbed's 65,536 a step, today's 32,768 to 98,304
-    run 120 ab_today train_gpt.py $ab --num_steps 200 --extension_steps 5 --batch_size 2
+    run 120 ab_today train_gpt.py $ab --num_steps 200 --extension_steps 5 --batch_size 2 \
+        --sample_tokens 50
     run 120 ab_ValueEmbed records/2024-12-04_ValueEmbed/train_gpt.py $ab --num_steps 200 --cooldown_steps 80 \
         --batch_size 1 ;;
 entries)

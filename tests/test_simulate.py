@@ -349,8 +349,11 @@ REPORT = dict(card=H100.name, torch="2.13.0", peak_timed=32 * 2**30, predicted=M
     dict(tokens=16_384, steps=20, mean=MEAN), dict(tokens=32_768, steps=20, mean=dict(MEAN, exposed=60.0))])
 KERNELS = {"triton_red_logits": 15_000, "triton_poi_other": 3_000, "nvjet_hsh_256x128": 225_000,
            "void at::native::elementwise": 21_000, "ncclDevKernel_ReduceScatter": 300}
-TRACE = {"traceEvents": [dict(cat="kernel", name=name, dur=us) for name, us in KERNELS.items()]
-         + [dict(cat="cpu_op", name="aten::mm", dur=10**6), dict(name="no category")]}
+TRACE = {"traceEvents": [dict(cat="kernel", name=name, dur=us, args=dict(correlation=i))
+                         for i, (name, us) in enumerate(KERNELS.items())]
+         + [dict(cat="cuda_runtime", name="cudaLaunchKernel", dur=5, args=dict(correlation=i)) for i in range(9)]
+         + [dict(cat="kernel", name="of a step before", dur=10**6, args=dict(correlation=99)),
+            dict(cat="cpu_op", name="aten::mm", dur=10**6), dict(name="no category")]}
 
 
 def test_measured_beside_predicted():
@@ -436,6 +439,7 @@ SCRIPT = REPOSITORY / "records/2026-11-22_NGramEmbed/train_gpt.py"  # frozen, so
 SMALL = "--num_layers=2 --sequence_length=2048 --model_dim=256 --num_heads=2 --ngram_rows=1021".split()
 STEP = "mean_loss += loss.detach()"
 FLEX = "flex_attention(q, k, v, block_mask=mask)"
+NUMBER = "marks[1] = self.signal"  # copied from the host: the entry has this defect, found on a real GPU (2026-11-28)
 LARGE = '{"BLOCK_M": 128, "BLOCK_N": 128}'  # tiles of 128 KB for a head of 512 columns, whatever the pipeline's depth
 DEFECTS = {
     "nothing": ("", "", SMALL, None),
@@ -448,6 +452,7 @@ DEFECTS = {
                                "first and last rank call the same collectives"),
     "a synchronisation in a step": (STEP, f"{STEP}; torch.cuda.synchronize()", SMALL,
                                     "host waits for the GPU inside a step"),
+    "a number set in a tensor of the GPU": (NUMBER, NUMBER, SMALL, "host waits for the GPU inside a step"),
     "a shape that 8 does not divide": ("", "", [*SMALL, "--batch_size=12"], "runs to its end"),
     "shared memory over the limit": (FLEX, f"{FLEX[:-1]}, kernel_options={LARGE})",
                                      [*SMALL, "--model_dim=512", "--num_heads=1"], "runs to its end"),
@@ -497,9 +502,9 @@ bucket.reduce() for bucket in self.buckets if bucket.kind == "muon" or self.num_
 
 
 def planted(tmp_path, changes):
-    """SCRIPT with other text in some places."""
+    """SCRIPT with other text in some places, and without its own defect unless changes say so."""
     source = SCRIPT.read_text()
-    for old, new in changes.items():
+    for old, new in ({NUMBER: "marks[1].fill_(self.signal)"} | changes).items():
         assert source.count(old) == 1, old
         source = source.replace(old, new)
     script = tmp_path / "train_gpt.py"

@@ -27,10 +27,12 @@ def part_of(kernel: str, predicted: dict[str, str]) -> str:
 
 
 def measured_parts(trace: dict, predicted: dict[str, str]) -> dict[str, float]:
-    """ms a step by part, of a Chrome trace of PROFILED_STEPS steps."""
-    ms = collections.Counter()
+    """ms a step by part, of a Chrome trace of PROFILED_STEPS steps: of what these steps launched, for where the host
+    runs ahead, kernels of the steps before are recorded as well."""
+    ms, launches = collections.Counter(), ("cuda_runtime", "cuda_driver")
+    launched = {event["args"].get("correlation") for event in trace["traceEvents"] if event.get("cat") in launches}
     for event in trace["traceEvents"]:
-        if event.get("cat") == "kernel":
+        if event.get("cat") == "kernel" and event["args"].get("correlation") in launched:
             ms[part_of(event["name"], predicted)] += event["dur"] / 1000 / PROFILED_STEPS
     return dict(ms)
 

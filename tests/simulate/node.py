@@ -258,7 +258,7 @@ class Watcher(TorchDispatchMode):
             return
         waits = not kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
         to_host = source.device.type == "cuda"
-        if waits and (to_host or target.numel() > 1):
+        if waits:  # of one number, too: "gpu_tensor[0] = 3" waited 7 to 67 ms on an H200
             direction = "from" if to_host else "to"
             LEDGER.syncs.append(f"copy of {num_bytes(target)} bytes {direction} the GPU in {caller()}")
 
