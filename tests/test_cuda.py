@@ -89,8 +89,8 @@ def test_compiled_model_agrees_with_the_chunked_path_in_each_stage_and_compiles_
             assert distance(*losses) <= 1e-2, (step, long)
             for (name, _), a, b in zip(flex.named_parameters(), *gradients, strict=True):
                 assert (a is None) == (b is None) == (name == "embed.weight" and schedule.tied), name
-                if a is not None and a.numel() == 1:  # the tokens' sum, in which 3 may be left of 800: off by 1 on CPUs
-                    assert (a - b).abs() <= 0.1 * b.abs() + 2, (step, long, name, a, b)
+                if a is not None and a.numel() < 10:  # sums over the tokens that cancel: off by 0.1 to 0.9 on an H200
+                    assert ((a - b).abs() <= 0.1 * b.abs() + 2).all(), (step, long, name, a, b)
                 elif a is not None:
                     assert distance(a, b) <= (5e-2 if a.numel() > 1000 else 0.15), (step, long, name)
 

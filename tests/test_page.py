@@ -146,6 +146,7 @@ def test_one_run(tmp_path, browser):
     assert "--lr" in browser.text("th") and "0.txt" in browser.text("td a") and not browser.errors
     browser.open(report(two_sides(tmp_path)[0], folder / "0.txt", out=tmp_path / "beside.html"))  # as ./run.sh ends
     assert browser.text("h1") == ["mine against old"] and "No claim yet" in browser.text(".conclusion")[0]
+    assert browser.text(".rule.unknown").count("not tested") == 2
     assert browser.text(".answer") == ["Not tested"] * 2 and "0.999 of A's" in browser.text(".card")[0]
 
 

@@ -204,11 +204,15 @@ def verdict_part(found: Judgement, labels: list[str], args) -> Section:
             tested = "not tested" if contrast.p is None else f"p = {contrast.p:.2g}"
             why += f" At equal steps, {contrast.name}: {contrast.apart:+.4f}, {contrast.word} ({tested})."
         cards.append(card("Learns better?", word, why))
-    rows = [element("tr", element("td", rule.word, class_=f"rule {rule.word.lower()}"),
-                    element("th", rule.name, scope="row"), element("td", rule.figures)) for rule in found.rules]
+    words = ["not tested" if "a test needs" in rule.figures else rule.word for rule in found.rules]
+    kinds = {"pass": "pass", "FAIL": "fail"}
+    rows = [element("tr", element("td", word, class_=f"rule {kinds.get(word, 'unknown')}"),
+                    element("th", rule.name, scope="row"), element("td", rule.figures))
+            for word, rule in zip(words, found.rules, strict=True)]
     note = [element("p", "A and B are the same script.")] if found.same_script else []
     unknown = any(rule.passed is None for rule in found.rules)
-    kind, conclusion = "fail" if found.failed else "unknown" if unknown else "pass", found.conclusion[0].upper() + found.conclusion[1:] + "."
+    kind = "fail" if found.failed else "unknown" if unknown else "pass"
+    conclusion = f"{found.conclusion[0].upper()}{found.conclusion[1:]}."
     if min(len(new.runs), len(old.runs)) < 2:
         kind, conclusion = "unknown", "No claim yet: a test needs 2 complete runs of each side, or more."
     return section("Verdict", who, element("p", conclusion, class_=f"conclusion {kind}"),
