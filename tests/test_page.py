@@ -148,6 +148,9 @@ def test_one_run(tmp_path, browser):
     assert browser.text("h1") == ["mine against old"] and "No claim yet" in browser.text(".conclusion")[0]
     assert browser.text(".rule.unknown").count("not tested") == 2
     assert browser.text(".answer") == ["Not tested"] * 2 and "0.999 of A's" in browser.text(".card")[0]
+    sides = [Path(write(tmp_path / name, [told({"compiled": name == "on"})])) for name in ("off", "on")]
+    browser.open(report(*sides, out=tmp_path / "compiled.html"))
+    assert "Only B is compiled." in browser.text(".card")[0]
 
 
 @opened

@@ -193,6 +193,8 @@ def verdict_part(found: Judgement, labels: list[str], args) -> Section:
                 "no, slower" if 1 - p < args.p and ratio > 1 else "not shown")
         why += " The hardware differs: the times do not compare." * other
         why += " They did not run in turn: a part of it may be the machine's." * (apart and not other)
+        compiled = [group.any.facts.get("compiled") for group in (old, new)]
+        why += f" Only {'A' if compiled[0] else 'B'} is compiled." * (sorted(map(str, compiled)) == ["False", "True"])
     cards = [card("Faster?", word, why)]
     if found.contrasts:
         first, *others = found.contrasts
