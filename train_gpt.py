@@ -307,12 +307,11 @@ def visible(query: Tensor, key: Tensor, first_key: Tensor) -> Tensor:
     return (first_key <= key) & (key <= query)
 
 def block_lists(first_key: Tensor, block: int = 128) -> list[Tensor]:
-    """Which key blocks each query block sees, partly and wholly, and which query blocks see each
-    key block, as BlockMask lists them: (1, 1, n) how many, (1, 1, n, n) which ones. They are ranges,
-    for first_key (N,), N = n block, never decreases: of query block i from first[i] to i, from
-    whole[i] to i - 1 wholly; of key block i from i to last[i], from i + 1 to last_whole[i]."""
-    other = torch.arange(len(first_key) // block, device=first_key.device)
-    i, most = other[:, None], len(other) - 1
+    """BlockMask's lists, how many (1, 1, n) and which ones (1, 1, n, n), of first_key (N,), N = n
+    block: key blocks that a query block sees in part, as a whole, and the reverse. As first_key
+    never decreases, they are ranges: query block i sees first[i] to i, whole[i] to i - 1 as wholes;
+    key block i is seen by query blocks i to last[i], as a whole by i + 1 to last_whole[i]."""
+    i = (other := torch.arange(len(first_key) // block, device=first_key.device))[:, None]
     first = first_key[::block, None] // block
     whole = torch.minimum((first_key[block - 1::block, None] + block - 1) // block, i)
     last, last_whole = ((begin.T <= i).sum(1, keepdim=True) - 1 for begin in (first, whole))
@@ -321,7 +320,7 @@ def block_lists(first_key: Tensor, block: int = 128) -> list[Tensor]:
              (last - last_whole + 1, torch.where(other == 0, i, last_whole + other)),
              (last_whole - i, i + 1 + other))
     return [t.int()[None, None] for count, which in lists
-            for t in (count[:, 0], which.clamp(max=most))]
+            for t in (count[:, 0], which.clamp(max=len(other) - 1))]
 
 def block_mask(first_key: Tensor, lists: Callable = block_lists) -> BlockMask:
     """FlexAttention's mask from first_visible_key's (N,); lists: block_lists, or it compiled."""

@@ -29,7 +29,7 @@ MUTATIONS = [  # protection; file, the code that protects, what stands in its pl
     ("2 the untying", TRAIN, "if schedule.unties:", "if False:", f"{RESUME} -k all_stages"),
     ("2 documents are cut", TRAIN, "min(end - start, cut, missing)", "min(end - start, missing)",
      "tests/test_loader.py -k cut_and_packed"),
-    ("3 signals are heeded", TRAIN, "marks[1] = self.signal", "pass", f"{RESUME} -k 'signals_end and 15'"),
+    ("3 signals are heeded", TRAIN, "marks[1].fill_(self.signal)", "pass", f"{RESUME} -k 'signals_end and 15'"),
     ("3 all ranks agree", TRAIN, "dist.all_reduce(marks, op=dist.ReduceOp.MAX)", "pass", f"{RESUME} -k to_one_of_two"),
     ("3 second signal", TRAIN, "elif time.monotonic() - self.signalled_at > (1.0", "elif 0 > (1.0", f"{RESUME} -k second_signal"),
     ("3 at once before the first step", TRAIN, "signal.signal(n, leave)", "signal.signal(n, watch.on_signal)",
