@@ -6,7 +6,10 @@ Real are the script from its first line to its last, dynamo with its guards, ind
 card, autograd, the allocations of the generated code, the order of the collectives. No kernel runs and no number is
 computed: tensors are FakeTensors, the process group is torch's fake one.
 """
+import ast
 import collections
+import concurrent.futures
+import contextvars
 import dataclasses
 import hashlib
 import importlib.util
@@ -18,6 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import types
@@ -52,6 +56,7 @@ HEAVY = 10**9  # bytes; of kernels that move more the instructions are counted
 KERNELS: dict[tuple, dict] = {}     # (name, hash) -> what is known of a compiled kernel
 CUBINS: dict[tuple, bytes] = {}
 HEAVY_KERNELS: set[str] = set()     # hashes of their source
+COMPILING: list[concurrent.futures.Future] = []
 CUOBJDUMP = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
 
 
@@ -383,9 +388,25 @@ def fake_inductor() -> None:
     guards.assert_alignment = lambda *args, **kwargs: None
     utils.copy_misaligned_inputs = compile_fx.copy_misaligned_inputs = lambda *args, **kwargs: ([], [])
 
+    now, pool = heuristics.CachingAutotuner.precompile, concurrent.futures.ThreadPoolExecutor(2)
+    parse, lock = ast.parse, threading.RLock()
+
+    def parse_alone(*args, **kwargs):
+        """In several threads at once it raises SystemErrors in Python 3.11."""
+        with lock:
+            return parse(*args, **kwargs)
+    ast.parse = parse_alone
+
+    def precompile(self, *args, **kwargs):
+        """Beside what follows: Triton and ptxas take half of the time, and do without Python's lock."""
+        self.compiling = pool.submit(contextvars.copy_context().run, now, self, *args, **kwargs)
+        COMPILING.append(self.compiling)
+    heuristics.CachingAutotuner.precompile = precompile
+
     def run(self, *args, stream=None, benchmark_run=False, **kwargs):
-        if not self.launchers:
+        if not hasattr(self, "compiling"):
             self.precompile()
+        self.compiling.result()
         name = self.fn.__name__
         names = [a for a in self.fn.arg_names if a not in self.triton_meta.get("constants", {})]
         pairs = [(a, t) for a, t in zip(names, args, strict=False) if isinstance(t, torch.Tensor)]
@@ -641,6 +662,7 @@ def run_tests(request: dict) -> dict:
 
 def kernels() -> list[dict]:
     """What is known of each compiled kernel; of the heavy ones the instructions too."""
+    concurrent.futures.wait(COMPILING)
     for key, fact in KERNELS.items():
         if fact["code"] in HEAVY_KERNELS and "tem_" not in fact["name"]:
             fact["instructions"] = count_instructions(CUBINS[key])
