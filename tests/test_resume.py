@@ -1,6 +1,7 @@
 """A run that survives: kills, signals, lost ranks, full disks, numbers that are not finite, foreign checkpoints."""
 import dataclasses
 import os
+import pickle
 import random
 import re
 import resource
@@ -543,6 +544,8 @@ def test_a_file_that_wants_to_run_code_is_refused(sandbox):
     torch.save({"model": Evil()}, sandbox.path / "evil.pt")
     done = sandbox("--resume=evil.pt")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "evil.pt" in done.stderr
+    with pytest.raises(pickle.UnpicklingError):  # the second to read it
+        train_gpt.load_checkpoint(sandbox.path / "evil.pt", train_gpt.parse_arguments(["--track=laptop"]), {})
     assert not (sandbox.path / "pwned").exists()
 
 
