@@ -1206,7 +1206,7 @@ def start_runtime(hp: Hyperparameters) -> Runtime:
 
 def choose_threads() -> None:
     """Compute with one thread where more are not faster: on a busy CPU they wait for each other,
-    and a step takes many times as long. Measured, 20 ms; OMP_NUM_THREADS overrides."""
+    and a step takes many times as long. Measured, 30 ms; OMP_NUM_THREADS overrides."""
     if "OMP_NUM_THREADS" not in os.environ and (threads := torch.get_num_threads()) > 1:
         rounds, x, many = 20, torch.ones(2**18), 0.0
         torch.set_num_threads(1)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every check and measurement that needs a real GPU, in one go of under 8 minutes on an H100 with 16 cores.
+# Every check and measurement that needs a real GPU, in one go: 5.3 minutes on an H200 with 16 cores but for the last
+# run, which took one more elsewhere (records/studies/2026-11-28_H200); compiling alone varied from 3 to 4.3 minutes.
 #
 #   bash tests/gpu.sh CORPUS            CORPUS: a folder with GPT-2 tokens, *_train_*.bin and *_val_*.bin
 #   bash tests/gpu.sh CORPUS entries    the four historical entries at full size: ms a micro-batch, memory, loss
