@@ -9,9 +9,8 @@
 `./run.sh` does the same and first sets up Python and data. A track fixes data, vocabulary, target;
 all else is yours. A run's log, records/scratch/<run_id>.txt: this source, environment, losses.
 
-The recipe is that of the public record of 2026-03-06 (published: 1,490 steps, 87.2 s on 8 H100s)
-in plain PyTorch. An idea names its source: a record, by its date, or an arXiv id. What was taken
-and measured, on CPUs, not yet on a GPU: records/2026-11-25_Stages.
+The recipe is that of the public record of 2026-05-07 in plain PyTorch. An idea names its source: a
+record, by its date, or an arXiv id. What was taken and measured: records/2026-11-28_Mudd.
 
 Shapes in comments: S sequences of T tokens, N = S T tokens at once, D model width, H heads of width
 d, V vocabulary, K targets of a token, W ranks.
@@ -94,26 +93,27 @@ class Layer(NamedTuple):
     value_table: int | None   # table of the value embeddings that its attention adds
     skip_from: int | None     # earlier layer whose output is added to its input
     attends_to: int | None    # earlier layer whose output its attention reads; None: its input
-    backout: bool             # is its output taken out again before the head?
+    mudd: bool                # has each token its own weights of what the layer adds up?
+    to_head: float | None     # weight at first with which its output goes to the head, too
 
 LAYERS = {
     "fineweb": (  # paired: record 2026-01-07; value tables: 2026-02-03; no attention: 2025-09-21;
-        # skip: 2025-11-18; late attention reads layer 7: 2026-03-06; backout: 2025-10-04
-        #     attention  value  skip  attends  backout
-        Layer("paired",  None,  None, None,    False),
-        Layer("short",   0,     None, None,    False),
-        Layer("paired",  1,     None, None,    False),
-        Layer("long",    None,  None, None,    False),
-        Layer("short",   None,  None, None,    False),
-        Layer("paired",  None,  None, None,    False),
-        Layer(None,      None,  3,    None,    False),
-        Layer("short",   None,  None, None,    True),
-        Layer("short",   2,     None, 7,       False),
-        Layer("paired",  3,     None, 7,       False),
-        Layer("long",    4,     None, 7,       False)),
+        # skip: 2025-11-18; late attention reads layer 7: 2026-03-06; MUDD, to_head: 2026-04-22
+        #     attention  value  skip  attends  mudd   to_head
+        Layer("paired",  None,  None, None,    False, None),
+        Layer("short",   0,     None, None,    False, None),
+        Layer("paired",  1,     None, None,    False, None),
+        Layer("long",    None,  None, None,    False, 0.0),
+        Layer("short",   None,  None, None,    False, None),
+        Layer("paired",  None,  None, None,    False, None),
+        Layer(None,      None,  3,    None,    False, None),
+        Layer("short",   None,  None, None,    False, -0.5),
+        Layer("short",   2,     None, 7,       False, None),
+        Layer("paired",  3,     None, 7,       False, 0.0),
+        Layer("long",    4,     None, 7,       True,  None)),
     "laptop": (
-        Layer("long",    0,     None, None,    False),
-        Layer("paired",  0,     None, None,    False))}
+        Layer("long",    0,     None, None,    False, None),
+        Layer("paired",  0,     None, None,    False, None))}
 
 class Stage(NamedTuple):
     """What holds for a part of the run."""
@@ -148,7 +148,7 @@ class Hyperparameters:
     track: str = knob("fineweb", "which data, target, LAYERS and STAGES", tuple(TRACKS))
     seed: int = knob(0, "of the initial weights; the data's order never changes", most=2**63 - 1)
     # work
-    num_steps: int = knob(1490, "optimizer steps", least=1, most=10**6)
+    num_steps: int = knob(1385, "optimizer steps", least=1, most=10**6)
     extension_steps: int = knob(40, "so many of them come after the schedule (*)")
     batch_size: int = knob(8, "sequences a step, over all ranks; a stage multiplies it", least=1)
     sequence_length: int = knob(16_384, "tokens a sequence", least=128)
@@ -168,38 +168,33 @@ class Hyperparameters:
     head_lr: float = knob(0.008, "Adam learning rate of head and embedding")
     value_lr: float = knob(0.6, "Adam learning rate of the value embeddings")
     ngram_lr: float = knob(0.6, "Adam learning rate of the n-gram embeddings")
-    ngram_rule: str = knob("adam", "their update; lazy_adam: rows that did not occur rest",
-                           ("adam", "lazy_adam"))
+    ngram_rule: str = knob("adam", "lazy_adam: rows that did not occur rest", ("adam", "lazy_adam"))
     scalar_lr: float = knob(0.04, "Adam learning rate of scalars; gates: optimizer_groups")
     adam_every: int = knob(2, "Adam steps once in so many steps, Muon in each", least=1, most=100)
     adam_decay: float = knob(0.005, "weight decay of Adam's matrices, see optimizer_groups")
     muon_lr: float = knob(0.023, "Muon learning rate of the matrices of the blocks")
     muon_decay: float = knob(1.2, "weight decay of Muon's matrices, times both rates")
-    muon_beta2: float = knob(0.95, "decay of NorMuon's second moment, a step", most=0.999999)
+    muon_beta2: float = knob(0.9, "decay of NorMuon's second moment, a step", most=0.999999)
     momentum_start: float = knob(0.85, "Muon's momentum at step 0 and at the end", most=0.999999)
     momentum_end: float = knob(0.95, "Muon's momentum between", most=0.999999)
     momentum_warmup_steps: int = knob(300, "steps over which Muon's momentum rises (*)")
     momentum_cooldown_steps: int = knob(50, "steps over which it falls again at the end (*)")
-    cooldown: float = knob(0.6, "share of the schedule in which the rates fall to the floor",
-                           least=1e-6, most=1)
+    cooldown: float = knob(0.6, "share of the schedule in which rates fall", least=1e-6, most=1)
     lr_floor: float = knob(0.15, "factor of the rates at the end of the schedule")
     # run
     val_every: int = knob(125, "steps from validation to validation; 0: one, at the end")
     log_every: int = knob(10, "steps between lines with the training loss; 0: none")
     save_every: int = knob(0, "steps between checkpoints; 0: only when a signal ends the run")
     keep: int = knob(2, "checkpoints of a run that stay, the last ones", least=1)
-    resume: str = knob("", "checkpoint to continue from, its settings but for the flags given; "
-                       "latest: the newest beside the log, if any")
+    resume: str = knob("", "checkpoint to go on from, its settings too; latest: the newest, if any")
     resume_anyway: bool = knob(False, "continue though script, data or settings have changed")
     entry: str = knob("", "write the log into records/<entry>/ instead of records/scratch/")
     device: str = knob("auto", "auto: CUDA if there is a GPU", ("auto", "cuda", "cpu"))
-    dtype: str = knob("auto", "of the activations; auto: bfloat16 where it is fast",
-                      ("auto", "bfloat16", "float32"))
+    dtype: str = knob("auto", "of activations; auto: what is fast", ("auto", "bfloat16", "float32"))
     compile: str = knob("auto", "torch.compile; auto: where it pays", ("auto", "on", "off"))
     profile: bool = knob(False, "trace three steps, name the dearest operations; compiles by part")
     sample_tokens: int = knob(300, "tokens the model writes at the end of the run; 0: none")
-    prompt: str = knob("", "do not train: write text after this, by --resume's checkpoint or the "
-                       "latest; another --seed, another text")
+    prompt: str = knob("", "do not train: write on from this, by --resume's checkpoint or the latest")
 
     layers = property(lambda self: of_track(LAYERS, self.track))
     stages = property(lambda self: of_track(STAGES, self.track))
@@ -289,7 +284,7 @@ def _stage_tensors(index: int, final: bool, hp: Hyperparameters, device: torch.d
     windows = {"long": tensor(window), "short": tensor(short), "paired": tensor(short)}
     return windows, frequency.to(device), tensor(scale), *weights
 
-# --- Attention: one definition of what is visible, two kernels ------------------------------------
+# --- Attention: one definition of what is visible, two kernels (both behind the reader's line) ----
 
 def document_start(tokens: Tensor, eot_token: int) -> Tensor:
     """Where each token's document or sequence begins, (N,), for S sequences (S, T) end to end."""
@@ -305,50 +300,6 @@ def first_visible_key(start: Tensor, window: Tensor) -> Tensor:
 def visible(query: Tensor, key: Tensor, first_key: Tensor) -> Tensor:
     """THE mask: may this query see this key? All positions; first_key: the query's. Broadcasts."""
     return (first_key <= key) & (key <= query)
-
-def block_lists(first_key: Tensor, block: int = 128) -> list[Tensor]:
-    """BlockMask's lists, how many (1, 1, n) and which ones (1, 1, n, n), of first_key (N,), N = n
-    block: key blocks that a query block sees in part, as a whole, and the reverse. As first_key
-    never decreases, they are ranges: query block i sees first[i] to i, whole[i] to i - 1 as wholes;
-    key block i is seen by query blocks i to last[i], as a whole by i + 1 to last_whole[i]."""
-    i = (other := torch.arange(len(first_key) // block, device=first_key.device))[:, None]
-    first = first_key[::block, None] // block
-    whole = torch.minimum((first_key[block - 1::block, None] + block - 1) // block, i)
-    last, last_whole = ((begin.T <= i).sum(1, keepdim=True) - 1 for begin in (first, whole))
-    lists = ((whole - first + 1, torch.where(other < whole - first, first + other, i)),
-             (i - whole, whole + other),
-             (last - last_whole + 1, torch.where(other == 0, i, last_whole + other)),
-             (last_whole - i, i + 1 + other))
-    return [t.int()[None, None] for count, which in lists
-            for t in (count[:, 0], which.clamp(max=len(other) - 1))]
-
-def block_mask(first_key: Tensor, lists: Callable = block_lists) -> BlockMask:
-    """FlexAttention's mask from first_visible_key's (N,); lists: block_lists, or it compiled."""
-    return BlockMask((len(first_key),) * 2, *lists(first_key), BLOCK_SIZE=(128, 128),
-                     mask_mod=lambda b, h, query, key: visible(query, key, first_key[query]))
-
-def chunked_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor,
-                      max_window: int) -> Tensor:
-    """Sliding-window attention for CPUs, where FlexAttention has no backward. q, k, v, result: (1,
-    H, N, d). A chunk of max_window / 2 queries sees its own keys and those of two chunks before."""
-    (_, H, N, d), size = q.shape, max_window // 2
-    chunks = math.ceil(N / size)
-    padding = chunks * size - N
-    query = torch.arange(chunks * size, device=q.device).view(chunks, size, 1)
-    key = torch.arange(-2 * size, size, device=q.device) + query[:, :1]
-    # A padded query sees itself: a row of scores without a key would turn the gradients to NaN.
-    padded = torch.arange(N, chunks * size, device=q.device)
-    first_key = torch.cat([first_key, padded]).view(chunks, size, 1)
-
-    def with_two_chunks_before(x):  # (1, H, N, d) -> (H, chunks, 3 size, d)
-        x = F.pad(x[0], (0, 0, 2 * size, padding)).view(H, chunks + 2, size, d)
-        return torch.cat([x[:, :-2], x[:, 1:-1], x[:, 2:]], dim=2)
-
-    q = F.pad(q[0], (0, 0, 0, padding)).view(H, chunks, size, d)
-    scores = q @ with_two_chunks_before(k).mT  # (H, chunks, size, 3 size)
-    scores = scores.float().masked_fill(~visible(query, key, first_key), -math.inf)
-    y = scores.softmax(dim=-1).to(v.dtype) @ with_two_chunks_before(v)
-    return y.view(1, H, chunks * size, d)[:, :, :N]
 
 Mask = BlockMask | Tensor  # for FlexAttention (compiled CUDA); first_visible_key's (N,) elsewhere
 
@@ -371,7 +322,7 @@ def norm(x: Tensor) -> Tensor:
 
 class Linear(nn.Module):
     """`parts` maps without bias in one product; Muon orthogonalises each. zero: begins at zero.
-    weight: (parts, out, in), or (1, in, out) where in is larger, so that Muon has tall matrices
+    weight: (parts, out, in), or (parts, in, out) where in is larger, so that Muon has tall matrices
     alone; float32, or small updates would be lost. At first uniform, of standard deviation 0.5 /
     sqrt(in) (record 2026-01-30)."""
     def __init__(self, in_features: int, out_features: int, parts: int = 1, zero: bool = False):
@@ -381,13 +332,35 @@ class Linear(nn.Module):
         bound = 0.0 if zero else 0.5 * (3 / in_features) ** 0.5
         self.weight = nn.Parameter(torch.empty(parts, *shape).uniform_(-bound, bound))
 
+    def matrix(self) -> Tensor:
+        """All maps, (parts * out, in)."""
+        return (self.weight.mT if self.transposed else self.weight).flatten(0, 1)
+
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.flatten(0, 1).to(x.dtype)
-        return x @ weight if self.transposed else F.linear(x, weight)  # (..., parts * out)
+        return F.linear(x, self.matrix().to(x.dtype))  # (..., parts * out)
 
 def gate(weight: Tensor, x: Tensor) -> Tensor:
     """sigmoid(x weight^T), (N, H), of x (N, GATE_DIMS); weight (H, GATE_DIMS) is zero at first."""
     return torch.sigmoid(F.linear(x, weight.to(x.dtype)))
+
+class Mudd(nn.Module):
+    """Each token's own weights, (n, N, 1), from x (N, D); at first `start`, n numbers, for all
+    (MUDD, arXiv 2502.12170, record 2026-04-22)."""
+    def __init__(self, model_dim: int, start: tuple[float, ...]):
+        super().__init__()
+        bound = model_dim ** -0.5
+        self.fc = nn.Parameter(torch.empty(64, model_dim).uniform_(-bound, bound))
+        self.proj = nn.Parameter(torch.zeros(len(start), 64))
+        self.bias = nn.Parameter(10 * torch.tensor(start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(F.linear(x, self.fc.to(x.dtype)))
+        weights = 0.1 * (F.linear(hidden, self.proj.to(x.dtype)).float() + self.bias)
+        return weights.to(x.dtype).T[..., None]
+
+def mix(weights: Tensor, streams: list[Tensor]) -> Tensor:
+    """The sum of n streams (N, D), weighted by (n, N, 1)."""
+    return sum(weight * stream for weight, stream in zip(weights, streams, strict=True))
 
 def rotary_tables(frequencies: Tensor, N: int) -> Tensor:
     """cos and sin of rotary positions 0 to N - 1 (arXiv 2104.09864), (2, N, d / 4) float32."""
@@ -426,34 +399,49 @@ class Attention(nn.Module):
     """Causal self-attention with QK-norm (arXiv 2010.04245), rotary and value embeddings, gates."""
     def __init__(self, hp: Hyperparameters, layer: Layer):
         super().__init__()
-        self.num_heads, self.paired = hp.num_heads, layer.attention == "paired"
-        self.key_offset = layer.attention == "long"
-        longest, is_long = max(stage.window for stage in hp.stages), layer.attention == "long"
-        self.max_window = max(longest, hp.final_window) if is_long else short_window(longest)
-        self.qkv = Linear(hp.model_dim, hp.model_dim, parts=3)
+        self.num_heads, self.kind = hp.num_heads, layer.attention
+        longest = max(stage.window for stage in hp.stages)
+        self.max_window = (max(longest, hp.final_window) if self.kind == "long" else
+                           short_window(longest))
+        # A matrix of Q or K is that of two heads (record 2026-04-08); V's and proj's are whole.
+        pairs = hp.num_heads // 2 if hp.num_heads % 2 == 0 else 1
+        self.qk = Linear(hp.model_dim, hp.model_dim // pairs, parts=2 * pairs)
+        self.v = Linear(hp.model_dim, hp.model_dim)
         self.proj = Linear(hp.model_dim, hp.model_dim)
         self.gate = nn.Parameter(torch.zeros(hp.num_heads, GATE_DIMS))
         self.value_scale = nn.Parameter(torch.tensor(0.5))
-        self.value_gate = (None if layer.value_table is None else
-                           nn.Parameter(torch.zeros(hp.num_heads, GATE_DIMS)))
+        gated = layer.value_table is not None and not layer.mudd
+        self.value_gate = nn.Parameter(torch.zeros(hp.num_heads, GATE_DIMS)) if gated else None
+        self.xsa_scale = None if self.kind == "paired" else nn.Parameter(torch.zeros(hp.num_heads))
 
     def forward(self, x: Tensor, value_embed: Tensor | None, begins: Tensor, rotary: Tensor,
-                scale: Tensor, mask: Mask) -> Tensor:
-        """x, value_embed, result: (N, D); begins: (N,), is it a document's first token?"""
-        N, H, half, P = len(x), self.num_heads, GATE_DIMS // 2, 2 if self.paired else 1
-        q, k, v = self.qkv(x).view(N, 3, H, -1).unbind(1)  # (N, H, d)
+                scale: Tensor, mask: Mask, mudd: tuple[Tensor, Tensor] | None) -> Tensor:
+        """x, value_embed, result: (N, D); begins: (N,), is it a document's first token? mudd: gates
+        of the value embeddings, (2, N, 1), one for half of the heads; what V gets more, (N, D)."""
+        N, H, half, P = len(x), self.num_heads, GATE_DIMS // 2, 1 + (self.kind == "paired")
+        weight = torch.cat([self.qk.matrix(), self.v.matrix()]).to(x.dtype)
+        q, k, v = F.linear(x, weight).view(N, 3, H, -1).unbind(1)  # (N, H, d)
         v = self.value_scale * v
+        if mudd is not None:
+            v = v + mudd[1].view_as(v)
         if value_embed is not None:  # record 2025-12-29
             seen = torch.cat([x[:, :half], value_embed[:, :half]], dim=-1)
-            v = v + 2 * gate(self.value_gate, seen)[..., None] * value_embed.view_as(v)
-        # Paired heads (2026-01-07): heads i and H / 2 + i of a token are two positions of one head.
-        q, k = (rotate(norm(t.reshape(P * N, H // P, -1)), rotary) for t in (q, k))
-        if self.key_offset:  # record 2025-12-14: what does not turn comes from the token before
+            gates = (2 * gate(self.value_gate, seen) if mudd is None else
+                     mudd[0].squeeze(-1).T.repeat_interleave(H // 2, dim=1))
+            v = v + gates[..., None] * value_embed.view_as(v)
+        # Paired heads (2026-01-07): heads 2 i, 2 i + 1 of a token are two positions of one head.
+        q, k, v = (t.view(N, H // P, P, -1).transpose(1, 2).reshape(P * N, H // P, -1)
+                   for t in (q, k, v))
+        q, k = (rotate(norm(t), rotary) for t in (q, k))
+        if self.kind == "long":  # record 2025-12-14: what does not turn comes from the token before
             before = torch.where(begins[:, None, None], k, k.roll(1, 0))
             k = torch.cat([t.chunk(2, dim=-1)[i] for i, t in enumerate((k, before))], dim=-1)
-        y = attention(scale * q, k, v.reshape(P * N, H // P, -1), mask, self.max_window)
-        y = y.reshape(N, H, -1) * gate(self.gate, x[:, :GATE_DIMS])[..., None]
-        return self.proj(y.flatten(1))
+        y = attention(scale * q, k, v, mask, self.max_window)
+        if self.xsa_scale is not None:  # XSA (arXiv 2603.09078, record 2026-04-29)
+            own = (y * v).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True).clamp(min=1e-8)
+            y = y - torch.tanh(self.xsa_scale).to(y.dtype)[:, None] * own * v
+        y = y.view(N, P, H // P, -1).transpose(1, 2).reshape(N, H, -1)
+        return self.proj((y * gate(self.gate, x[:, :GATE_DIMS])[..., None]).flatten(1))
 
 class MLP(nn.Module):
     """Width 4 D, ReLU squared (arXiv 2109.08668)."""
@@ -482,27 +470,37 @@ class Stem(nn.Module):
 
 class Block(nn.Module):
     """One layer: a skip from an earlier one, attention, MLP; after the attention the embedding x0
-    and the n-grams' are mixed in (records 2025-11-18, 2026-02-12)."""
+    and the n-grams' are mixed in (records 2025-11-18, 2026-02-12). MUDD: V and the stream also get
+    a mixture of h0, the first layer's input, what its attention reads, and x."""
     def __init__(self, hp: Hyperparameters, layer: Layer):
         super().__init__()
         self.attention = Attention(hp, layer) if layer.attention else None
         self.mlp = MLP(hp)
-        self.residual_scale = nn.Parameter(torch.full((2,), 1.1 ** 0.5))  # and MLP: 2025-12-29
-        self.branch_scale = nn.Parameter(torch.tensor([1.0, 1.0, 0.0, 0.05]))  # and x0, n-grams
-        self.skip_scale = None if layer.skip_from is None else nn.Parameter(torch.tensor(-1.5))
-        self.skip_gate = (None if layer.skip_from is None else
-                          nn.Parameter(torch.zeros(1, GATE_DIMS)))
+        residual, branch = [1.1 ** 0.5] * 2, [1.0, 1.0, 0.0, 0.05]
+        self.residual_scale = self.branch_scale = self.mudd = None
+        if layer.mudd:
+            self.mudd = Mudd(hp.model_dim, (*[0.0] * 6, 2.0, 2.0, *residual, *branch))
+        else:
+            self.residual_scale = nn.Parameter(torch.tensor(residual))  # and MLP: 2025-12-29
+            self.branch_scale = nn.Parameter(torch.tensor(branch))  # attention, MLP, x0, n-grams
+        if layer.skip_from is not None:
+            self.skip_scale = nn.Parameter(torch.tensor(-1.5))
+            self.skip_gate = nn.Parameter(torch.zeros(1, GATE_DIMS))
 
-    def forward(self, x: Tensor, attends_to: Tensor, x0: Tensor, ngram: Tensor,
+    def forward(self, x: Tensor, attends_to: Tensor, x0: Tensor, ngram: Tensor, h0: Tensor | None,
                 skip: Tensor | None, value_embed: Tensor | None, begins: Tensor, rotary: Tensor,
                 scale: Tensor, mask: Mask | None) -> Tensor:
         """All but the last four, and the result: (N, D)."""
-        residual, branch = self.residual_scale, self.branch_scale
+        residual, branch, mudd = self.residual_scale, self.branch_scale, None
+        if self.mudd is not None:
+            to_v, to_x, gates, residual, branch = self.mudd(x).split([3, 3, 2, 2, 4])
+            mudd = gates, mix(to_v, [h0, attends_to, x])
+            x = x + mix(to_x, [h0, attends_to, x])
         if skip is not None:
             skip = 2 * gate(self.skip_gate, x0[:, :GATE_DIMS]) * skip
             x = x + torch.sigmoid(self.skip_scale) * skip
         if self.attention is not None:
-            y = self.attention(norm(attends_to), value_embed, begins, rotary, scale, mask)
+            y = self.attention(norm(attends_to), value_embed, begins, rotary, scale, mask, mudd)
             x = residual[0] * x + branch[0] * y + branch[2] * x0 + branch[3] * ngram
         return residual[1] * x + branch[1] * self.mlp(norm(x))
 
@@ -541,26 +539,29 @@ class GPT(nn.Module):
         values = self.value_embed(tokens).split(self.hp.model_dim, -1) if self.value_embed else ()
         ngram = self.ngram(tokens, position_in_document)
         x0, x = self.stem(F.embedding(tokens, table).to(ngram.dtype), ngram, begins)
-        outputs = []
+        h0, outputs = x, []
         for block, layer in zip(self.blocks, self.hp.layers, strict=True):
             # x.view_as: another object, or torch.compile would compile some blocks apart
             x = block(x, x.view_as(x) if layer.attends_to is None else outputs[layer.attends_to],
-                      x0, ngram, None if layer.skip_from is None else outputs[layer.skip_from],
+                      x0, ngram, h0 if layer.mudd else None,
+                      None if layer.skip_from is None else outputs[layer.skip_from],
                       None if layer.value_table is None else values[layer.value_table], begins,
                       rotary if layer.attention == "paired" else rotary[:, :len(x)],
                       schedule.attention_scale, masks[layer.attention])
             outputs.append(x.view_as(x))
-        backout = [out for out, layer in zip(outputs, self.hp.layers, strict=True) if layer.backout]
+        sources = [out for out, layer in zip(outputs, self.hp.layers, strict=True)
+                   if layer.to_head is not None]
+        sources = [*sources, h0, *values[:1]] if sources else []
         if targets is None:
-            return self.head(x, *backout)
+            return self.head(x, sources)
         weights, length = schedule.target_weights, len(x)
         if not torch.is_grad_enabled():  # the next token alone; a validation's logits are too many
             weights, length = torch.ones_like(weights[:1]), self.hp.sequence_length
-        targets = next_targets(targets, len(weights))
-        pieces = (t.split(length) for t in (x, *backout, targets))
-        objective, loss = map(sum, zip(*(self.head(*piece, weights)
-                                         for piece in zip(*pieces, strict=True)), strict=True))
-        return objective, loss / len(x)
+        pieces = (t.split(length) for t in (next_targets(targets, len(weights)), x, *sources))
+        losses = [self.head(x, sources, targets, weights)
+                  for targets, x, *sources in zip(*pieces, strict=True)]
+        objective, loss = map(sum, zip(*losses, strict=True))
+        return objective, loss / len(tokens)
 
 def build_model(hp: Hyperparameters, device: torch.device, dtype: torch.dtype, flex: bool,
                 sparse: bool = False) -> GPT:
@@ -611,26 +612,28 @@ class CappedCrossEntropy(torch.autograd.Function):
         return (grad * error * slope).to(logits.dtype), None, None, None
 
 class Head(nn.Module):
-    """Logits from the stream, without what an earlier layer put into it (backout, 2025-10-04).
-    The embedding is its copy, or itself (arXiv 1608.05859, record 2025-12-19)."""
+    """Logits from the stream and, by MUDD, from earlier ones: layers' with a weight to_head (one
+    is taken out again at first: backout, record 2025-10-04), the first layer's input, a value
+    table's. The embedding is its copy, or itself (arXiv 1608.05859, record 2025-12-19)."""
     def __init__(self, hp: Hyperparameters, padded_vocab_size: int):
         super().__init__()
         self.cap = (hp.logit_cap, hp.logit_shift, hp.logit_scale)
         self.linear = Linear(hp.model_dim, padded_vocab_size)
         nn.init.normal_(self.linear.weight, std=0.005)
-        backout = any(layer.backout for layer in hp.layers)
-        self.backout_scale = nn.Parameter(torch.tensor(0.5)) if backout else None
+        start = [layer.to_head for layer in hp.layers if layer.to_head is not None]
+        tables = any(layer.value_table is not None for layer in hp.layers)
+        self.mudd = Mudd(hp.model_dim, (*start, 0.0, *[0.0] * tables)) if start else None
 
-    def forward(self, x: Tensor, *rest: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Of x (N, D), its backout (N, D) if there is one: float32 logits (N, V); or, with targets
-        (N, K) and weights (K,), what CappedCrossEntropy gives of them."""
-        if self.backout_scale is not None:
-            backout, *rest = rest
-            x = x - self.backout_scale * backout
+    def forward(self, x: Tensor, sources: list[Tensor], targets: Tensor | None = None,
+                weights: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Of x and sources (N, D): float32 logits (N, V); or, with targets (N, K) and weights (K,),
+        what CappedCrossEntropy gives of them."""
+        if self.mudd is not None:
+            x = x + mix(self.mudd(x), sources)
         logits = self.linear(norm(x))
-        if not rest:
+        if targets is None:
             return softcap(logits, *self.cap)
-        return CappedCrossEntropy.apply(logits, *rest, self.cap)
+        return CappedCrossEntropy.apply(logits, targets, weights, self.cap)
 
 # --- Optimizers: what updates which parameters, the mathematics, the division over the ranks ------
 
@@ -652,13 +655,14 @@ def optimizer_groups(hp: Hyperparameters, dtype: torch.dtype) -> list[Group]:
     tables, heads = (0.75, 0.95), (0.5, 0.95)
     attention, block = r"blocks\.\d+\.attention\.", r"blocks\.\d+\."
     return [  # name, parameters, rule, learning rate, betas, weight decay, travels as
-        Group("attention", attention + r"(qkv|proj)\.weight", "muon", muon, beta2, shrink, dtype),
+        Group("attention", attention + r"(qk|v|proj)\.weight", "muon", muon, beta2, shrink, dtype),
         Group("mlp_in", block + r"mlp\.fc\.weight", "muon", 2 * muon, beta2, shrink, dtype),
         Group("mlp_out", block + r"mlp\.proj\.weight", "muon", 4 * muon, beta2, shrink, dtype),
         Group("residual", block + "residual_scale", "adam", lr, slow, 0.0, fp32),
-        Group("branch", ".*(branch|ngram)_scale", "adam", lr / 5, slow, 0.0, fp32),
-        Group("scalars", ".*(value|skip|smear|backout)_scale", "adam", lr, slower, 0.0, fp32),
+        Group("branch", ".*(branch|ngram|xsa)_scale", "adam", lr / 5, slow, 0.0, fp32),
+        Group("scalars", ".*(value|skip|smear)_scale", "adam", lr, slower, 0.0, fp32),
         Group("gates", attention + "(value_)?gate", "adam", lr / 5, slower, 0.0, fp32),
+        Group("mudd", r".*mudd\..*", "adam", lr / 20, slower, 0.0, fp32),
         Group("skip_gate", block + "skip_gate", "adam", lr / 100, slower, 0.0, fp32),
         Group("smear_gate", "stem.smear_gate", "adam", lr / 500, slower, 0.0, fp32),
         Group("values", r"value_embed\.weight", "adam", hp.value_lr, tables,
@@ -947,6 +951,52 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
         return finish(stop, model, progress, watch, hp, runtime, log)
 
 # ==== The reader may stop here: that was the training. What follows is machinery. =================
+# --- Attention's two kernels: FlexAttention's mask, and a window in chunks for CPUs ---------------
+
+def block_lists(first_key: Tensor, block: int = 128) -> list[Tensor]:
+    """BlockMask's lists, how many (1, 1, n) and which ones (1, 1, n, n), of first_key (N,), N = n
+    block: key blocks that a query block sees in part, as a whole, and the reverse. As first_key
+    never decreases, they are ranges: query block i sees first[i] to i, whole[i] to i - 1 as wholes;
+    key block i is seen by query blocks i to last[i], as a whole by i + 1 to last_whole[i]."""
+    i = (other := torch.arange(len(first_key) // block, device=first_key.device))[:, None]
+    first = first_key[::block, None] // block
+    whole = torch.minimum((first_key[block - 1::block, None] + block - 1) // block, i)
+    last, last_whole = ((begin.T <= i).sum(1, keepdim=True) - 1 for begin in (first, whole))
+    lists = ((whole - first + 1, torch.where(other < whole - first, first + other, i)),
+             (i - whole, whole + other),
+             (last - last_whole + 1, torch.where(other == 0, i, last_whole + other)),
+             (last_whole - i, i + 1 + other))
+    return [t.int()[None, None] for count, which in lists
+            for t in (count[:, 0], which.clamp(max=len(other) - 1))]
+
+def block_mask(first_key: Tensor, lists: Callable = block_lists) -> BlockMask:
+    """FlexAttention's mask from first_visible_key's (N,); lists: block_lists, or it compiled."""
+    return BlockMask((len(first_key),) * 2, *lists(first_key), BLOCK_SIZE=(128, 128),
+                     mask_mod=lambda b, h, query, key: visible(query, key, first_key[query]))
+
+def chunked_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor,
+                      max_window: int) -> Tensor:
+    """Sliding-window attention for CPUs, where FlexAttention has no backward. q, k, v, result: (1,
+    H, N, d). A chunk of max_window / 2 queries sees its own keys and those of two chunks before."""
+    (_, H, N, d), size = q.shape, max_window // 2
+    chunks = math.ceil(N / size)
+    padding = chunks * size - N
+    query = torch.arange(chunks * size, device=q.device).view(chunks, size, 1)
+    key = torch.arange(-2 * size, size, device=q.device) + query[:, :1]
+    # A padded query sees itself: a row of scores without a key would turn the gradients to NaN.
+    padded = torch.arange(N, chunks * size, device=q.device)
+    first_key = torch.cat([first_key, padded]).view(chunks, size, 1)
+
+    def with_two_chunks_before(x):  # (1, H, N, d) -> (H, chunks, 3 size, d)
+        x = F.pad(x[0], (0, 0, 2 * size, padding)).view(H, chunks + 2, size, d)
+        return torch.cat([x[:, :-2], x[:, 1:-1], x[:, 2:]], dim=2)
+
+    q = F.pad(q[0], (0, 0, 0, padding)).view(H, chunks, size, d)
+    scores = q @ with_two_chunks_before(k).mT  # (H, chunks, size, 3 size)
+    scores = scores.float().masked_fill(~visible(query, key, first_key), -math.inf)
+    y = scores.softmax(dim=-1).to(v.dtype) @ with_two_chunks_before(v)
+    return y.view(1, H, chunks * size, d)[:, :, :N]
+
 # --- Shards of tokens ----------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
@@ -1798,8 +1848,8 @@ def wrong_row(hp: Hyperparameters) -> str:
         later = not old or (old.until < row.until and old.tied >= row.tied)
         if not later or len(row.targets) != len(row.targets_end):
             return f"stage {i} of STAGES, {tuple(row)}: until rises, untied stays, targets pair up"
-    fits = tables == list(range(len(tables))) and sum(row.backout for row in layers) <= 1
-    return "" if fits else f"LAYERS: value tables {tables} are not 0, 1, ...; or a second backout"
+    fits = tables == list(range(len(tables)))
+    return "" if fits else f"LAYERS: value tables {tables} are not 0, 1, ..."
 
 def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
     """Raises UserError, with the flag to change, where hp can't be run on world_size ranks."""

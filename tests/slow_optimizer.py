@@ -1,4 +1,4 @@
-"""The optimizers of the public record of 2026-03-06, parameter by parameter in float64 from their specification.
+"""The optimizers of the public record of 2026-05-07, parameter by parameter in float64 from their specification.
 
 Rates, decays and betas stand here by the names of the parameters, as the specification has them.
 """
@@ -11,14 +11,14 @@ POLYNOMIALS = [(8.156554524902461, -22.48329292557795, 15.878769915207462),
                (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
                (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
                (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)]
-MUON = {r"attention\.(qkv|proj)": 1, r"mlp\.fc": 2, r"mlp\.proj": 4}  # times 0.023
+MUON = {r"attention\.(qk|v|proj)": 1, r"mlp\.fc": 2, r"mlp\.proj": 4}  # times 0.023
 ADAM = {  # rate, beta1, beta2, factor of the decay
     r"head\.linear\.weight|embed\.weight": (0.008, 0.5, 0.95, 150), r"value_embed\.weight": (0.6, 0.75, 0.95, 5),
     r"ngram\.tables\..*": (0.6, 0.75, 0.95, 5), r".*residual_scale": (0.04, 0.9, 0.95, 0),
-    r".*branch_scale|stem\.ngram_scale": (0.008, 0.9, 0.95, 0),
-    r".*(value|skip|smear|backout)_scale": (0.04, 0.9, 0.99, 0),
+    r".*(branch|xsa)_scale|stem\.ngram_scale": (0.008, 0.9, 0.95, 0),
+    r".*(value|skip|smear)_scale": (0.04, 0.9, 0.99, 0),
     r".*attention\.(value_)?gate": (0.008, 0.9, 0.99, 0), r".*skip_gate": (0.008 * 0.05, 0.9, 0.99, 0),
-    r".*smear_gate": (0.008 * 0.01, 0.9, 0.99, 0)}
+    r".*smear_gate": (0.008 * 0.01, 0.9, 0.99, 0), r".*mudd\..*": (0.008 * 0.25, 0.9, 0.99, 0)}
 
 
 def polar_express(matrix):
@@ -30,7 +30,7 @@ def polar_express(matrix):
     return u @ s.diag() @ vh
 
 
-def rows_evened(direction, second, beta2=0.95):
+def rows_evened(direction, second, beta2=0.9):
     """NorMuon: (the direction with each row divided by its running root mean square, brought back to its Frobenius
     norm; the running mean squares)."""
     rows = []

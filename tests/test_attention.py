@@ -209,7 +209,7 @@ def test_rotary_tables_are_exact_at_the_last_position():
 
 def layer_of(hp, kind, value_table=None):
     """An attention of that kind with weights away from zero, and its parameters by slow_model's names."""
-    layer = away_from_zero(Attention(hp, Layer(kind, value_table, None, None, False)))
+    layer = away_from_zero(Attention(hp, Layer(kind, value_table, None, None, False, None)))
     return layer, {f"blocks.{i}.attention.{name}": p.detach().double()
                    for name, p in layer.named_parameters() for i in range(11)}
 
@@ -222,7 +222,7 @@ def both(hp, kind, layer, p, number, x, tokens, value=None, window=9):
     rotary = rotary_tables(frequencies, (1 + twice) * len(x))
     mask = train_gpt.first_visible_key(start, torch.tensor(window))
     begins = starts == torch.arange(len(x))
-    ours = layer(x, value, begins, rotary, torch.tensor(0.3), mask)
+    ours = layer(x, value, begins, rotary, torch.tensor(0.3), mask, None)
     theirs = slow_model.attention(p, number, x.double(), None if value is None else value.double(), hp.num_heads,
                                   starts.tolist(), {"short": window, "long": window}, frequencies.double(), 0.3)
     return ours.double(), theirs
@@ -250,13 +250,14 @@ def test_gated_value_embeddings_by_loops(recipe):
         assert (ours - without).abs().max() > 0.1
         layer.value_gate.zero_()  # where training starts, a gate of 1
         layer.value_scale.zero_()
+        layer.xsa_scale.zero_()
         alone, _ = both(recipe, "short", layer, p, 1, x, tokens, value, window=1)
         wanted = layer.proj((value.view(30, 2, 16) * torch.sigmoid(x[:, :12] @ layer.gate.T)[..., None]).flatten(1))
     torch.testing.assert_close(alone.float(), wanted, atol=1e-5, rtol=1e-5)  # with a window of 1: its own value
 
 
 def test_the_first_of_a_pair_does_not_see_the_second(recipe):
-    """Heads i and H / 2 + i at one token: the second one's key and value reach no first one there, but later ones."""
+    """Heads 2 i and 2 i + 1 at one token: the second one's key and value reach no first one there, but later ones."""
     layer, _ = layer_of(recipe, "paired")
     x, outputs = torch.randn(6, 32), []
     layer.proj.weight.data.copy_(torch.eye(32)[None])  # so that the output shows head by head
@@ -264,8 +265,9 @@ def test_the_first_of_a_pair_does_not_see_the_second(recipe):
     mask, rotary = train_gpt.first_visible_key(start, torch.tensor(100)), rotary_tables(random_frequencies(16), 12)
     for change in (0.0, 1.0):
         with torch.no_grad():
-            layer.qkv.weight.data[1:, 16:] += change  # the second head's keys and values
-            outputs.append(layer(x, None, torch.arange(6) == 0, rotary, torch.tensor(1.0), mask).view(6, 2, 16))
+            layer.qk.weight.data[1, 16:] += change  # the second head's keys and values
+            layer.v.weight.data[0, 16:] += change
+            outputs.append(layer(x, None, torch.arange(6) == 0, rotary, torch.tensor(1.0), mask, None).view(6, 2, 16))
     differs = (outputs[0] != outputs[1]).any(-1)
     assert not differs[0, 0] and differs[0, 1] and differs[1:].all()
 
@@ -284,7 +286,7 @@ def test_key_offset_moves_what_does_not_turn(recipe, monkeypatch):
         begins = torch.zeros(20, dtype=torch.bool)
         begins[[0, 7, 8]] = True
         x = torch.randn(20, 32, generator=torch.Generator().manual_seed(1))
-        layer(x, None, begins, rotary_tables(random_frequencies(16), 20), torch.tensor(1.0), None)
+        layer(x, None, begins, rotary_tables(random_frequencies(16), 20), torch.tensor(1.0), None, None)
     plain, moved = keys["short"], keys["long"]
     assert torch.equal(moved[..., :8], plain[..., :8])
     for t in range(20):

@@ -55,7 +55,7 @@ def logits_of(model, tokens, schedule):
 @pytest.mark.parametrize("step, num_heads, model_dim", [  # the first of each stage, and the last validation
     (0, 2, 32), (4, 2, 32), (8, 2, 32), (12, 2, 32), (14, 2, 32), (0, 4, 64), (8, 4, 64)])
 def test_the_recipe_is_the_written_out_model(recipe, step, num_heads, model_dim):
-    """All 11 layers, tied and untied, in each stage: paired heads, key offset, value gates, smear, skip, backout."""
+    """All 11 layers, tied and untied, in each stage: paired heads, key offset, value gates, XSA, MUDD, smear, skip."""
     hp = replace(recipe, num_heads=num_heads, model_dim=model_dim)
     model = lively(away_from_zero(build_model(hp, CPU, torch.float32, flex=False)))
     schedule = Schedule(step, hp, CPU)
@@ -71,14 +71,15 @@ def test_the_recipe_is_the_written_out_model(recipe, step, num_heads, model_dim)
 @pytest.mark.parametrize("name", [
     "stem.smear_scale", "stem.smear_gate", "stem.ngram_scale", "value_embed.weight", "ngram.tables.0.weight",
     "blocks.1.attention.value_gate", "blocks.4.attention.value_scale", "blocks.3.attention.gate",
-    "blocks.6.skip_scale", "blocks.6.skip_gate", "head.backout_scale", "blocks.8.branch_scale",
-    "blocks.10.residual_scale", "blocks.0.mlp.proj.weight"])
+    "blocks.6.skip_scale", "blocks.6.skip_gate", "head.mudd.bias", "head.mudd.fc", "head.mudd.proj", "blocks.8.branch_scale",
+    "blocks.9.residual_scale", "blocks.10.mudd.fc", "blocks.10.mudd.proj", "blocks.10.mudd.bias",
+    "blocks.7.attention.xsa_scale", "blocks.0.mlp.proj.weight"])
 def test_the_logits_depend_on_each_part(recipe, recipe_model, name):
     """So what the test above compares is not idle."""
     model, tokens, schedule = lively(recipe_model), tokens_of(T=128), Schedule(0, recipe, CPU)
     before = logits_of(model, tokens, schedule)
     with torch.no_grad():
-        model.get_parameter(name).add_(0.1)
+        model.get_parameter(name).add_(0.2)
     assert (logits_of(model, tokens, schedule) - before).abs().max() > 0.01
 
 
@@ -92,7 +93,8 @@ def test_rows_of_layers_are_the_published_ones():
         1: 0, 2: 1, 8: 2, 9: 3, 10: 4}
     assert {i: row.skip_from for i, row in enumerate(rows) if row.skip_from is not None} == {6: 3}
     assert {i: row.attends_to for i, row in enumerate(rows) if row.attends_to is not None} == {8: 7, 9: 7, 10: 7}
-    assert [i for i, row in enumerate(rows) if row.backout] == [7]
+    assert [i for i, row in enumerate(rows) if row.mudd] == [10]
+    assert {i: row.to_head for i, row in enumerate(rows) if row.to_head is not None} == {3: 0.0, 7: -0.5, 9: 0.0}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,7 +115,7 @@ def test_weights_at_the_start(recipe):
     model = build_model(replace(recipe, model_dim=128), CPU, torch.float32, flex=False)
     for name, p in model.named_parameters():
         spread = p.std().item() if p.numel() > 1 else 0.0
-        if name.endswith(("qkv.weight", "attention.proj.weight", "fc.weight")):
+        if name.endswith(("qk.weight", "v.weight", "attention.proj.weight", "fc.weight")):
             assert spread == pytest.approx(0.5 / 128 ** 0.5, rel=0.02), name
             assert p.abs().max().item() == pytest.approx(0.5 * (3 / 128) ** 0.5, rel=0.01), name
         elif name in ("head.linear.weight", "embed.weight"):
@@ -123,8 +125,13 @@ def test_weights_at_the_start(recipe):
         elif name.endswith(("residual_scale", "branch_scale")):
             wanted = [1.1 ** 0.5] * 2 if "residual" in name else [1.0, 1.0, 0.0, 0.05]
             torch.testing.assert_close(p.detach(), torch.tensor(wanted))
+        elif name.endswith("mudd.fc"):
+            assert p.shape == (64, 128) and spread == pytest.approx((3 * 128) ** -0.5, rel=0.02), name
+        elif name.endswith("mudd.bias"):
+            wanted = [0, -0.5, 0, 0, 0] if "head" in name else [0] * 6 + [2] * 2 + [1.1 ** 0.5] * 2 + [1, 1, 0, 0.05]
+            torch.testing.assert_close(p.detach() / 10, torch.tensor(wanted, dtype=torch.float32))
         else:
-            scalar = {"value_scale": 0.5, "skip_scale": -1.5, "backout_scale": 0.5, "smear_scale": 0.0,
+            scalar = {"value_scale": 0.5, "skip_scale": -1.5, "smear_scale": 0.0,
                       "ngram_scale": 0.05}.get(name.split(".")[-1], 0.0)
             assert (p == scalar).all(), name
     assert torch.equal(model.embed.weight, model.head.linear.weight[0])
@@ -192,7 +199,7 @@ def test_the_objective_is_the_weighted_sum_and_the_loss_the_mean_of_next_tokens(
 
 
 def test_the_gradient_is_that_of_autograd_on_the_logits(recipe, recipe_model):
-    """Through backout and head into the blocks: a sum over tokens, so two sequences' is the sum of each one's."""
+    """Through MUDD and head into the blocks: a sum over tokens, so two sequences' is the sum of each one's."""
     text, schedule = tokens_of(T=129), Schedule(0, recipe, CPU)
     tokens, targets = text[None, :-1], text[None, 1:]
     recipe_model(tokens, targets, schedule)[0].backward()
@@ -329,15 +336,16 @@ def test_weights_stay_float32_and_activations_do_not(recipe):
             module.register_forward_hook(lambda module, args, y: seen.append((module.weight.dtype, y.dtype)))
     tokens = tokens_of()[None]
     model(tokens, tokens, Schedule(8, recipe, CPU))[0].backward()  # untied: every parameter has a gradient
-    assert set(seen) == {(torch.float32, torch.bfloat16)} and len(seen) == 10 * 2 + 11 * 2 + 1
+    assert set(seen) == {(torch.float32, torch.bfloat16)} and len(seen) == 10 + 11 * 2 + 1
     assert model.value_embed.weight.dtype == model.ngram.tables[0].weight.dtype == torch.bfloat16
     assert model.embed.weight.dtype == torch.float32
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters())
 
 
 @pytest.mark.parametrize("in_features, out_features", [(8, 8), (8, 24), (24, 8)])
-def test_linear_is_stored_tall_and_maps_the_same(in_features, out_features):
-    linear, x = Linear(in_features, out_features, parts=2 if in_features == 8 else 1), torch.randn(5, in_features)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_linear_is_stored_tall_and_maps_the_same(in_features, out_features, parts):
+    linear, x = Linear(in_features, out_features, parts), torch.randn(5, in_features)
     parts, rows, columns = linear.weight.shape
     assert rows >= columns and {rows, columns} == {in_features, out_features}
     maps = [part.T if part.shape == (in_features, out_features) and in_features > out_features else part
@@ -354,5 +362,6 @@ def test_fineweb_size():
     tables = {"embed.weight", "value_embed.weight", "ngram.tables.0.weight"}  # of them one row a token is active
     matrices = (10 * 4 + 11 * 8) * 768 ** 2 + 50_304 * 768
     others = sum(n for name, n in parameters.items() if name not in tables) - matrices
-    assert 0 < others < 2000  # gates and scalars
+    mudd = 2 * 64 * 768 + (14 + 5) * (64 + 1)
+    assert 0 < others - mudd < 2000  # gates and scalars
     assert TRACKS["fineweb"].vocab_size == 50_257

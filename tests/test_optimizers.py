@@ -104,7 +104,8 @@ def test_rows_are_divided_by_their_running_size_and_the_norm_is_kept(shape, monk
         monkeypatch.setattr(train_gpt, "orthogonalise", lambda x: directions[t])  # noqa: B023 (used within the turn)
         result = muon_direction(MUON, torch.randn(shape), buffer, second, torch.tensor(0.9), torch.tensor(0.0))
         for i in range(shape[0]):
-            wanted, wanted_second[i] = slow_optimizer.rows_evened(directions[t, i].double(), wanted_second[i])
+            wanted, wanted_second[i] = slow_optimizer.rows_evened(directions[t, i].double(), wanted_second[i],
+                                                                      MUON.betas[0])
             torch.testing.assert_close(result[i].double(), wanted, atol=1e-5, rtol=1e-4)
             assert result[i].norm().item() == pytest.approx(directions[t, i].norm().item(), rel=1e-5)
         torch.testing.assert_close(second[..., 0].double(), wanted_second, atol=0, rtol=1e-5)
@@ -190,12 +191,12 @@ def test_every_parameter_has_its_published_rule():
     for name in names.values():
         (mine,) = [g for g in groups if re.fullmatch(g.parameters, name)]
         if factor := slow_optimizer.muon_settings(name):
-            assert (mine.rule, mine.betas, mine.lr) == ("muon", (0.95,), pytest.approx(0.023 * factor)), name
+            assert (mine.rule, mine.betas, mine.lr) == ("muon", (0.9,), pytest.approx(0.023 * factor)), name
             matrices += 1
         else:
             rate, beta1, beta2, _ = slow_optimizer.adam_settings(name)
             assert (mine.rule, mine.betas, mine.lr) == ("adam", (beta1, beta2), pytest.approx(rate)), name
-    assert matrices == 10 * 2 + 11 * 2
+    assert matrices == 10 * 3 + 11 * 2
 
 
 def test_buckets_keep_each_parameters_rate(recipe):
@@ -232,7 +233,7 @@ def test_the_line_to_add_claims_the_parameter_of_every_layer(hp, monkeypatch):
     groups = [g for g in train_gpt.optimizer_groups(hp, torch.float32) if g.rule != "muon"]
     monkeypatch.setattr(train_gpt, "optimizer_groups", lambda *args: groups)
     model = build_model(hp, CPU, torch.float32, flex=False)
-    for kind in range(4):
+    for kind in range(5):
         with pytest.raises(UserError) as error:
             Optimizer(model, hp, torch.float32)
         pattern = re.search(r'add a line: Group\("mine", r"(.*?)", "adam"', str(error.value))[1]
