@@ -93,27 +93,28 @@ class Layer(NamedTuple):
     value_table: int | None   # table of the value embeddings that its attention adds
     skip_from: int | None     # earlier layer whose output is added to its input
     attends_to: int | None    # earlier layer whose output its attention reads; None: its input
+    xsa: bool                 # does attention's output lose what points along the own value?
     mudd: bool                # has each token its own weights of what the layer adds up?
     to_head: float | None     # weight at first with which its output goes to the head, too
 
 LAYERS = {
     "fineweb": (  # paired: record 2026-01-07; value tables: 2026-02-03; no attention: 2025-09-21;
-        # skip: 2025-11-18; late attention reads layer 7: 2026-03-06; MUDD, to_head: 2026-04-22
-        #     attention  value  skip  attends  mudd   to_head
-        Layer("paired",  None,  None, None,    False, None),
-        Layer("short",   0,     None, None,    False, None),
-        Layer("paired",  1,     None, None,    False, None),
-        Layer("long",    None,  None, None,    False, 0.0),
-        Layer("short",   None,  None, None,    False, None),
-        Layer("paired",  None,  None, None,    False, None),
-        Layer(None,      None,  3,    None,    False, None),
-        Layer("short",   None,  None, None,    False, -0.5),
-        Layer("short",   2,     None, 7,       False, None),
-        Layer("paired",  3,     None, 7,       False, 0.0),
-        Layer("long",    4,     None, 7,       True,  None)),
+        # skip: 2025-11-18; attends: 2026-03-06; XSA: 2026-04-29; MUDD, to_head: 2026-04-22
+        #     attention  value  skip  attends  xsa    mudd   to_head
+        Layer("paired",  None,  None, None,    False, False, None),
+        Layer("short",   0,     None, None,    True,  False, None),
+        Layer("paired",  1,     None, None,    False, False, None),
+        Layer("long",    None,  None, None,    True,  False, 0.0),
+        Layer("short",   None,  None, None,    True,  False, None),
+        Layer("paired",  None,  None, None,    False, False, None),
+        Layer(None,      None,  3,    None,    False, False, None),
+        Layer("short",   None,  None, None,    True,  False, -0.5),
+        Layer("short",   2,     None, 7,       True,  False, None),
+        Layer("paired",  3,     None, 7,       False, False, 0.0),
+        Layer("long",    4,     None, 7,       True,  True,  None)),
     "laptop": (
-        Layer("long",    0,     None, None,    False, None),
-        Layer("paired",  0,     None, None,    False, None))}
+        Layer("long",    0,     None, None,    False, False, None),
+        Layer("paired",  0,     None, None,    False, False, None))}
 
 class Stage(NamedTuple):
     """What holds for a part of the run."""
@@ -194,7 +195,7 @@ class Hyperparameters:
     compile: str = knob("auto", "torch.compile; auto: where it pays", ("auto", "on", "off"))
     profile: bool = knob(False, "trace three steps, name the dearest operations; compiles by part")
     sample_tokens: int = knob(300, "tokens the model writes at the end of the run; 0: none")
-    prompt: str = knob("", "do not train: write on from this, by --resume's checkpoint or the latest")
+    prompt: str = knob("", "do not train, write after this by --resume's checkpoint or the latest")
 
     layers = property(lambda self: of_track(LAYERS, self.track))
     stages = property(lambda self: of_track(STAGES, self.track))
@@ -207,8 +208,8 @@ PRESETS = {
         val_length=2048, num_heads=2, model_dim=128, ngrams=6, ngram_rows=65_521,
         attention_scale=0.125, final_window=256, logit_cap=30.0, logit_shift=0.0, head_lr=0.012,
         value_lr=2.4, ngram_lr=1.5, ngram_rule="lazy_adam", adam_every=1, adam_decay=0.0,
-        muon_lr=0.045, muon_decay=0.0, momentum_warmup_steps=50, momentum_cooldown_steps=0,
-        cooldown=0.5, lr_floor=0.0, val_every=85, log_every=34)}
+        muon_lr=0.045, muon_decay=0.0, muon_beta2=0.95, momentum_warmup_steps=50,
+        momentum_cooldown_steps=0, cooldown=0.5, lr_floor=0.0, val_every=85, log_every=34)}
 
 # --- Schedules: pure functions of the step, so that a resumed run can't differ --------------------
 
@@ -412,7 +413,7 @@ class Attention(nn.Module):
         self.value_scale = nn.Parameter(torch.tensor(0.5))
         gated = layer.value_table is not None and not layer.mudd
         self.value_gate = nn.Parameter(torch.zeros(hp.num_heads, GATE_DIMS)) if gated else None
-        self.xsa_scale = None if self.kind == "paired" else nn.Parameter(torch.zeros(hp.num_heads))
+        self.xsa_scale = nn.Parameter(torch.zeros(hp.num_heads)) if layer.xsa else None
 
     def forward(self, x: Tensor, value_embed: Tensor | None, begins: Tensor, rotary: Tensor,
                 scale: Tensor, mask: Mask, mudd: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -437,10 +438,10 @@ class Attention(nn.Module):
             before = torch.where(begins[:, None, None], k, k.roll(1, 0))
             k = torch.cat([t.chunk(2, dim=-1)[i] for i, t in enumerate((k, before))], dim=-1)
         y = attention(scale * q, k, v, mask, self.max_window)
-        if self.xsa_scale is not None:  # XSA (arXiv 2603.09078, record 2026-04-29)
+        y, v = (t.view(N, P, H // P, -1).transpose(1, 2).reshape(N, H, -1) for t in (y, v))
+        if self.xsa_scale is not None:  # arXiv 2603.09078
             own = (y * v).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True).clamp(min=1e-8)
             y = y - torch.tanh(self.xsa_scale).to(y.dtype)[:, None] * own * v
-        y = y.view(N, P, H // P, -1).transpose(1, 2).reshape(N, H, -1)
         return self.proj((y * gate(self.gate, x[:, :GATE_DIMS])[..., None]).flatten(1))
 
 class MLP(nn.Module):

@@ -209,7 +209,7 @@ def test_rotary_tables_are_exact_at_the_last_position():
 
 def layer_of(hp, kind, value_table=None):
     """An attention of that kind with weights away from zero, and its parameters by slow_model's names."""
-    layer = away_from_zero(Attention(hp, Layer(kind, value_table, None, None, False, None)))
+    layer = away_from_zero(Attention(hp, Layer(kind, value_table, None, None, kind != "paired", False, None)))
     return layer, {f"blocks.{i}.attention.{name}": p.detach().double()
                    for name, p in layer.named_parameters() for i in range(11)}
 

@@ -93,6 +93,7 @@ def test_rows_of_layers_are_the_published_ones():
         1: 0, 2: 1, 8: 2, 9: 3, 10: 4}
     assert {i: row.skip_from for i, row in enumerate(rows) if row.skip_from is not None} == {6: 3}
     assert {i: row.attends_to for i, row in enumerate(rows) if row.attends_to is not None} == {8: 7, 9: 7, 10: 7}
+    assert [i for i, row in enumerate(rows) if row.xsa] == [1, 3, 4, 7, 8, 10]
     assert [i for i, row in enumerate(rows) if row.mudd] == [10]
     assert {i: row.to_head for i, row in enumerate(rows) if row.to_head is not None} == {3: 0.0, 7: -0.5, 9: 0.0}
 

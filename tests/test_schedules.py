@@ -197,7 +197,7 @@ def test_every_field_is_a_flag_with_help(capsys):
 
 def test_flags_beat_the_preset_and_the_preset_beats_the_default():
     hp = parse_arguments(["--track", "laptop", "--num_steps", "7"])
-    assert hp.num_steps == 7 and hp.model_dim == PRESETS["laptop"]["model_dim"] and hp.muon_beta2 == RECORD.muon_beta2
+    assert hp.num_steps == 7 and hp.model_dim == PRESETS["laptop"]["model_dim"] and hp.scalar_lr == RECORD.scalar_lr
 
 
 @pytest.mark.parametrize("words", [["--frobnicate"], ["--num_steps"], ["--num_steps", "many"], ["--track", "moon"],

@@ -24,7 +24,7 @@ REPO = Path(os.environ.get("REPO", HERE.parents[2]))
 SANDBOX = Path(os.environ.get("SANDBOX", REPO / "records" / "scratch" / "english"))
 RECORDS, CORPUS = REPO / "records", REPO.parent / "shared" / "corpus"
 sys.path[:0] = map(str, (SANDBOX, RECORDS, RECORDS / "studies" / "2026-11-24_LaptopLadder"))
-SEEDS, NUM_TRIALS = (0, 1, 2), 6
+SEEDS, NUM_TRIALS, DTYPE = (0, 1, 2), 6, "bfloat16"
 # The track has no target: the loss to reach is the mean final one of the baseline.
 TRACK = ('Track("data/english/openweb_train_*.bin", "data/english/openweb_val_*.bin",\n'
          '                     65_536, 50_257, 50_256, False, 0.0, "study.py make")')
@@ -41,9 +41,9 @@ SCRIPTS = {
     BASELINE: dict(ENTRY, script=f"records/{BASELINE}/train_gpt.py"),
     NGRAM: dict(ENTRY, script=f"records/{NGRAM}/train_gpt.py", preset=SIZES | dict(sample_tokens=0),
                 rates=(ENTRY["rates"][0] | dict(ngram_lr=0.6), {"muon_lr": 0.05})),
-    # The hook: today's script, at about the same mean tokens a step. A first proposal, to be tried.
+    # 2026-11-25_Stages, at about the same mean tokens a step.
     "new": dict(
-        script="train_gpt.py", steps={"search": (120, 0), "final": (288, 16)},
+        script="records/2026-11-25_Stages/train_gpt.py", steps={"search": (120, 0), "final": (288, 16)},
         preset=dict(batch_size=1, sequence_length=1024, micro_batch=3, val_length=2048, num_heads=2,
                     model_dim=128, final_window=384, adam_every=1, log_every=20, sample_tokens=0),
         rates=({"head_lr": 0.008, "value_lr": 0.6, "ngram_lr": 0.6, "scalar_lr": 0.04},
@@ -87,7 +87,7 @@ def run(name: str, factors: tuple[float, ...], kind: str, seed: int) -> float:
     flags = {key: f"{rate * factor:.6g}" for group, factor in zip(row["rates"], factors)
              for key, rate in group.items()}
     flags |= {key: round(share * steps) for key, share in row["corners"].items()}
-    flags |= dict(track="english", seed=seed, num_steps=steps, val_every=every, dtype="bfloat16",
+    flags |= dict(track="english", seed=seed, num_steps=steps, val_every=every, dtype=DTYPE,
                   compile="on", entry=f"{kind}/{name}")
     command = [sys.executable, f"{name}.py", *(f"--{key}={value}" for key, value in flags.items())]
     # One core. glibc keeps freed memory, for to map the logits anew costs a third of a step.
