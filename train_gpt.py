@@ -566,8 +566,7 @@ class GPT(nn.Module):
 
 def build_model(hp: Hyperparameters, device: torch.device, dtype: torch.dtype, flex: bool,
                 sparse: bool = False) -> GPT:
-    """The model of hp: value and n-gram embeddings in the activations' precision dtype, all else in
-    float32."""
+    """The model of hp: value and n-gram embeddings in dtype, the activations', all else float32."""
     torch.manual_seed(hp.seed)
     with device:
         model = GPT(hp, flex, sparse)
@@ -595,8 +594,7 @@ class CappedCrossEntropy(torch.autograd.Function):
     def forward(ctx, logits: Tensor, targets: Tensor, weights: Tensor, cap: tuple) -> tuple:
         capped, ctx.cap = softcap(logits, *cap), cap
         logsumexp = capped.logsumexp(-1, keepdim=True)  # one serves all targets
-        losses = (logsumexp - capped.gather(-1, targets.clamp(min=0))) * (targets >= 0)
-        losses = losses.sum(0)  # (K,)
+        losses = ((logsumexp - capped.gather(-1, targets.clamp(min=0))) * (targets >= 0)).sum(0)
         ctx.save_for_backward(logits, targets, weights, logsumexp)
         ctx.mark_non_differentiable(first := losses[0].clone())
         return (losses * weights).sum(), first
