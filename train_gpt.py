@@ -1625,8 +1625,7 @@ def open_checkpoint(path: str):
         yield torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise UserError(f"can't resume from {path}: {one_line(error)}; expected a checkpoint of "
-                        "this script, data and command (if only they differ: --resume_anyway)"
-                        ) from None
+                        "this script, data and settings, or --resume_anyway") from None
 
 def load_checkpoint(model: GPT, optimizer: Optimizer, watch: Watch, log: Log) -> None:
     """Put the state that --resume names, if any, in its places. Raises UserError."""
@@ -1640,54 +1639,48 @@ def load_checkpoint(model: GPT, optimizer: Optimizer, watch: Watch, log: Log) ->
             log.say(f"resumed from {log.hp.resume} at step {saved['progress']['step']}")
         watch.checkpoint = log.hp.resume
 
-def continued(hp: Hyperparameters, record: dict) -> Progress:
-    """Where the run is that --resume continues, if any; record gets its name and its threads.
-    Raises UserError unless that was a run of this script, on these data, with these settings."""
-    if hp.resume in ("", "latest"):
-        return Progress()
-    with open_checkpoint(hp.resume) as saved:
-        then, now = ({**run, **run["hyperparameters"]} for run in (saved, record))
-        compared = {*record["hyperparameters"], "activations", "code_hash", "data_fingerprint"}
-        wrong = [f"its {name} is {then.get(name)}, here {now[name]}"
-                 for name in sorted(compared - MAY_CHANGE)
-                 if repr(then.get(name)) != repr(now[name])]  # a tensor has no ==
-        if wrong and not hp.resume_anyway:
-            raise ValueError("; ".join(wrong))
-        progress = Progress(*(f.type(saved["progress"][f.name])
-                              for f in dataclasses.fields(Progress)))
-        if not progress.step == saved["optimizer"]["num_updates"] <= hp.num_steps:
-            raise ValueError(f"it stands at step {progress.step}")
-        if "OMP_NUM_THREADS" not in os.environ:  # a busy machine may have measured others
-            torch.set_num_threads(min(saved["threads"], os.cpu_count()))
-        record |= {"run_id": Path(saved["run_id"]).name, "threads": torch.get_num_threads()}
-        return progress
-
 def start_run(hp: Hyperparameters, runtime: Runtime) -> tuple:
     """(training tokens, validation tokens, what the log tells of the run, its Progress).
     Collective. Raises UserError where data, compiler or checkpoint are unfit."""
     track, device = TRACKS[hp.track], runtime.device
     train_stream = TokenStream(track.train_files, track, hp.batch_size * hp.sequence_length + 1)
     val_stream = TokenStream(track.val_files, track, track.val_tokens + 1)
+    data = val_stream.fingerprint(track.val_tokens + 1), train_stream.fingerprint(2**26)
     dtype = str(fast_dtype(device)).removeprefix("torch.") if hp.dtype == "auto" else hp.dtype
     record = runtime.agree({
         "command": sys.argv, "script": os.path.relpath(__file__, ROOT),
-        "hyperparameters": dataclasses.asdict(hp), "target": track.target,
+        "hyperparameters": dataclasses.asdict(hp), "world_size": runtime.world_size,
         "stage_tokens": [s.batch * hp.batch_size * hp.sequence_length for s in hp.stages],
         "run_id": f"{hp.track}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}",
         "activations": dtype, "git_commit": _output_of("git", "rev-parse", "HEAD") or None,
-        "git_dirty": bool(_output_of("git", "status", "--porcelain")),
+        "git_dirty": bool(_output_of("git", "status", "--porcelain")), "target": track.target,
         "compiled": compile_pays(hp, device) if hp.compile == "auto" else hp.compile == "on",
         "code_hash": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
-        "data_fingerprint": f"{val_stream.fingerprint(track.val_tokens + 1)}-"
-                            f"{train_stream.fingerprint(2**26)}",
+        "data_fingerprint": "-".join(data), "threads": torch.get_num_threads(),
         "python": platform.python_version(), "platform": platform.platform(),
         "torch": str(torch.__version__), "cuda": torch.version.cuda, "device": device_name(device),
-        "device_count": runtime.world_size if runtime.cuda else os.cpu_count(),
-        "threads": torch.get_num_threads(), "world_size": runtime.world_size})
+        "device_count": runtime.world_size if runtime.cuda else os.cpu_count()})
     if record["compiled"] and (lacks := lacks_for_compile(device)):
         raise UserError(f"torch.compile needs {lacks}: apt install build-essential python3-dev (on "
                         "Debian and Ubuntu), or use --compile off")
-    return train_stream, val_stream, record, continued(hp, record)
+    progress = Progress()
+    if hp.resume not in ("", "latest"):
+        with open_checkpoint(hp.resume) as saved:
+            then, now = ({**run, **run["hyperparameters"]} for run in (saved, record))
+            compared = {*record["hyperparameters"], "activations", "code_hash", "data_fingerprint"}
+            wrong = [f"its {name} is {then.get(name)}, here {now[name]}"
+                     for name in sorted(compared - MAY_CHANGE)
+                     if repr(then.get(name)) != repr(now[name])]  # a tensor has no ==
+            if wrong and not hp.resume_anyway:
+                raise ValueError("; ".join(wrong))
+            progress = Progress(*(f.type(saved["progress"][f.name])
+                                  for f in dataclasses.fields(Progress)))
+            if not progress.step == saved["optimizer"]["num_updates"] <= hp.num_steps:
+                raise ValueError(f"it stands at step {progress.step}")
+            if "OMP_NUM_THREADS" not in os.environ:  # a busy machine may have measured others
+                torch.set_num_threads(min(saved["threads"], os.cpu_count()))
+            record |= {"run_id": Path(saved["run_id"]).name, "threads": torch.get_num_threads()}
+    return train_stream, val_stream, record, progress
 
 def write_on(hp: Hyperparameters, runtime: Runtime) -> None:
     """Print what --resume's checkpoint writes after --prompt. Raises UserError."""
@@ -1713,17 +1706,17 @@ class _Parser(argparse.ArgumentParser):
 def parse_arguments(argv: list[str] | None = None) -> Hyperparameters:
     """The run that argv (default: sys.argv) asks for: its flags, else the settings of --resume's
     checkpoint, else the track's. Raises UserError on a bad flag, value or checkpoint."""
-    fields, then = dataclasses.fields(Hyperparameters), {}
     parser = _Parser(usage="%(prog)s [flags]", description=__doc__, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter,
-                     argument_default=argparse.SUPPRESS, epilog="(*): in proportion to --num_steps."
-                     " Without a GPU --track is laptop.")
+                     argument_default=argparse.SUPPRESS, epilog="In brackets: defaults of the "
+                     f"tracks {', '.join(PRESETS)}; (*): in proportion to --num_steps.")
+    fields, then = dataclasses.fields(Hyperparameters), {}
     for f in fields:
-        usual = "; ".join([str(f.default), *(f"{track}: {preset[f.name]}" for track, preset
-                                             in PRESETS.items() if f.name in preset)])
+        usual = dict.fromkeys(str(preset.get(f.name, f.default)) for preset in PRESETS.values())
         kind = ({"action": "store_true"} if f.type is bool else
                 {"type": f.type, "choices": f.metadata["choices"]})
-        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} ({usual})", **kind)
+        kind["help"] = f"{f.metadata['help']} ({', '.join(usual)})"
+        parser.add_argument(f"--{f.name}", **kind)
     given = vars(parser.parse_args(argv))  # the flags that are there
     path = given.get("resume") or ("latest" if given.get("prompt") else "")
     if path == "latest":
@@ -1756,11 +1749,9 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
               or not {layer.skip_from, layer.attends_to} <= {None, *range(i)}
               or (layer.backout and any(earlier.backout for earlier in hp.layers[:i]))]
     stages = [i for i, stage in enumerate(hp.stages) if len(stage.targets) != len(stage.targets_end)
-              or any(earlier.until >= stage.until or earlier.tied < stage.tied
-                     for earlier in hp.stages[:i])]
+              or any(old.until >= stage.until or old.tied < stage.tied for old in hp.stages[:i])]
     uneven = [n for stage in hp.stages if (n := stage.batch * hp.batch_size) % world_size]
-    val_tokens, records = TRACKS[hp.track].val_tokens, (ROOT / "records").resolve()
-    nearest = max(val_tokens // hp.val_length, 1) * hp.val_length  # that many there are
+    tokens, records = TRACKS[hp.track].val_tokens, (ROOT / "records").resolve()
     for wrong, message in (
         (layers, f"layers {layers} of LAYERS: attention is short, long, paired or None, with it a "
          "value table 0, 1, ...; a layer reads earlier ones; one has backout"),
@@ -1770,18 +1761,15 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
         (uneven, f"{min(uneven, default=0)} sequences a step can't be divided over {world_size} "
          f"ranks; use --batch_size {-hp.batch_size // world_size * -world_size} or another NPROC"),
         (hp.sequence_length % 128, f"--sequence_length {hp.sequence_length} is no multiple of 128"),
-        (val_tokens % hp.val_length or hp.val_length % 128, f"--val_length {hp.val_length} must "
-         f"divide {val_tokens:,} validation tokens and be a multiple of 128; use a power of two "
-         f"(or, in a track of your own, val_tokens {nearest:,})"),
+        (tokens % hp.val_length or hp.val_length % 128, f"--val_length {hp.val_length} is no "
+         f"multiple of 128 that divides {tokens:,} validation tokens; use a power of two"),
         (hp.profile and hp.num_steps < 6, "--profile traces steps 3 to 5: it needs --num_steps 6"),
-        (hp.prompt and hp.resume == "latest", f"--prompt: no checkpoint in {hp.folder}; name one: "
-         "--resume FILE"),
-        (not hp.folder.resolve().is_relative_to(records),
-         f"--entry {hp.entry!r} is no folder below records/"),
+        (hp.prompt and hp.resume == "latest", f"no checkpoint in {hp.folder}: use --resume FILE"),
+        (not hp.folder.resolve().is_relative_to(records), f"--entry {hp.entry!r} leaves records/"),
         (hp.model_dim % (4 * hp.num_heads), f"--model_dim {hp.model_dim} is no multiple of four "
          f"times --num_heads {hp.num_heads}: a quarter of a head's width turns with another one"),
-        (hp.num_heads % 2 and any(layer.attention == "paired" for layer in hp.layers),
-         f"--num_heads {hp.num_heads}: layers with paired heads need an even number")):
+        (hp.num_heads % 2 and "paired" in {layer.attention for layer in hp.layers},
+         f"--num_heads {hp.num_heads} is odd, expected even, for layers with paired heads")):
         if wrong:
             raise UserError(message)
 
@@ -1795,17 +1783,16 @@ def run(argv: list[str] | None = None) -> int:
     try:
         code = (write_on if hp.prompt else train)(hp, runtime)
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, dist.DistBackendError) or "Connection" in str(error):
+        if re.search("DistBackendError|Connection", repr(error)):
             time.sleep(5)  # the one that ended first speaks, and torchrun ends this one
             raise UserError(f"rank {runtime.rank} has lost another rank, which ended first; go on "
                             f"with --resume latest ({one_line(error)[-120:]})") from None
-        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not out_of_memory and "can't allocate memory" not in str(error):
+        if not re.search("MemoryError|allocate memory", repr(error)):
             raise
         less, length = hp.micro_batch // 2, hp.sequence_length
         if runtime.cuda:  # bytes, as simulated for the model of fineweb (./run.sh simulate)
-            token = 2.5e6 if hp.compile == "off" else 0.5e6
             memory = torch.cuda.get_device_properties(runtime.device).total_memory
+            token = 2.5e6 if hp.compile == "off" else 0.5e6
             less = min(less, int((0.8 * memory - 6e9) / (length * token)))
         flags = f"--micro_batch {less}" if less > 0 else (
             f"--micro_batch 1 --sequence_length {length // 2} --batch_size {2 * hp.batch_size} "
