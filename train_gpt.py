@@ -1669,8 +1669,7 @@ def start_run(hp: Hyperparameters, runtime: Runtime) -> tuple:
             then, now = ({**run, **run["hyperparameters"]} for run in (saved, record))
             compared = {*record["hyperparameters"], "activations", "code_hash", "data_fingerprint"}
             wrong = [f"its {name} is {then.get(name)}, here {now[name]}"
-                     for name in sorted(compared - MAY_CHANGE)
-                     if repr(then.get(name)) != repr(now[name])]  # a tensor has no ==
+                     for name in sorted(compared - MAY_CHANGE) if then.get(name) != now[name]]
             if wrong and not hp.resume_anyway:
                 raise ValueError("; ".join(wrong))
             progress = Progress(*(f.type(saved["progress"][f.name])
