@@ -1624,7 +1624,7 @@ def open_checkpoint(path: str):
         yield torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise UserError(f"can't resume from {path}: {one_line(error)}; expected a checkpoint of "
-                        "this script, data and settings, or --resume_anyway") from None
+                        "this script, data and settings (of others: --resume_anyway)") from None
 
 def load_checkpoint(model: GPT, optimizer: Optimizer, watch: Watch, log: Log) -> None:
     """Put the state that --resume names, if any, in its places. Raises UserError."""
@@ -1723,8 +1723,7 @@ def parse_arguments(argv: list[str] | None = None) -> Hyperparameters:
             settings = {**saved["hyperparameters"], "dtype": saved["activations"]}
             then = vars(parser.parse_args([f"--{f.name}={settings[f.name]}" for f in fields
                                            if f.name in settings and f.type is not bool]))
-    track = "fineweb" if torch.cuda.is_available() else "laptop"
-    track = given.get("track", then.get("track", track))
+    track = {**then, **given}.get("track", "fineweb" if torch.cuda.is_available() else "laptop")
     usual = {**{f.name: f.default for f in fields}, **of_track(PRESETS, track)}
     shorter = given.get("num_steps", usual["num_steps"]) / usual["num_steps"]
     for name in ("extension_steps", "momentum_warmup_steps", "momentum_cooldown_steps"):
@@ -1745,7 +1744,7 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
               or (layer.backout and any(earlier.backout for earlier in hp.layers[:i]))]
     stages = [i for i, stage in enumerate(hp.stages) if len(stage.targets) != len(stage.targets_end)
               or any(old.until >= stage.until or old.tied < stage.tied for old in hp.stages[:i])]
-    uneven = [n for stage in hp.stages if (n := stage.batch * hp.batch_size) % world_size]
+    batch = math.gcd(*(stage.batch * hp.batch_size for stage in hp.stages))  # in each stage's
     tokens, records = TRACKS[hp.track].val_tokens, (ROOT / "records").resolve()
     for wrong, message in (
         (layers, f"layers {layers} of LAYERS: attention is short, long, paired or None, with it a "
@@ -1753,8 +1752,8 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
         (stages, f"stages {stages} of STAGES: until rises, untied stays so, targets pair up"),
         (hp.extension_steps >= hp.num_steps, f"--extension_steps {hp.extension_steps}, expected "
          f"less than --num_steps {hp.num_steps}; use --extension_steps {hp.num_steps // 40}"),
-        (uneven, f"{min(uneven, default=0)} sequences a step can't be divided over {world_size} "
-         f"ranks; use --batch_size {-hp.batch_size // world_size * -world_size} or another NPROC"),
+        (batch % world_size, f"{batch} sequences a step can't be divided over {world_size} ranks; "
+         f"use --batch_size {-hp.batch_size // world_size * -world_size} or another NPROC"),
         (hp.sequence_length % 128, f"--sequence_length {hp.sequence_length} is no multiple of 128"),
         (tokens % hp.val_length or hp.val_length % 128, f"--val_length {hp.val_length} is no "
          f"multiple of 128 that divides {tokens:,} validation tokens; use a power of two"),
@@ -1778,7 +1777,7 @@ def run(argv: list[str] | None = None) -> int:
     try:
         code = (write_on if hp.prompt else train)(hp, runtime)
     except (RuntimeError, MemoryError) as error:
-        if re.search("DistBackendError|Connection", repr(error)):
+        if runtime.world_size > 1 and re.search("DistBackendError|Connection", repr(error)):
             time.sleep(5)  # the one that ended first speaks, and torchrun ends this one
             raise UserError(f"rank {runtime.rank} has lost another rank, which ended first; go on "
                             f"with --resume latest ({one_line(error)[-120:]})") from None
