@@ -84,7 +84,7 @@ def start(module: ModuleType, script: str, words: list[str]) -> int:
     if given.prompt:  # one process writes text, without data
         return module.main(words)
     gpus = 0 if given.device == "cpu" else torch.cuda.device_count()  # heeds CUDA_VISIBLE_DEVICES
-    by_checkpoint = given.resume and hasattr(module, "settings_of")  # older scripts take none
+    by_checkpoint = given.resume and hasattr(module, "open_checkpoint")  # older scripts take none
     if given.track is None and not by_checkpoint:
         track = "fineweb" if gpus else "laptop"
         words = ["--track", track, *words]  # the entries' own default is fineweb, on a CPU too

@@ -17,7 +17,6 @@ d, V vocabulary, K targets of a token, W ranks.
 """
 import argparse
 import dataclasses
-import difflib
 import functools
 import hashlib
 import itertools
@@ -35,7 +34,6 @@ import sysconfig
 import threading
 import time
 import timeit
-import zipfile
 from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -897,9 +895,8 @@ def validate(model: GPT, stream: "TokenStream", schedule: Schedule, hp: Hyperpar
 def train(hp: Hyperparameters, runtime: "Runtime") -> int:
     """One run on this rank, from its data to its report; the exit code. Raises UserError."""
     watch = Watch(runtime)
-    train_stream, val_stream, record, saved = start_run(hp, runtime)
-    progress, compiled = saved["progress"] if saved else Progress(), record["compiled"]
-    dtype = getattr(torch, record["activations"])
+    train_stream, val_stream, record, progress = start_run(hp, runtime)
+    compiled, dtype = record["compiled"], getattr(torch, record["activations"])
     model = build_model(hp, runtime.device, dtype, flex=compiled and runtime.cuda,
                         sparse=(hp.ngram_rule == "lazy_adam" and not runtime.cuda and
                                 runtime.world_size == 1))
@@ -908,7 +905,7 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
     with supervised(watch, log, progress), profiler(hp, runtime, log) as profile:
         log.introduce(model, record)
         get_ready(model, optimizer, train_stream, hp, runtime, log, compiled)
-        saved = resume(saved, model, optimizer, watch, hp, log)  # None: its memory is free
+        load_checkpoint(model, optimizer, watch, log)
 
         loader, first_step = BatchLoader(train_stream, hp, runtime, progress.step), progress.step
         started = runtime.seconds()  # progress.train_time_ms is the time until then
@@ -929,9 +926,9 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
                 watch.read(everything=True)  # what is not finite must not be saved
                 if val_due:
                     log.begin(f"validating on {TRACKS[hp.track].val_tokens:,} tokens")
-                    progress.validate(validate(model, val_stream, schedule, hp, runtime), hp, log)
+                    progress.validate(validate(model, val_stream, schedule, hp, runtime), log)
                 if save_due:
-                    save_checkpoint(progress, record, model, optimizer, runtime, watch, hp, log)
+                    save_checkpoint(progress, record, model, optimizer, watch, log)
                 started = runtime.seconds()
             if last or stop:
                 break
@@ -1625,7 +1622,7 @@ def finish(stop: int, model: GPT, progress: "Progress", watch: Watch, hp: Hyperp
 
 # --- Checkpoints ----------------------------------------------------------------------------------
 
-# What a resumed run may choose anew, for no number depends on it (dtype is compared by itself).
+# What a resumed run may choose anew: no number depends on it (dtype is compared as activations).
 MAY_CHANGE = {"val_every", "log_every", "save_every", "keep", "resume", "resume_anyway", "entry",
               "profile", "sample_tokens", "prompt", "dtype"}
 
@@ -1637,22 +1634,22 @@ class Progress:
     reached: str = ""  # when the target first was
     validated: int = 0  # the last step at which a validation was made: none at the beginning
 
-    def validate(self, loss: float, hp: Hyperparameters, log: Log) -> None:
+    def validate(self, loss: float, log: Log) -> None:
         """Note a validation at this step, in the log too."""
         log.metric(self.step, "val_loss", loss, self.train_time_ms)
         self.validated = self.step
-        if loss <= TRACKS[hp.track].target and not self.reached:
+        if loss <= TRACKS[log.hp.track].target and not self.reached:
             self.reached = f"reached at step {self.step} after {self.train_time_ms / 1000:.1f} s"
 
 def save_checkpoint(progress: Progress, record: dict, model: GPT, optimizer: Optimizer,
-                    runtime: Runtime, watch: Watch, hp: Hyperparameters, log: Log) -> None:
-    """Write all that the rest of the run depends on, atomically; keep the last hp.keep. Collective.
+                    watch: Watch, log: Log) -> None:
+    """Write all that the rest of the run depends on, atomically; keep the last --keep. Collective.
     Where rank 0 can't write, the log says so, the run goes on and all older ones stay."""
-    path = hp.folder / f"{record['run_id']}_step{progress.step:06d}.pt"
+    path = log.path.with_name(f"{log.path.stem}_step{progress.step:06d}.pt")
     start, temporary = time.perf_counter(), path.with_suffix(".tmp")
     state = {**record, "progress": dataclasses.asdict(progress), "model": model.state_dict(),
              "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
-    if runtime.rank:
+    if not log.file:  # not rank 0
         return
     try:
         with open(temporary, "wb") as file:
@@ -1663,130 +1660,82 @@ def save_checkpoint(progress: Progress, record: dict, model: GPT, optimizer: Opt
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
         temporary.unlink(missing_ok=True)
         return log.fail(f"can't write the checkpoint {path}: {one_line(error)}; free disk space")
-    for old in sorted(hp.folder.glob(f"{record['run_id']}_step*.pt"))[:-hp.keep]:
+    for old in sorted(path.parent.glob(f"{log.path.stem}_step*.pt"))[:-log.hp.keep]:
         old.unlink(missing_ok=True)
     watch.checkpoint = path
     log.say(f"checkpoint {path} in {time.perf_counter() - start:.2f} s (not training time)")
 
-def latest_checkpoint(folder: Path, track: str | None) -> str:
-    """The newest checkpoint in a folder, of a track or of any; empty where there is none."""
-    found = [str(p) for p in folder.glob(f"{track or '*'}-*_step*.pt") if p.is_file()]
-    return max(found, key=os.path.getmtime, default="")
-
 @contextmanager
-def resuming(path: str):
-    """Makes one line of whatever a broken or foreign checkpoint leads torch to raise."""
-    try:
-        yield
-    except UserError:
-        raise
+def open_checkpoint(path: str):
+    """What save_checkpoint wrote, on the CPU; a tensor is read when it is used. Whatever a broken
+    or foreign one leads to within becomes a UserError."""
+    try:  # weights_only: data alone, it can't run code
+        yield torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise UserError(f"can't resume from {path}: {one_line(error)}; expected a checkpoint that "
-                        "--save_every wrote, of this script, data and command") from None
+        raise UserError(f"can't resume from {path}: {one_line(error)}; expected a checkpoint of "
+                        "this script, data and settings (of others: --resume_anyway)") from None
 
-def settings_of(path: str) -> dict:
-    """The settings of the run that wrote a checkpoint, but for those of one start alone and what
-    no flag may be. Raises UserError."""
-    with resuming(path):
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is none" if Path(path).exists() else "there is no such file")
-        # mapped: the tensors are not read yet
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        then, once = saved["hyperparameters"], {"resume", "resume_anyway", "prompt", "profile"}
-        return {f.name: then[f.name] for f in dataclasses.fields(Hyperparameters)
-                if f.name not in once and type(then.get(f.name)) is f.type
-                and then[f.name] in (f.metadata["choices"] or [then[f.name]])}
-
-def load_checkpoint(path: str, hp: Hyperparameters, record: dict) -> dict:
-    """What save_checkpoint wrote, on the CPU. Raises all sorts unless it belongs to this run."""
-    state = torch.load(path, map_location="cpu", weights_only=True)  # data alone: it can't run code
-    if not {"progress", "model", "optimizer", "random"} <= state.keys():
-        raise ValueError("it is no checkpoint")
-    run_id, activations = state["run_id"], state["activations"]
-    if run_id != Path(run_id).name or activations not in ("bfloat16", "float32"):
-        raise ValueError(f"its run_id is {run_id}, its activations are {activations}")
-    if hp.dtype not in ("auto", activations):
-        raise ValueError(f"its activations are {activations}; use --dtype auto")
-    then, now = {**state, **state["hyperparameters"]}, {**record, **dataclasses.asdict(hp)}
-    compared = sorted({*dataclasses.asdict(hp), "code_hash", "data_fingerprint"} - MAY_CHANGE)
-    titles = {"code_hash": "script", "data_fingerprint": "data"}  # here by their hashes
-    wrong = [f"its {titles.get(name, name)} is {then.get(name)}, here {now[name]}"
-             for name in compared if repr(then.get(name)) != repr(now[name])]  # a tensor has no ==
-    if wrong and not hp.resume_anyway:
-        raise UserError(f"can't resume from {path}: {'; '.join(wrong)}; go back to that, or use "
-                        "--resume_anyway")
-    progress = state["progress"] = Progress(**state["progress"])
-    updates = state["optimizer"]["num_updates"]
-    if not (0 <= int(progress.step) <= hp.num_steps and int(progress.validated) <= progress.step
-            and progress.step == updates and progress.train_time_ms >= 0
-            and isinstance(progress.reached, str)):
-        raise ValueError(f"it stands at step {progress.step}, updated {updates} times")
-    return {**state, "path": path}
-
-def start_run(hp: Hyperparameters, runtime: Runtime) -> tuple[TokenStream, TokenStream, dict, dict]:
-    """Training and validation tokens, what the log tells of the run, and the checkpoint to resume
-    from ({} for none). Collective. Raises UserError where data or checkpoint are unfit."""
-    track, device = TRACKS[hp.track], runtime.device
-    train_stream, val_stream = (
-        TokenStream(files, track, tokens + 1) for files, tokens in (
-            (track.train_files, hp.batch_size * hp.sequence_length),
-            (track.val_files, track.val_tokens)))
-    dtype = str(fast_dtype(device)).removeprefix("torch.") if hp.dtype == "auto" else hp.dtype
-    record = runtime.agree({
-        "command": sys.argv, "script": os.path.relpath(__file__, ROOT),
-        "hyperparameters": dataclasses.asdict(hp), "target": track.target,
-        "stage_tokens": [s.batch * hp.batch_size * hp.sequence_length for s in hp.stages],
-        "run_id": f"{hp.track}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}",
-        "activations": dtype, "git_commit": _output_of("git", "rev-parse", "HEAD") or None,
-        "git_dirty": bool(_output_of("git", "status", "--porcelain")),
-        "compiled": compile_pays(hp, device) if hp.compile == "auto" else hp.compile == "on",
-        "code_hash": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
-        "data_fingerprint": f"{val_stream.fingerprint(track.val_tokens + 1)}-"
-                            f"{train_stream.fingerprint(2**26)}",
-        "python": platform.python_version(), "platform": platform.platform(),
-        "torch": str(torch.__version__), "cuda": torch.version.cuda, "device": device_name(device),
-        "device_count": runtime.world_size if runtime.cuda else os.cpu_count(),
-        "threads": torch.get_num_threads(), "world_size": runtime.world_size})
-    if record["compiled"] and (lacks := lacks_for_compile(device)):
-        raise UserError(f"torch.compile needs {lacks}, which is not here; on Debian and Ubuntu: "
-                        "apt install build-essential python3-dev, or use --compile off")
-    if hp.resume in ("", "latest"):
-        return train_stream, val_stream, record, {}
-    with resuming(hp.resume):
-        saved = load_checkpoint(hp.resume, hp, record)
-        # A run goes on in its log, precision, threads: a busy machine may measure others.
-        record |= {name: saved[name] for name in ("run_id", "activations", "threads")}
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(min(record["threads"], os.cpu_count()))
-    return train_stream, val_stream, record, saved
-
-def resume(saved: dict, model: GPT, optimizer: Optimizer, watch: Watch, hp: Hyperparameters,
-           log: Log) -> None:
-    """Put load_checkpoint's state, if any, in its places. Raises UserError where it doesn't fit."""
-    if saved:
-        with resuming(saved["path"]):
+def load_checkpoint(model: GPT, optimizer: Optimizer, watch: Watch, log: Log) -> None:
+    """Put the state that --resume names, if any, in its places. Raises UserError."""
+    if log.hp.resume == "latest":
+        log.say(f"no checkpoint in {log.hp.folder}: the run begins at step 0")
+    elif log.hp.resume:
+        with open_checkpoint(log.hp.resume) as saved:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             torch.set_rng_state(saved["random"])
-        watch.checkpoint = saved["path"]
-        beside = Path(saved["path"]).parent.glob("*_step*.pt")
-        others = sorted({path.name.rpartition("_step")[0] for path in beside} - {saved["run_id"]})
-        others = f"; other runs with checkpoints there: {', '.join(others)}" if others else ""
-        log.say(f"resumed from {saved['path']} at step {saved['progress'].step}{others}")
-        if log.file and re.search(r"^target [\d.]+: [rm]", log.path.read_text("utf-8"), re.M):
-            log.say("its log says that this run was finished: now its last steps are done again")
-    elif hp.resume:
-        log.say(f"no checkpoint in {hp.folder}: the run begins at step 0")
+            log.say(f"resumed from {log.hp.resume} at step {saved['progress']['step']}")
+        watch.checkpoint = log.hp.resume
 
-def write_on(hp: Hyperparameters, runtime: Runtime) -> int:
-    """Print what --resume's checkpoint writes after --prompt; the exit code."""
-    with resuming(hp.resume):
-        saved = torch.load(hp.resume, map_location="cpu", weights_only=True)
+def start_run(hp: Hyperparameters, runtime: Runtime) -> tuple:
+    """(training tokens, validation tokens, what the log tells of the run, its Progress).
+    Collective. Raises UserError where data, compiler or checkpoint are unfit."""
+    track, device = TRACKS[hp.track], runtime.device
+    train_stream = TokenStream(track.train_files, track, hp.batch_size * hp.sequence_length + 1)
+    val_stream = TokenStream(track.val_files, track, track.val_tokens + 1)
+    data = val_stream.fingerprint(track.val_tokens + 1), train_stream.fingerprint(2**26)
+    dtype = str(fast_dtype(device)).removeprefix("torch.") if hp.dtype == "auto" else hp.dtype
+    record = runtime.agree({
+        "command": sys.argv, "script": os.path.relpath(__file__, ROOT),
+        "hyperparameters": dataclasses.asdict(hp), "world_size": runtime.world_size,
+        "stage_tokens": [s.batch * hp.batch_size * hp.sequence_length for s in hp.stages],
+        "run_id": f"{hp.track}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}",
+        "activations": dtype, "git_commit": _output_of("git", "rev-parse", "HEAD") or None,
+        "git_dirty": bool(_output_of("git", "status", "--porcelain")), "target": track.target,
+        "compiled": compile_pays(hp, device) if hp.compile == "auto" else hp.compile == "on",
+        "code_hash": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
+        "data_fingerprint": "-".join(data), "threads": torch.get_num_threads(),
+        "python": platform.python_version(), "platform": platform.platform(),
+        "torch": str(torch.__version__), "cuda": torch.version.cuda, "device": device_name(device),
+        "device_count": runtime.world_size if runtime.cuda else os.cpu_count()})
+    if record["compiled"] and (lacks := lacks_for_compile(device)):
+        raise UserError(f"torch.compile needs {lacks}: apt install build-essential python3-dev (on "
+                        "Debian and Ubuntu), or use --compile off")
+    progress = Progress()
+    if hp.resume not in ("", "latest"):
+        with open_checkpoint(hp.resume) as saved:
+            then, now = ({**run, **run["hyperparameters"]} for run in (saved, record))
+            compared = {*record["hyperparameters"], "activations", "code_hash", "data_fingerprint"}
+            wrong = [f"its {name} is {then.get(name)}, here {now[name]}"
+                     for name in sorted(compared - MAY_CHANGE) if then.get(name) != now[name]]
+            if wrong and not hp.resume_anyway:
+                raise ValueError("; ".join(wrong))
+            progress = Progress(*(f.type(saved["progress"][f.name])
+                                  for f in dataclasses.fields(Progress)))
+            if not progress.step == saved["optimizer"]["num_updates"] <= hp.num_steps:
+                raise ValueError(f"it stands at step {progress.step}")
+            if "OMP_NUM_THREADS" not in os.environ:  # a busy machine may have measured others
+                torch.set_num_threads(min(saved["threads"], os.cpu_count()))
+            record |= {"run_id": Path(saved["run_id"]).name, "threads": torch.get_num_threads()}
+    return train_stream, val_stream, record, progress
+
+def write_on(hp: Hyperparameters, runtime: Runtime) -> None:
+    """Print what --resume's checkpoint writes after --prompt. Raises UserError."""
+    with open_checkpoint(hp.resume) as saved:
         dtype = getattr(torch, saved["activations"])
         model = build_model(hp, runtime.device, dtype, flex=False)
         model.load_state_dict(saved["model"])
         print(write_sample(model, hp, saved["progress"]["step"], runtime.device))
-    return 0
 
 # --- Command line ---------------------------------------------------------------------------------
 
@@ -1796,59 +1745,39 @@ def of_track(table: dict, track: str):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print its whole usage before the line that matters
-        flags = [f"--{f.name}" for f in dataclasses.fields(Hyperparameters)]
-        near = [f" (did you mean {flag}?)" for word in re.findall(r"--[\w-]+", message)
-                if word not in flags for flag in difflib.get_close_matches(word, flags, 1)]
-        raise UserError(f"{message}{''.join(near)}; python train_gpt.py --help lists every flag")
+        raise UserError(f"{message}; python train_gpt.py --help lists every flag")
 
 def parse_arguments(argv: list[str] | None = None) -> Hyperparameters:
     """The run that argv (default: sys.argv) asks for: its flags, else the settings of --resume's
     checkpoint, else the track's. Raises UserError on a bad flag, value or checkpoint."""
-    first = _Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--track", choices=tuple(TRACKS))
-    first.add_argument("--num_steps", type=int)
-    first.add_argument("--resume", default="")
-    first.add_argument("--entry", default="")
-    first.add_argument("--prompt", default=None)
-    given = first.parse_known_args(argv)[0]
-    path = given.resume if given.resume != "latest" else ""
-    if given.resume == "latest" or (given.prompt is not None and not path):
-        path = latest_checkpoint(Hyperparameters(entry=given.entry).folder, given.track)
-    then = settings_of(path) if path else {}
-    track = given.track or then.get("track", "fineweb" if torch.cuda.is_available() else "laptop")
-    fields = {f.name: f.default for f in dataclasses.fields(Hyperparameters)}
-    defaults = {**fields, **of_track(PRESETS, track), **then, "track": track}
-    shorter = (given.num_steps or defaults["num_steps"]) / max(defaults["num_steps"], 1)
-    steps = ("extension_steps", "momentum_warmup_steps", "momentum_cooldown_steps")
-    for name in () if then else steps:
-        defaults[name] = round(defaults[name] * shorter)
-    parser = _Parser(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-                     usage="%(prog)s [flags]", description=__doc__,
-                     epilog=f"Defaults are those of the track {track}; (*): "
-                     "in proportion to --num_steps.")
-    for f in dataclasses.fields(Hyperparameters):
+    parser = _Parser(usage="%(prog)s [flags]", description=__doc__, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                     argument_default=argparse.SUPPRESS, epilog="In brackets: defaults of the "
+                     f"tracks {', '.join(PRESETS)}; (*): in proportion to --num_steps.")
+    fields, then = dataclasses.fields(Hyperparameters), {}
+    for f in fields:
+        usual = dict.fromkeys(str(preset.get(f.name, f.default)) for preset in PRESETS.values())
         kind = ({"action": "store_true"} if f.type is bool else
                 {"type": f.type, "choices": f.metadata["choices"]})
-        parser.add_argument(f"--{f.name}", default=f.default,
-                            help=f"{f.metadata['help']} (%(default)s)", **kind)
-    parser.set_defaults(**defaults)
-    hp = Hyperparameters(**vars(parser.parse_args(argv)))
-    return dataclasses.replace(hp, resume=path or hp.resume)
-
-def wrong_row(hp: Hyperparameters) -> str:
-    """What is wrong in LAYERS or STAGES; nothing: ""."""
-    layers, stages, kinds = hp.layers, hp.stages, ("short", "long", "paired", None)
-    tables = sorted({row.value_table for row in layers} - {None})
-    for i, row in enumerate(layers):
-        earlier = all(j is None or 0 <= j < i for j in (row.skip_from, row.attends_to))
-        if row.attention not in kinds or not earlier or (not row.attention and row[1] is not None):
-            return f"layer {i} of LAYERS, {tuple(row)}: attention, a later layer or its table"
-    for i, (row, old) in enumerate(zip(stages, (None, *stages), strict=False)):
-        later = not old or (old.until < row.until and old.tied >= row.tied)
-        if not later or len(row.targets) != len(row.targets_end):
-            return f"stage {i} of STAGES, {tuple(row)}: until rises, untied stays, targets pair up"
-    fits = tables == list(range(len(tables)))
-    return "" if fits else f"LAYERS: value tables {tables} are not 0, 1, ..."
+        kind["help"] = f"{f.metadata['help']} ({', '.join(usual)})"
+        parser.add_argument(f"--{f.name}", **kind)
+    given = vars(parser.parse_args(argv))  # the flags that are there
+    path = given.get("resume") or ("latest" if given.get("prompt") else "")
+    if path == "latest":
+        folder = Hyperparameters(entry=given.get("entry", "")).folder
+        found = filter(Path.is_file, folder.glob(f"{given.get('track', '*')}-*_step*.pt"))
+        path = str(max(found, key=os.path.getmtime, default=path))
+    if path not in ("", "latest"):
+        with open_checkpoint(path) as saved:  # all but the switches, which are of one start
+            settings = {**saved["hyperparameters"], "dtype": saved["activations"]}
+            then = vars(parser.parse_args([f"--{f.name}={settings[f.name]}" for f in fields
+                                           if f.name in settings and f.type is not bool]))
+    track = {**then, **given}.get("track", "fineweb" if torch.cuda.is_available() else "laptop")
+    usual = {**{f.name: f.default for f in fields}, **of_track(PRESETS, track)}
+    shorter = given.get("num_steps", usual["num_steps"]) / usual["num_steps"]
+    for name in ("extension_steps", "momentum_warmup_steps", "momentum_cooldown_steps"):
+        usual[name] = round(usual[name] * shorter)
+    return Hyperparameters(**{**usual, **then, **given, "track": track, "resume": path})
 
 def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
     """Raises UserError, with the flag to change, where hp can't be run on world_size ranks."""
@@ -1856,29 +1785,34 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
         value, low, high = getattr(hp, f.name), f.metadata["least"], f.metadata["most"]
         if f.type in (int, float) and not low <= value <= high:  # nor NaN
             raise UserError(f"--{f.name} is {value}, expected from {low:,} to {high:,}")
-    uneven = [n for s in hp.stages if (n := s.batch * hp.batch_size) < 1 or n % world_size]
-    val_tokens, records = TRACKS[hp.track].val_tokens, (ROOT / "records").resolve()
-    nearest = max(val_tokens // hp.val_length, 1) * hp.val_length  # that many there are
+    tables = len({layer.value_table for layer in hp.layers} - {None})
+    layers = [i for i, layer in enumerate(hp.layers)
+              if layer.attention not in ("short", "long", "paired", None)
+              or layer.value_table not in (None, *range(tables if layer.attention else 0))
+              or not {layer.skip_from, layer.attends_to} <= {None, *range(i)}]
+    stages = [i for i, stage in enumerate(hp.stages) if len(stage.targets) != len(stage.targets_end)
+              or any(old.until >= stage.until or old.tied < stage.tied for old in hp.stages[:i])]
+    batch = math.gcd(*(stage.batch * hp.batch_size for stage in hp.stages))  # in each stage's
+    tokens, records = TRACKS[hp.track].val_tokens, (ROOT / "records").resolve()
     for wrong, message in (
-        (wrong_row(hp), wrong_row(hp)),
+        (layers, f"layers {layers} of LAYERS: attention is short, long, paired or None, with it a "
+         "value table 0, 1, ...; a layer reads earlier ones"),
+        (stages, f"stages {stages} of STAGES: until rises, untied stays so, targets pair up"),
         (hp.extension_steps >= hp.num_steps, f"--extension_steps {hp.extension_steps}, expected "
          f"less than --num_steps {hp.num_steps}; use --extension_steps {hp.num_steps // 40}"),
-        (uneven, f"{min(uneven, default=0)} sequences a step can't be divided over {world_size} "
-         f"ranks; use --batch_size {-hp.batch_size // world_size * -world_size} or another NPROC"),
+        (batch % world_size, f"{batch} sequences a step can't be divided over {world_size} ranks; "
+         f"use --batch_size {-hp.batch_size // world_size * -world_size} or another NPROC"),
         (hp.sequence_length % 128, f"--sequence_length {hp.sequence_length} is no multiple of 128"),
-        (val_tokens % hp.val_length or hp.val_length % 128, f"--val_length {hp.val_length} must "
-         f"divide {val_tokens:,} validation tokens and be a multiple of 128; use a power of two "
-         f"(or, in a track of your own, val_tokens {nearest:,})"),
+        (tokens % hp.val_length or hp.val_length % 128, f"--val_length {hp.val_length} is no "
+         f"multiple of 128 that divides {tokens:,} validation tokens; use a power of two (or, in a "
+         f"track of your own, val_tokens {max(tokens // hp.val_length, 1) * hp.val_length:,})"),
         (hp.profile and hp.num_steps < 6, "--profile traces steps 3 to 5: it needs --num_steps 6"),
-        (hp.prompt and hp.resume in ("", "latest"),
-         f"--prompt: no checkpoint in {hp.folder} to write from; name one: --resume FILE"),
-        (not hp.folder.resolve().is_relative_to(records),
-         f"--entry {hp.entry!r} is no folder below records/"),
+        (hp.prompt and hp.resume == "latest", f"no checkpoint in {hp.folder}: use --resume FILE"),
+        (not hp.folder.resolve().is_relative_to(records), f"--entry {hp.entry!r} leaves records/"),
         (hp.model_dim % (4 * hp.num_heads), f"--model_dim {hp.model_dim} is no multiple of four "
          f"times --num_heads {hp.num_heads}: a quarter of a head's width turns with another one"),
-        (hp.num_heads % 2 and any(layer.attention == "paired" for layer in hp.layers),
-         f"--num_heads {hp.num_heads}: layers with paired heads need an even number"),
-    ):
+        (hp.num_heads % 2 and any(row.attention == "paired" or row.mudd for row in hp.layers),
+         f"--num_heads {hp.num_heads} is odd, expected even, for paired heads or MUDD's gates")):
         if wrong:
             raise UserError(message)
 
@@ -1892,25 +1826,22 @@ def run(argv: list[str] | None = None) -> int:
     try:
         code = (write_on if hp.prompt else train)(hp, runtime)
     except (RuntimeError, MemoryError) as error:
-        lost = "Connection" in str(error) or isinstance(error, dist.DistBackendError)
-        if runtime.world_size > 1 and lost:
+        if runtime.world_size > 1 and re.search("DistBackendError|Connection", repr(error)):
             time.sleep(5)  # the one that ended first speaks, and torchrun ends this one
             raise UserError(f"rank {runtime.rank} has lost another rank, which ended first; go on "
                             f"with --resume latest ({one_line(error)[-120:]})") from None
-        out_of_memory = (torch.OutOfMemoryError, MemoryError)
-        if not isinstance(error, out_of_memory) and "can't allocate memory" not in str(error):
+        if not re.search("MemoryError|allocate memory", repr(error)):
             raise
         less, length = hp.micro_batch // 2, hp.sequence_length
         if runtime.cuda:  # bytes, as simulated for the model of fineweb (./run.sh simulate)
-            token = 0.5e6 if compile_pays(hp, runtime.device) and hp.compile != "off" else 2.5e6
             memory = torch.cuda.get_device_properties(runtime.device).total_memory
+            token = 2.5e6 if hp.compile == "off" else 0.5e6
             less = min(less, int((0.8 * memory - 6e9) / (length * token)))
         flags = f"--micro_batch {less}" if less > 0 else (
             f"--micro_batch 1 --sequence_length {length // 2} --batch_size {2 * hp.batch_size} "
             f"--val_length {min(hp.val_length, length)}")
-        raise UserError(f"out of memory on {device_name(runtime.device)} with {hp.micro_batch} "
-                        f"sequences of {length} tokens at once; use {flags}, or a smaller "
-                        "--model_dim") from None
+        raise UserError(f"out of memory on {device_name(runtime.device)}; use {flags}, or a "
+                        "smaller --model_dim") from None
     if dist.is_initialized():
         dist.destroy_process_group()
     return code
@@ -1919,14 +1850,13 @@ def run_as_program(function: Callable, *args) -> int:
     """function(*args) as a command: its int result or 0; 2 after a UserError, 130 after Ctrl-C."""
     try:
         return function(*args) or 0
-    except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)  # torchrun ends all ranks when one fails: rank 0 says what all have met
-        warn("error: " + " ".join(str(error).split("\n")))
-        code = 2
     except KeyboardInterrupt:
-        warn("interrupted")
-        code = 130
+        code, message = 130, "interrupted"
+    except UserError as error:
+        code, message = 2, "error: " + " ".join(str(error).split("\n"))
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)  # torchrun ends all ranks when one fails: rank 0 says what all have met
+    warn(message)
     if dist.is_initialized():  # Python's exit would abort, or wait, where other ranks still compute
         os._exit(code)
     return code

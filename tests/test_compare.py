@@ -737,6 +737,16 @@ def test_what_changes_no_number_splits_no_group():
     assert MAY_CHANGE <= compare.HARMLESS
 
 
+def test_a_resume_is_seen_though_its_line_names_other_runs():
+    """As it did on 2026-11-28: else what a run does again after it would count as another run."""
+    for rest in (b"", b"; other runs with checkpoints there: laptop-1"):
+        metrics = compare.logs.Metrics()
+        for line in (b"step:9/12 val_loss:2.0 train_time:9ms step_avg:1.00ms", b"resumed from a.pt at step 6" + rest,
+                     b"step:9/12 val_loss:2.0 train_time:9ms step_avg:1.00ms"):
+            metrics.feed(line)
+        assert len(metrics.runs) == 1
+
+
 def test_imports_no_torch_and_nothing_slow(tmp_path):
     modules = [REPOSITORY / "records/compare.py", *Path(compare.__file__).parent.glob("*.py")]
     imported = {alias.name.split(".")[0] for module in modules for node in ast.walk(ast.parse(module.read_text()))

@@ -1,7 +1,6 @@
 """A run that survives: kills, signals, lost ranks, full disks, numbers that are not finite, foreign checkpoints."""
 import dataclasses
 import os
-import pickle
 import random
 import re
 import resource
@@ -315,12 +314,12 @@ def test_resume_takes_the_checkpoints_settings(sandbox):
     assert checkpoints(sandbox)[-1].stem.endswith("_step000008")  # saved again, as --save_every 4 says
 
 
-def test_latest_says_which_run_it_took_and_what_others_there_are(sandbox, tmp_path):
+def test_latest_says_which_run_it_took(sandbox):
     for seed in (1, 2):
         assert sandbox("--save_every=6", f"--seed={seed}").returncode == 0
     older, newer = sorted(checkpoints(sandbox), key=os.path.getmtime)
     done = sandbox("--resume=latest", tiny=[])
-    assert f"resumed from {newer} at step 6; other runs with checkpoints there: {older.stem[:-11]}\n" in done.stdout
+    assert f"resumed from {newer} at step 6\n" in done.stdout
     newer.rename(newer.with_name("other-" + newer.name))  # of another track
     done = sandbox("--resume=latest", tiny=[])  # the sandbox names the track
     assert f"resumed from {older} at step 6" in done.stdout, done.stderr
@@ -331,16 +330,6 @@ def test_a_shorter_rest_differs_in_the_steps_alone(sandbox):
     assert sandbox("--save_every=3", "--num_steps=12").returncode == 0
     done = sandbox("--num_steps=9", f"--resume={checkpoints(sandbox)[0]}", tiny=[])
     assert done.returncode == 2 and done.stderr.count("its ") == 1 and "its num_steps is 12, here 9;" in done.stderr
-
-
-def test_a_finished_run_that_goes_on_is_said(sandbox):
-    assert sandbox("--save_every=3").returncode == 0
-    checkpoints(sandbox)[-1].unlink()
-    done = sandbox("--resume=latest", tiny=[])
-    assert "resumed from" in done.stdout and "this run was finished" in done.stdout
-    unfinished = scratch(sandbox) / next(scratch(sandbox).glob("*.txt")).name
-    unfinished.write_text(unfinished.read_text().split("\ntarget 1.1: missed")[0] + "\n")
-    assert "this run was finished" not in sandbox("--resume=latest", tiny=[]).stdout
 
 
 @pytest.mark.parametrize("stall, threads", [(0.0, 2), (0.02, 1)])
@@ -366,13 +355,19 @@ def test_one_thread_where_two_wait_for_each_other(monkeypatch, stall, threads):
 
 
 def test_settings_that_no_flag_may_have_are_not_taken(sandbox, tmp_path):
+    """Those that are no flags are left out, values that a flag would refuse are refused."""
     assert sandbox("--save_every=6").returncode == 0
-    (path,) = checkpoints(sandbox)
+    (path,), odd = checkpoints(sandbox), str(tmp_path / "odd.pt")
     saved, wanted = torch.load(path, weights_only=True), train_gpt.parse_arguments(["--track=laptop"])
-    saved["hyperparameters"] = {"track": "moon", "num_steps": "many", "device": "abacus", "prompt": "x", "unknown": 1}
-    torch.save(saved, tmp_path / "odd.pt")
-    found = train_gpt.parse_arguments(["--track=laptop", f"--resume={tmp_path / 'odd.pt'}"])
-    assert found == dataclasses.replace(wanted, resume=str(tmp_path / "odd.pt"))
+    saved["hyperparameters"] = {"resume_anyway": True, "profile": True, "resume": "x", "unknown": 1}
+    torch.save(saved, odd)
+    found = train_gpt.parse_arguments(["--track=laptop", f"--resume={odd}"])
+    assert found == dataclasses.replace(wanted, resume=odd, dtype="float32")
+    for name, value in (("track", "moon"), ("num_steps", "many"), ("device", "abacus")):
+        saved["hyperparameters"] = {name: value}
+        torch.save(saved, odd)
+        with pytest.raises(UserError, match=f"odd.pt.*--{name}.*{value}"):
+            train_gpt.parse_arguments(["--track=laptop", f"--resume={odd}"])
 
 
 @LINUX
@@ -544,20 +539,18 @@ def test_a_file_that_wants_to_run_code_is_refused(sandbox):
     torch.save({"model": Evil()}, sandbox.path / "evil.pt")
     done = sandbox("--resume=evil.pt")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "evil.pt" in done.stderr
-    with pytest.raises(pickle.UnpicklingError):  # the second to read it
-        train_gpt.load_checkpoint(sandbox.path / "evil.pt", train_gpt.parse_arguments(["--track=laptop"]), {})
     assert not (sandbox.path / "pwned").exists()
 
 
 def test_resume_anyway(sandbox):
-    assert sandbox("--save_every=3").returncode == 0
-    done = sandbox("--resume=latest", "--dtype=bfloat16")  # as --dtype auto may choose on a busy machine
-    assert done.returncode == 2 and "activations" in done.stderr
-    source = (sandbox.path / "train_gpt.py").read_text()
-    line = "fast = bf16 < 0.7 * fp32"
+    source, line = (sandbox.path / "train_gpt.py").read_text(), "fast = bf16 < 0.7 * fp32"
     assert source.count(line) == 1
-    (sandbox.path / "train_gpt.py").write_text(source.replace(line, "fast = True"))
-    done = sandbox("--resume=latest", "--dtype=auto", "--resume_anyway")  # measures bfloat16, goes on in float32
+    (sandbox.path / "train_gpt.py").write_text(source.replace(line, "fast = False"))
+    assert sandbox("--save_every=3", "--dtype=auto").returncode == 0
+    done = sandbox("--resume=latest", "--dtype=bfloat16")
+    assert done.returncode == 2 and "activations" in done.stderr
+    (sandbox.path / "train_gpt.py").write_text(source.replace(line, "fast = True"))  # as on a busy machine
+    done = sandbox("--resume=latest", "--resume_anyway", tiny=[])  # would measure bfloat16, goes on in float32
     assert done.returncode == 0 and ", float32, 1 x" in done.stdout, done.stderr
     assert sandbox("--resume=latest", "--muon_lr=0.001").returncode == 2
     (sandbox.path / "train_gpt.py").open("a").write("\n# edited\n")

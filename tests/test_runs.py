@@ -107,7 +107,7 @@ def test_resume_refuses_what_does_not_belong(sandbox):
     done = sandbox(f"--resume={checkpoint}", "--muon_lr=0.1", "--seed=2")
     assert_one_line(done, "muon_lr is 0.035, here 0.1", "seed is 0, here 2")  # all that differs
     (sandbox.path / "train_gpt.py").open("a").write("\n# another script\n")
-    assert_one_line(sandbox(f"--resume={checkpoint}"), "its script is")
+    assert_one_line(sandbox(f"--resume={checkpoint}"), "its code_hash is")
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     assert_one_line(sandbox(f"--resume={checkpoint}"), "resume")
 
@@ -412,8 +412,7 @@ def test_full_disk_leaves_no_half_checkpoint(tmp_path, monkeypatch, capsys):
     runtime, hp = Runtime(0, 1, torch.device("cpu")), train_gpt.Hyperparameters()
     monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
     log = train_gpt.Log(hp, runtime, {"run_id": "a", "device": "a CPU"})
-    train_gpt.save_checkpoint(train_gpt.Progress(), {"run_id": "a"}, model, Empty(), runtime,
-                              train_gpt.Watch(runtime), hp, log)
+    train_gpt.save_checkpoint(train_gpt.Progress(), {"run_id": "a"}, model, Empty(), train_gpt.Watch(runtime), log)
     assert log.failed and "No space left" in capsys.readouterr().err
     assert [path.name for path in hp.folder.iterdir()] == ["a.txt"]
 

@@ -1,6 +1,5 @@
 """Schedules and hyperparameters: the published formulas, the corners, the command line."""
 import math
-import re
 from dataclasses import fields, replace
 from fractions import Fraction
 
@@ -217,29 +216,6 @@ def test_bad_flags_are_refused(words):
 def test_bad_hyperparameters_name_the_flag_to_change(change, named):
     with pytest.raises(UserError, match=named):
         check_hyperparameters(replace(Hyperparameters(batch_size=9), **change), world_size=3)
-
-
-@pytest.mark.parametrize("val_tokens, length", [(5000, 2048), (65_537, 2048), (10**6, 384), (100, 2048)])
-def test_val_tokens_that_do_not_divide_name_the_nearest_that_do(monkeypatch, val_tokens, length):
-    def check(tokens):
-        monkeypatch.setitem(TRACKS, "laptop", replace(TRACKS["laptop"], val_tokens=tokens))
-        check_hyperparameters(parse_arguments(["--track=laptop", f"--val_length={length}"]), 1)
-    with pytest.raises(UserError) as error:
-        check(val_tokens)
-    nearest = int(re.search(r"val_tokens ([\d,]+)", str(error.value))[1].replace(",", ""))
-    assert abs(nearest - val_tokens) < length and nearest <= max(val_tokens, length)  # so many the data have
-    check(nearest)
-
-
-@pytest.mark.parametrize("wrong, meant", [("--moun_lr=1", "--muon_lr"), ("--num_step", "--num_steps"),
-                                          ("--batch-size", "--batch_size")])
-def test_a_mistyped_flag_names_the_one_that_was_meant(wrong, meant):
-    with pytest.raises(UserError, match=rf"did you mean {meant}\?"):
-        parse_arguments([wrong, "3"])
-    for other in (["--frobnicate"], ["--num_steps=x"], ["--track=moon"]):
-        with pytest.raises(UserError) as error:
-            parse_arguments(other)
-        assert "did you mean" not in str(error.value)
 
 
 def test_help_begins_with_what_the_program_is(capsys):
