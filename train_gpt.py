@@ -17,6 +17,7 @@ d, V vocabulary, K targets of a token, W ranks.
 """
 import argparse
 import dataclasses
+import difflib
 import functools
 import hashlib
 import itertools
@@ -1745,7 +1746,10 @@ def of_track(table: dict, track: str):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print its whole usage before the line that matters
-        raise UserError(f"{message}; python train_gpt.py --help lists every flag")
+        flags = [*self._option_string_actions]
+        near = [f" (did you mean {flag}?)" for word in re.findall(r"--[\w-]+", message)
+                if word not in flags for flag in difflib.get_close_matches(word, flags, 1)]
+        raise UserError(f"{message}{''.join(near)}; python train_gpt.py --help lists every flag")
 
 def parse_arguments(argv: list[str] | None = None) -> Hyperparameters:
     """The run that argv (default: sys.argv) asks for: its flags, else the settings of --resume's

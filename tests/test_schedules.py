@@ -1,5 +1,6 @@
 """Schedules and hyperparameters: the published formulas, the corners, the command line."""
 import math
+import re
 from dataclasses import fields, replace
 from fractions import Fraction
 
@@ -216,6 +217,17 @@ def test_bad_flags_are_refused(words):
 def test_bad_hyperparameters_name_the_flag_to_change(change, named):
     with pytest.raises(UserError, match=named):
         check_hyperparameters(replace(Hyperparameters(batch_size=9), **change), world_size=3)
+
+
+@pytest.mark.parametrize("wrong, meant", [("--moun_lr=1", "--muon_lr"), ("--num_step", "--num_steps"),
+                                          ("--batch-size", "--batch_size")])
+def test_a_mistyped_flag_names_the_one_that_was_meant(wrong, meant):
+    with pytest.raises(UserError, match=rf"did you mean {meant}\?"):
+        parse_arguments([wrong, "3"])
+    for other in (["--frobnicate"], ["--num_steps=x"], ["--track=moon"]):
+        with pytest.raises(UserError) as error:
+            parse_arguments(other)
+        assert "did you mean" not in str(error.value)
 
 
 def test_help_begins_with_what_the_program_is(capsys):
