@@ -1687,6 +1687,9 @@ def load_checkpoint(model: GPT, optimizer: Optimizer, watch: Watch, log: Log) ->
             torch.set_rng_state(saved["random"])
             log.say(f"resumed from {log.hp.resume} at step {saved['progress']['step']}")
         watch.checkpoint = log.hp.resume
+        runs = {p.name.rpartition("_step")[0] for p in log.path.parent.glob("*_step*.pt")}
+        if others := sorted(runs - {log.path.stem}):
+            log.say(f"other runs with checkpoints there: {', '.join(others)}")
 
 def start_run(hp: Hyperparameters, runtime: Runtime) -> tuple:
     """(training tokens, validation tokens, what the log tells of the run, its Progress).

@@ -314,12 +314,13 @@ def test_resume_takes_the_checkpoints_settings(sandbox):
     assert checkpoints(sandbox)[-1].stem.endswith("_step000008")  # saved again, as --save_every 4 says
 
 
-def test_latest_says_which_run_it_took(sandbox):
+def test_latest_says_which_run_it_took_and_what_others_there_are(sandbox):
     for seed in (1, 2):
         assert sandbox("--save_every=6", f"--seed={seed}").returncode == 0
     older, newer = sorted(checkpoints(sandbox), key=os.path.getmtime)
     done = sandbox("--resume=latest", tiny=[])
-    assert f"resumed from {newer} at step 6\n" in done.stdout
+    assert (f"resumed from {newer} at step 6\nother runs with checkpoints there: {older.stem[:-11]}\n"
+            in done.stdout), done.stdout
     newer.rename(newer.with_name("other-" + newer.name))  # of another track
     done = sandbox("--resume=latest", tiny=[])  # the sandbox names the track
     assert f"resumed from {older} at step 6" in done.stdout, done.stderr

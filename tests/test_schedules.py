@@ -219,6 +219,18 @@ def test_bad_hyperparameters_name_the_flag_to_change(change, named):
         check_hyperparameters(replace(Hyperparameters(batch_size=9), **change), world_size=3)
 
 
+@pytest.mark.parametrize("val_tokens, length", [(5000, 2048), (65_537, 2048), (10**6, 384), (100, 2048)])
+def test_val_tokens_that_do_not_divide_name_the_nearest_that_do(monkeypatch, val_tokens, length):
+    def check(tokens):
+        monkeypatch.setitem(TRACKS, "laptop", replace(TRACKS["laptop"], val_tokens=tokens))
+        check_hyperparameters(parse_arguments(["--track=laptop", f"--val_length={length}"]), 1)
+    with pytest.raises(UserError) as error:
+        check(val_tokens)
+    nearest = int(re.search(r"val_tokens ([\d,]+)", str(error.value))[1].replace(",", ""))
+    assert abs(nearest - val_tokens) < length and nearest <= max(val_tokens, length)  # so many the data have
+    check(nearest)
+
+
 @pytest.mark.parametrize("wrong, meant", [("--moun_lr=1", "--muon_lr"), ("--num_step", "--num_steps"),
                                           ("--batch-size", "--batch_size")])
 def test_a_mistyped_flag_names_the_one_that_was_meant(wrong, meant):
