@@ -1690,6 +1690,8 @@ def load_checkpoint(model: GPT, optimizer: Optimizer, watch: Watch, log: Log) ->
         runs = {p.name.rpartition("_step")[0] for p in log.path.parent.glob("*_step*.pt")}
         if others := sorted(runs - {log.path.stem}):
             log.say(f"other runs with checkpoints there: {', '.join(others)}")
+        if log.file and re.search(r"^target [\d.]+: [rm]", log.path.read_text("utf-8"), re.M):
+            log.say("its log says that this run was finished: now its last steps are done again")
 
 def start_run(hp: Hyperparameters, runtime: Runtime) -> tuple:
     """(training tokens, validation tokens, what the log tells of the run, its Progress).

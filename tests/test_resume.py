@@ -314,6 +314,16 @@ def test_resume_takes_the_checkpoints_settings(sandbox):
     assert checkpoints(sandbox)[-1].stem.endswith("_step000008")  # saved again, as --save_every 4 says
 
 
+def test_a_finished_run_that_goes_on_is_said(sandbox):
+    assert sandbox("--save_every=3").returncode == 0
+    checkpoints(sandbox)[-1].unlink()
+    done = sandbox("--resume=latest", tiny=[])
+    assert "resumed from" in done.stdout and "this run was finished" in done.stdout
+    unfinished = scratch(sandbox) / next(scratch(sandbox).glob("*.txt")).name
+    unfinished.write_text(unfinished.read_text().split("\ntarget 1.1: missed")[0] + "\n")
+    assert "this run was finished" not in sandbox("--resume=latest", tiny=[]).stdout
+
+
 def test_latest_says_which_run_it_took_and_what_others_there_are(sandbox):
     for seed in (1, 2):
         assert sandbox("--save_every=6", f"--seed={seed}").returncode == 0
