@@ -954,48 +954,41 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 def open_shard(path: str | Path, advice: str = "delete it, fetch or build it again") -> np.ndarray:
     """The tokens of a .bin shard as a read-only memory map, (num_tokens,) little-endian uint16,
     after 256 int32 of header: magic, version, num_tokens. Raises UserError if it is not that."""
-    header_bytes = 4 * SHARD_HEADER_INTS
     try:
-        size, header = os.path.getsize(path), np.fromfile(path, "<i4", SHARD_HEADER_INTS)
+        size, header = os.path.getsize(path), np.fromfile(path, "<u4", SHARD_HEADER_INTS)
     except OSError as error:
         raise UserError(f"can't read the shard {path}: {error.strerror}") from None
-    magic, version, count = [*header.tolist(), 0, 0, 0][:3]
-    for what, got, wanted in (
-            ("magic number", magic, SHARD_MAGIC), ("version", version, SHARD_VERSION),
-            ("number of tokens", count, max(count, 0)),
-            ("size in bytes", size, header_bytes + 2 * max(count, 0))):
+    (magic, version, count), start = [*header.tolist(), 0, 0, 0][:3], 4 * SHARD_HEADER_INTS
+    for what, got, wanted in (("magic", magic, SHARD_MAGIC), ("version", version, SHARD_VERSION),
+                              ("size in bytes", size, start + 2 * count)):
         if got != wanted:
             raise UserError(f"{path} is bad: its {what} is {got}, expected {wanted}; {advice}")
-    return np.memmap(path, "<u2", "r", header_bytes, (count,)) if count else np.zeros(0, "<u2")
+    return np.memmap(path, "<u2", "r", start, (count,))
 
 class TokenStream:
     """All shards that match a pattern, in the order of their names, as one endless stream."""
     def __init__(self, pattern: str, track: Track, minimum: int):
         """pattern: a glob below the repository. Raises UserError on bad or too few shards."""
-        self.track, get_data = track, track.get_data
-        self.paths = sorted(ROOT.glob(pattern))
-        self.shards = [open_shard(path, f"delete it and run: {get_data}") for path in self.paths]
+        self.track, self.paths, advice = track, sorted(ROOT.glob(pattern)), f"run: {track.get_data}"
+        self.shards = [open_shard(path, f"delete it and {advice}") for path in self.paths]
         self.ends = np.cumsum([0, *map(len, self.shards)])  # [0], then where each shard ends
-        if not self.paths or len(self) < minimum:
+        if len(self) < minimum:
             raise UserError(f"{ROOT / pattern}: {len(self):,} tokens in {len(self.paths)} shards, "
-                            f"expected at least {minimum:,}; run: {get_data}")
+                            f"expected at least {minimum:,}; {advice}")
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start to start + count, (count,) int64. Raises UserError on an impossible id."""
-        parts = []
-        while count > 0:
-            position = start % len(self)
-            shard = int(np.searchsorted(self.ends, position, side="right")) - 1
-            part = self.shards[shard][position - int(self.ends[shard]):][:count]
-            if part.max() >= self.track.vocab_size:
-                raise UserError(f"{self.paths[shard]} holds the token id {part.max()}, expected "
-                                f"ids below {self.track.vocab_size}; run: {self.track.get_data}")
-            parts.append(part)
-            start, count = start + len(part), count - len(part)
-        return np.concatenate(parts).astype(np.int64)
+        start %= len(self)
+        shard = bisect_right(self.ends, start) - 1
+        part = self.shards[shard][start - self.ends[shard]:][:count].astype(np.int64)
+        if part.max() >= self.track.vocab_size:
+            raise UserError(f"{self.paths[shard]} holds the token id {part.max()}, expected "
+                            f"ids below {self.track.vocab_size}; run: {self.track.get_data}")
+        rest = count - len(part)
+        return np.concatenate([part, self.read(start + len(part), rest)]) if rest else part
 
     def sequence(self, index: int, length: int) -> tuple[Tensor, Tensor]:
         """The index-th sequence and its targets, one token further on: two (length,) int64."""
@@ -1026,7 +1019,7 @@ class TokenStream:
         """12 hexadecimal digits that stand for the first count tokens (or all)."""
         digest = hashlib.sha256()
         for shard in self.shards:
-            digest.update(np.ascontiguousarray(shard[:count]).data)
+            digest.update(shard[:count])
             count -= min(count, len(shard))
         return digest.hexdigest()[:12]
 
@@ -1039,15 +1032,12 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 def group_of(name: str, groups: list[Group]) -> Group:
     """The group of a parameter. Raises UserError where it is in none or in two, or has no rule."""
     claims = [group for group in groups if re.fullmatch(group.parameters, name)]
-    if len(claims) != 1:
-        found = " and ".join(group.name for group in claims) or "none"
+    if len(claims) != 1 or claims[0].rule not in RULES:
+        found = " and ".join(f"{group.name} ({group.rule})" for group in claims) or "none"
         mine = re.sub(r"\d+", r"\\d+", re.escape(name))  # of all layers
-        raise UserError(f"the optimizer group of the parameter {name} is {found}; mend the patterns"
-                        f' in optimizer_groups, or add a line: Group("mine", r"{mine}", "adam", '
-                        "hp.scalar_lr, slow, 0.0, fp32)")
-    if claims[0].rule not in RULES:
-        raise UserError(f"the optimizer group {claims[0].name} has the rule {claims[0].rule}, "
-                        f"expected one of RULES: {', '.join(RULES)}")
+        raise UserError(f"the optimizer group of the parameter {name} is {found}, expected one with"
+                        f" a rule of {', '.join(RULES)}; mend optimizer_groups, or add a line: "
+                        f'Group("mine", r"{mine}", "adam", hp.scalar_lr, slow, 0.0, fp32)')
     return claims[0]
 
 class Bucket:
@@ -1060,8 +1050,7 @@ class Bucket:
         rule, shape = RULES[self.group.rule], params[0].shape
         row_shape = shape[-2:] if rule.matrices else shape[-1:] if len(params) == 1 else ()
         rows = [p.numel() // math.prod(row_shape) for p in params]
-        self.rows = sum(rows)
-        shard_rows = math.ceil(self.rows / world_size)
+        self.rows, shard_rows = sum(rows), math.ceil(sum(rows) / world_size)
         self.my_rows = slice(rank * shard_rows, (rank + 1) * shard_rows)
         self.values = params[0].new_zeros(world_size * shard_rows, *row_shape)
         dtype = self.group.travel_dtype if world_size > 1 else self.values.dtype
@@ -1073,7 +1062,7 @@ class Bucket:
                       for names, like in ((rule.state, mine), (rule.row_state, mine[..., :1]))
                       for name in names}
         lr = [torch.full((n,), group.lr) for n, group in zip(rows, groups, strict=True)]
-        lr = F.pad(torch.cat(lr), (0, world_size * shard_rows - self.rows)).to(mine.device)
+        lr = F.pad(torch.cat(lr), (0, len(self.values) - self.rows)).to(mine.device)
         lr = lr[self.my_rows].view(-1, *[1] * len(row_shape))
         self.lr = lr if len({group.lr for group in groups}) > 1 else lr.new_tensor(groups[0].lr)
         self.grad = self.sent = self.work = None  # the ranks' sum; what travels until work ends
@@ -1127,9 +1116,8 @@ class Bucket:
         """Every rank's rows of the state, without padding. Collective."""
         whole = {}
         for name, mine in self.state.items():
-            rows = self.gather(mine)
+            whole[name] = self.gather(mine)[:self.rows]
             self.wait()
-            whole[name] = rows[:self.rows]
         return whole
 
     def load(self, whole: dict[str, Tensor] | None) -> None:
