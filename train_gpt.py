@@ -33,7 +33,6 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import threading
 import time
 import timeit
 import zipfile
@@ -1175,21 +1174,19 @@ def start_runtime(hp: Hyperparameters) -> Runtime:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     check_hyperparameters(hp, world_size)
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if hp.device == "cuda" and not num_gpus:
-        raise UserError("--device cuda, but torch sees no GPU; use --device cpu or mend the driver")
-    on_gpu = hp.device != "cpu" and num_gpus > 0
-    if on_gpu and local_rank >= num_gpus:
-        raise UserError(f"process {local_rank} of this node has no GPU of its own: there are "
-                        f"{num_gpus}; start so many processes (NPROC, --nproc_per_node)")
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
+    device, group = torch.device("cpu"), dict(backend="gloo")
+    if hp.device == "cuda" or (hp.device == "auto" and num_gpus):
+        if local_rank >= num_gpus:
+            raise UserError(f"process {local_rank} of this node has no GPU: torch sees {num_gpus}; "
+                            "start one a GPU (NPROC, --nproc_per_node), or use --device cpu")
+        device = torch.device("cuda", local_rank)
+        group = dict(backend="nccl", device_id=device)
         torch.cuda.set_device(device)
     else:
         choose_threads()
     if world_size > 1:
         # torchrun ends its node when a rank fails, this ends others. Saves must be shorter.
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=5),
-                                device_id=device if on_gpu else None)
+        dist.init_process_group(timeout=timedelta(minutes=5), **group)
     return Runtime(rank, world_size, device)
 
 def choose_threads() -> None:
@@ -1233,26 +1230,25 @@ class Watch:
     """One small all-reduce a step: has any rank a signal, or a loss or gradient that is not finite?
     On a GPU its answer is read two steps later, when it has long arrived: no step waits."""
     def __init__(self, runtime: Runtime):
-        self.runtime, self.pending, self.checkpoint = runtime, [], ""
+        self.runtime, self.pending, self.checkpoint, self.warn = runtime, [], "", None  # the log's
         self.signal, self.signalled_at, self.agreed = 0, 0.0, 0  # this rank's; what all heed
+        self.saves = False  # has the run something to save?
 
     def heed_signals(self) -> None:
-        """From now on they end the run after a step."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
+        """From now on they end the run after a step, no longer at once."""
+        self.saves = True
 
     def on_signal(self, number: int, frame=None) -> None:
-        """End the run after this step; a second signal leaves at once."""
-        if not self.signal:
-            self.signal, self.signalled_at = number, time.monotonic()
-            if self.runtime.rank == 0:
-                warn(f"{signal.Signals(number).name}: the run ends after this step or validation, "
-                     "with a checkpoint; a second one ends it at once")
-        # sooner: a copy of the first, by torchrun or by both shell and launcher
-        elif time.monotonic() - self.signalled_at > (1.0 if self.runtime.world_size > 1 else 0.1):
-            if self.runtime.rank == 0:
-                warn(f"{signal.Signals(number).name}: ended at once, without a checkpoint")
-            os._exit(128 + number)
+        """End the run after this step; before the first one, and by a second signal, at once."""
+        name, now = signal.Signals(number).name, time.monotonic()
+        copies = 1.0 if self.runtime.world_size > 1 else 0.1  # by torchrun, or shell and launcher
+        if self.saves and not self.signal:
+            self.signal, self.signalled_at = number, now
+            self.warn(f"{name}: the run ends after this step or validation, with a checkpoint; a "
+                      "second one ends it at once")
+        elif not self.saves or now - self.signalled_at > copies:  # they come within so many s
+            self.warn(f"run ended at once by {name}, without a checkpoint")
+            os._exit(128 + number)  # an exception would make the compiler print a traceback
 
     def post(self, step: int, value: Tensor) -> None:
         """After a step; value: 0-dim, not finite where the step was not. Collective."""
@@ -1280,25 +1276,16 @@ class Watch:
 
 @contextmanager
 def supervised(watch: Watch, log: "Log", progress: "Progress"):
-    """Within, an error leaves a last line in the log, signals end the run (until watch heeds them
-    at once: there is nothing to save), and a terminal shows what goes on."""
-    def leave(number, frame=None):
-        """Not by an exception: of that the compiler would make a traceback."""
-        log.write(f"run ended by {signal.Signals(number).name} before its first step")
-        if log.file:
-            warn(f"{signal.Signals(number).name} before the first step: nothing was to be saved")
-        os._exit(128 + number)
-
-    handlers = {n: signal.signal(n, leave) for n in (signal.SIGINT, signal.SIGTERM)}
-    threading.Thread(target=log.follow, args=(progress,), daemon=True).start()
+    """Within, an error leaves a last line in the log, and signals end the run."""
+    watch.warn = log.warn
+    before = {n: signal.signal(n, watch.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     except BaseException as error:
         log.write(f"run failed at step {progress.step}: {type(error).__name__}: {error}")
         raise
     finally:
-        log.unfollow()
-        for number, handler in handlers.items():
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 # --- Compilation ---------------------------------------------------------------------------------
@@ -1364,11 +1351,9 @@ PEAK_FLOPS = {  # dense bfloat16 FLOP/s of data sheets, by part of a device's na
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
     "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
-CLEAR = "\r\x1b[K"  # what a terminal shows of the run's progress goes
-
 def warn(message: str) -> None:
     """A line on stderr."""
-    print(CLEAR * sys.stderr.isatty() + message, file=sys.stderr, flush=True)
+    print(message, file=sys.stderr, flush=True)
 
 def one_line(error: BaseException) -> str:
     """What an exception says, at most 300 characters of it, or its name where it says nothing."""
@@ -1395,12 +1380,10 @@ class Log:
     source, SEPARATOR, the environment, SEPARATOR, then a line each time something is said."""
     def __init__(self, hp: Hyperparameters, runtime: Runtime, record: dict):
         """Raises UserError where the log can't be written, before any work is done."""
-        self.hp, self.failed, self.file, self.terminal = hp, False, None, False
-        self.lock, self.doing, self.since = threading.Lock(), "starting", time.monotonic()
+        self.hp, self.failed, self.file = hp, False, None
         self.path = hp.folder / f"{record['run_id']}.txt"
         if runtime.rank:
             return
-        self.terminal = sys.stdout.isatty()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "ab", buffering=0)  # nothing is left where a write fails
@@ -1426,19 +1409,23 @@ class Log:
             except OSError as error:
                 self.fail(f"can't write the log {self.path}: {error.strerror}")
 
+    def warn(self, message: str) -> None:
+        """Into the file and onto stderr."""
+        self.write(message)
+        if self.file:
+            warn(message)
+
     def fail(self, message: str) -> None:
-        """Warn on stderr, once a run; its exit code will be NOT_KEPT."""
-        if not self.failed:
-            warn(f"warning: {message}; the run goes on, its exit code will be {NOT_KEPT}")
-        self.failed = True
+        """Warn, once a run; its exit code will be NOT_KEPT."""
+        first, self.failed = not self.failed, True
+        if first:
+            self.warn(f"warning: {message}; the run goes on, its exit code will be {NOT_KEPT}")
 
     def say(self, *lines: str) -> None:
         """Into the file and onto the console."""
         self.write(*lines)
         if self.file:
-            with self.lock:
-                self.doing = ""
-                print(CLEAR * self.terminal + "\n".join(lines), flush=True)
+            print("\n".join(lines), flush=True)
 
     def introduce(self, model: GPT, record: dict) -> None:
         """The first lines: what is trained, where, and for how long."""
@@ -1459,31 +1446,8 @@ class Log:
 
     def begin(self, name: str) -> None:
         """On the console alone: something goes on that takes a while."""
-        self.doing, self.since = name, time.monotonic()
-        if self.file and not self.terminal:
+        if self.file:
             print(f"{name} ...", flush=True)
-
-    def follow(self, progress: "Progress") -> None:
-        """On a terminal, twice a second, in place until the next line: what goes on."""
-        first, began, end = None, 0.0, tokens_before(self.hp.num_steps, self.hp)
-        while self.terminal:
-            step, now = progress.step, time.monotonic()
-            text = f"{self.doing} ... {int(now - self.since)} s"
-            if not self.doing:
-                first, began = (step, now) if first is None else (first, began)
-                here = tokens_before(step, self.hp)
-                done = here - tokens_before(first, self.hp)
-                left = f", {(now - began) * (end - here) / done:.0f} s left" if done else ""
-                text = f"step {step}/{self.hp.num_steps}{left}"
-            with self.lock:
-                print(f"{CLEAR}{text}" * self.terminal, end="", flush=True)
-            time.sleep(0.5)
-
-    def unfollow(self) -> None:
-        """The last line is said."""
-        with self.lock:
-            print(CLEAR * self.terminal, end="", flush=True)
-            self.terminal = False
 
 def profiler(hp: Hyperparameters, runtime: Runtime, log: Log):
     """A context: with --profile, on rank 0, torch's profiler of three training steps; else None."""
