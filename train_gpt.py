@@ -1290,43 +1290,37 @@ def supervised(watch: Watch, log: "Log", progress: "Progress"):
 
 # --- Compilation ---------------------------------------------------------------------------------
 
-def compile_parts(model: GPT, optimizer: Optimizer, device: torch.device) -> None:
-    """torch.compile each block, stem and head: one compilation serves all blocks of a kind."""
+def compile_parts(model: GPT, optimizer: Optimizer, device: torch.device, compiled: bool = True):
+    """torch.compile each block, stem and head: one compilation serves all blocks of a kind. For
+    --profile attention, MLP and head, if compiled, each alone: they have names in the trace."""
     torch._dynamo.config.recompile_limit = 128  # kinds of blocks, batches; with, without gradients
-    if not model.hp.profile:
-        for part in [*model.blocks, model.stem, model.head]:
+    compiler = functools.partial(torch.compile, dynamic=False, disable=not compiled)
+    for part in model.modules():
+        name = {Attention: "attention", MLP: "MLP", Head: "head"}.get(type(part))
+        if model.hp.profile and name:
+            part.forward = record_function(name)(compiler(part.forward))
+        elif isinstance(part, (Block, Stem, Head)) and not model.hp.profile:
             part.compile(dynamic=False)
     if device.type == "cuda":  # fuses Adam's ten passes over large tables; a CPU's are small
-        optimizer.changes = {name: torch.compile(change, dynamic=False) for name in RULES}
-        model.block_lists = torch.compile(block_lists, dynamic=False)  # few kernels for many
-
-def name_parts(model: GPT, compiled: bool) -> None:
-    """For --profile: attention, MLP and head have names in the trace; so each is compiled alone."""
-    for part in model.modules():
-        if name := {Attention: "attention", MLP: "MLP", Head: "head"}.get(type(part)):
-            forward = torch.compile(part.forward, dynamic=False) if compiled else part.forward
-            part.forward = record_function(name)(forward)
+        optimizer.changes = {name: compiler(change) for name in RULES}
+        model.block_lists = compiler(block_lists)  # few kernels for many
 
 def warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperparameters,
-            runtime: "Runtime") -> None:
-    """Compile and load every kernel on random tokens, then put everything back as it was."""
-    random_state, vocab_size = torch.get_rng_state(), TRACKS[hp.track].vocab_size
-    before = [p.detach().clone() for p in model.parameters()]
-    text = torch.randint(vocab_size, (1, hp.val_length), device=runtime.device)
-    for begin in sorted({0, *(end for end in stage_ends(hp) if end < hp.num_steps)}):
+            runtime: Runtime) -> None:
+    """Compile and load every kernel on made-up tokens, then put everything back as it was."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    text = torch.zeros(1, hp.val_length, dtype=torch.int64, device=runtime.device)
+    for begin in sorted({0, *stage_ends(hp)} - {hp.num_steps}):
         schedule = Schedule(begin, hp, runtime.device)
         loader = BatchLoader(stream, hp, runtime, begin)  # for the shapes
-        batch = [tuple(torch.randint_like(t, vocab_size) for t in pair) for pair in loader.next()]
+        batch = [tuple(map(torch.zeros_like, pair)) for pair in loader.next()]
         loader.pool.shutdown(cancel_futures=True)
         for _ in range(hp.adam_every):
             training_step(model, optimizer, batch, schedule)
         with torch.no_grad():
             model(text, text, schedule)
-    with torch.no_grad():
-        for p, value in zip(model.parameters(), before, strict=True):
-            p.copy_(value)
+    model.load_state_dict(before)
     optimizer.load_state_dict(None)
-    torch.set_rng_state(random_state)
     if runtime.cuda:  # the copies above are no part of what training needs
         torch.cuda.reset_peak_memory_stats()
 
@@ -1334,14 +1328,11 @@ def get_ready(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperpa
               runtime: Runtime, log: "Log", compiled: bool) -> None:
     """Compile, if that is wanted, and warm up."""
     log.begin("compiling, minutes the first time" if compiled else "warming up")
-    started = time.perf_counter()
-    if compiled:
-        compile_parts(model, optimizer, runtime.device)
-    if hp.profile:
-        name_parts(model, compiled)
+    started, did = time.perf_counter(), "compiled" if compiled else "warmed up"
+    if compiled or hp.profile:
+        compile_parts(model, optimizer, runtime.device, compiled)
     warm_up(model, optimizer, stream, hp, runtime)
-    log.say(f"{'compiled' if compiled else 'warmed up'} in {time.perf_counter() - started:.1f} s "
-            "(not training time)")
+    log.say(f"{did} in {time.perf_counter() - started:.1f} s (not training time)")
 
 # --- Log ------------------------------------------------------------------------------------------
 

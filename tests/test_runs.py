@@ -237,8 +237,8 @@ def test_profile_traces_training_steps_and_names_their_parts(sandbox, compiled):
     """Of two layers, three steps; the validations of a run that would make one at each step are left out. What is
     compiled: by a compiler that has no kernels to build."""
     source = (sandbox.path / "train_gpt.py").read_text()
-    assert source.count("part.forward, dynamic=False") == 1
-    source = source.replace("part.forward, dynamic=False", 'part.forward, dynamic=False, backend="eager"')
+    assert source.count("(torch.compile, dynamic=False, ") == 1
+    source = source.replace("(torch.compile, dynamic=False, ", '(torch.compile, dynamic=False, backend="eager", ')
     (sandbox.path / "train_gpt.py").write_text(source)
     done = sandbox("--profile", "--num_steps=8", "--val_every=1", "--log_every=0", f"--compile={compiled}")
     assert done.returncode == 0, done.stderr
