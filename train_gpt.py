@@ -957,12 +957,12 @@ def open_shard(path: str | Path, advice: str = "delete it, fetch or build it aga
         size, header = os.path.getsize(path), np.fromfile(path, "<u4", SHARD_HEADER_INTS)
     except OSError as error:
         raise UserError(f"can't read the shard {path}: {error.strerror}") from None
-    (magic, version, count), start = [*header.tolist(), 0, 0, 0][:3], 4 * SHARD_HEADER_INTS
-    for what, got, wanted in (("magic", magic, SHARD_MAGIC), ("version", version, SHARD_VERSION),
-                              ("size in bytes", size, start + 2 * count)):
-        if got != wanted:
-            raise UserError(f"{path} is bad: its {what} is {got}, expected {wanted}; {advice}")
-    return np.memmap(path, "<u2", "r", start, (count,))
+    start, found = 4 * SHARD_HEADER_INTS, [*header.tolist(), 0, 0, 0][:3]
+    wanted = [SHARD_MAGIC, SHARD_VERSION, (size - start) / 2]
+    if found != wanted:
+        raise UserError(f"{path} is bad: its magic number, version and number of tokens are "
+                        f"{found}, expected {wanted} of a file of its size; {advice}")
+    return np.memmap(path, "<u2", "r", start, (found[2],))
 
 class TokenStream:
     """All shards that match a pattern, in the order of their names, as one endless stream."""
@@ -1190,8 +1190,8 @@ def start_runtime(hp: Hyperparameters) -> Runtime:
     return Runtime(rank, world_size, device)
 
 def choose_threads() -> None:
-    """Compute with one thread where more are not faster: on a busy CPU they wait for each other,
-    and a step takes many times as long. Measured, 30 ms; OMP_NUM_THREADS overrides."""
+    """One thread where more are not faster: on a busy CPU they wait for each other. Measured, 30
+    ms; OMP_NUM_THREADS overrides."""
     if "OMP_NUM_THREADS" not in os.environ and (threads := torch.get_num_threads()) > 1:
         rounds, x, many = 20, torch.ones(2**18), 0.0
         torch.set_num_threads(1)
@@ -1201,7 +1201,7 @@ def choose_threads() -> None:
             many, rounds = many + timeit.timeit(lambda: x * x, number=50), rounds - 1
         torch.set_num_threads(threads if many < one else 1)
 
-def fast_dtype(device: torch.device) -> torch.dtype:
+def fast_dtype(device: torch.device) -> str:
     """bfloat16 where its matrix products are fast, else float32. A CPU is measured, 20 ms."""
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -1209,7 +1209,7 @@ def fast_dtype(device: torch.device) -> torch.dtype:
         matrices = (torch.ones(512, 512, dtype=t) for t in (torch.bfloat16, torch.float32))
         bf16, fp32 = (min(timeit.repeat(lambda a=a: a.mm(a), number=1, repeat=8)) for a in matrices)
         fast = bf16 < 0.7 * fp32
-    return torch.bfloat16 if fast else torch.float32
+    return "bfloat16" if fast else "float32"
 
 def lacks_for_compile(device: torch.device) -> str:
     """What torch.compile would miss on this machine at its first use; nothing: ""."""
@@ -1338,13 +1338,6 @@ def get_ready(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperpa
 
 SEPARATOR = "=" * 100
 NOT_KEPT = 3  # exit code of a run that ended well, but whose log or checkpoint can't be written
-PEAK_FLOPS = {  # dense bfloat16 FLOP/s of data sheets, by part of a device's name; first match
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
-    "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
-
-def warn(message: str) -> None:
-    """A line on stderr."""
-    print(message, file=sys.stderr, flush=True)
 
 def one_line(error: BaseException) -> str:
     """What an exception says, at most 300 characters of it, or its name where it says nothing."""
@@ -1361,10 +1354,9 @@ def device_name(device: torch.device) -> str:
     """The GPU's or the CPU's model."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    if model := re.search(r"model name\s*: *(.+?) *$", cpuinfo, re.M):
-        return model[1]
-    return _output_of("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
+    told = _output_of("sh", "-c", "cat /proc/cpuinfo || sysctl machdep.cpu.brand_string")
+    found = re.search(r"(?:model name|brand_string)\s*: *(.+?) *$", told, re.M)
+    return found[1] if found else platform.machine()
 
 class Log:
     """The log file and the console of rank 0; other ranks write nothing. The file: the script's
@@ -1381,30 +1373,33 @@ class Log:
         except OSError as error:
             raise UserError(f"can't write the log {self.path}: {error.strerror}; mend that or name "
                             "another folder with --entry") from None
-        if not self.file.tell():
-            pytorch, cuda = f"Running PyTorch {torch.__version__}", torch.version.cuda
-            smi = ["nvidia-smi:", _output_of("nvidia-smi")] if runtime.cuda else []
-            self.write(Path(__file__).read_text("utf-8"), SEPARATOR,
-                       f"Running Python {' '.join(sys.version.split())}",
-                       *([f"{pytorch} compiled for CUDA {cuda}"] if cuda else []),
-                       f"{pytorch} on {record['device']} with world_size {runtime.world_size}",
-                       json.dumps(record, indent=1), *smi, SEPARATOR)
-        elif not self.path.read_bytes().endswith(b"\n"):  # a resumed run's own log, cut by a kill
-            self.write("")
+        if self.file.tell():  # of the run that is resumed: a kill may have cut its last line
+            return self.write("")
+        smi = ["nvidia-smi:", _output_of("nvidia-smi")] if runtime.cuda else []
+        self.write(Path(__file__).read_text("utf-8"), SEPARATOR,
+                   f"Running Python {' '.join(sys.version.split())}",
+                   f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}",
+                   f"Running PyTorch {torch.__version__} on {record['device']} with world_size "
+                   f"{runtime.world_size}", json.dumps(record, indent=1), *smi, SEPARATOR)
 
-    def write(self, *lines: str) -> None:
-        """Into the file alone. What can't be written does not end the run."""
+    def write(self, *lines: str, onto=None) -> None:
+        """Into the file, and onto stdout or stderr. A file that can't grow does not end the run."""
         if self.file:
+            text = "".join(line.removesuffix("\n") + "\n" for line in lines)
             try:
-                self.file.write("".join(line.removesuffix("\n") + "\n" for line in lines).encode())
+                self.file.write(text.encode())
             except OSError as error:
                 self.fail(f"can't write the log {self.path}: {error.strerror}")
+            if onto:
+                print(text, end="", file=onto, flush=True)
+
+    def say(self, *lines: str) -> None:
+        """Into the file and onto the console."""
+        self.write(*lines, onto=sys.stdout)
 
     def warn(self, message: str) -> None:
         """Into the file and onto stderr."""
-        self.write(message)
-        if self.file:
-            warn(message)
+        self.write(message, onto=sys.stderr)
 
     def fail(self, message: str) -> None:
         """Warn, once a run; its exit code will be NOT_KEPT."""
@@ -1412,22 +1407,12 @@ class Log:
         if first:
             self.warn(f"warning: {message}; the run goes on, its exit code will be {NOT_KEPT}")
 
-    def say(self, *lines: str) -> None:
-        """Into the file and onto the console."""
-        self.write(*lines)
-        if self.file:
-            print("\n".join(lines), flush=True)
-
     def introduce(self, model: GPT, record: dict) -> None:
-        """The first lines: what is trained, where, and for how long."""
-        hp, parameters = self.hp, sum(p.numel() for p in model.parameters())
-        extension = f", before an extension of {n}" if (n := hp.extension_steps) else ""
-        self.say(f"track {hp.track}, {parameters:,} parameters, {record['activations']}, "
-                 f"{record['world_size']} x {record['device']}, threads {record['threads']}, "
-                 f"log {self.path}",
-                 f"{hp.num_steps} steps: Muon's momentum rises in the first "
-                 f"{hp.momentum_warmup_steps}; the rates fall in the last {hp.cooldown:.0%}"
-                 f"{extension}")
+        """The first line: what is trained, where, and for how long."""
+        parameters = sum(p.numel() for p in model.parameters())
+        where = "{activations}, {world_size} x {device}, threads {threads}".format(**record)
+        self.say(f"track {self.hp.track}, {self.hp.num_steps} steps, {parameters:,} parameters, "
+                 f"{where}, log {self.path}")
 
     def metric(self, step: int, name: str, value: float, time_ms: float) -> None:
         """A line of the public format. Its colons are set here: a log holds this source as well."""
@@ -1442,9 +1427,6 @@ class Log:
 
 def profiler(hp: Hyperparameters, runtime: Runtime, log: Log):
     """A context: with --profile, on rank 0, torch's profiler of three training steps; else None."""
-    if not hp.profile or runtime.rank:
-        return nullcontext()
-
     def tell(profile):
         """Once it has them."""
         path, device = log.path.with_suffix(".trace.json"), "device" if runtime.cuda else "cpu"
@@ -1453,8 +1435,9 @@ def profiler(hp: Hyperparameters, runtime: Runtime, log: Log):
                 profile.key_averages().table(f"self_{device}_time_total", row_limit=10,
                                              max_name_column_width=50))
 
-    return torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1), on_trace_ready=tell)
+    steps = torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1)
+    traced = hp.profile and runtime.rank == 0
+    return torch.profiler.profile(schedule=steps, on_trace_ready=tell) if traced else nullcontext()
 
 @torch.no_grad()
 def write_sample(model: GPT, hp: Hyperparameters, step: int, device: torch.device) -> str:
@@ -1478,36 +1461,22 @@ def write_sample(model: GPT, hp: Hyperparameters, step: int, device: torch.devic
     text = decode(tokens[1:])  # and no code that a terminal would obey
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
-def window_size(step: int, hp: Hyperparameters) -> tuple[int, ...]:
-    """Positions a query sees at step in each layer that has attention; for reports alone."""
-    window = hp.stages[stage_index(step, hp)].window
-    return tuple(window if layer.attention == "long" else short_window(window)
-                 for layer in hp.layers if layer.attention)
-
 def finish(stop: int, model: GPT, progress: "Progress", watch: Watch, hp: Hyperparameters,
            runtime: Runtime, log: Log) -> int:
     """The last lines of a log: target, speed, memory, a sample. Returns the exit code."""
     if stop:
-        ranks = f"torchrun --standalone --nproc_per_node={runtime.world_size}"
-        launcher = ranks if runtime.world_size > 1 else sys.executable  # several nodes: docs/
-        command = os.environ.get("STARTED_BY", f"{launcher} {os.path.relpath(__file__)}")
+        ranks = f" -m torch.distributed.run --standalone --nproc_per_node={runtime.world_size}"
+        started_by = sys.executable + ranks * (runtime.world_size > 1)  # several nodes: docs/
+        command = os.environ.get("STARTED_BY", f"{started_by} {os.path.relpath(__file__)}")
         log.say(f"run ended by {signal.Signals(stop).name} at step {progress.step}; go on with: "
                 f"{command} --resume {watch.checkpoint or 'latest'}")
         return 128 + stop
-    log.say(f"target {TRACKS[hp.track].target}: {progress.reached or 'missed'}")
     per_second = 1000 * tokens_before(hp.num_steps, hp) / max(progress.train_time_ms, 1e-3)
-    # Forward and backward, a token: 6 FLOPs a weight, 12 D a layer and visible key; look-ups none.
-    weights = sum(p.numel() for name, p in model.named_parameters()
-                  if re.fullmatch(r"(blocks|head)\..*\.weight", name))
-    keys = sum(window_size(hp.num_steps // 2, hp))
-    flops = (6 * weights + 12 * hp.model_dim * keys) * per_second
-    name, memory = device_name(runtime.device), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    memory *= 1 if sys.platform == "darwin" else 1024
-    if runtime.cuda:
-        memory = torch.cuda.max_memory_allocated(runtime.device)
-    peak = next((value for part, value in PEAK_FLOPS.items() if part in name), None)
-    mfu = f" mfu:{flops / peak / runtime.world_size:.1%}" if peak else ""
-    log.say(f"tokens_per_second:{per_second:.0f} peak_memory_per_rank:{memory / 2**20:.0f}MiB{mfu}")
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = (torch.cuda.max_memory_allocated(runtime.device) if runtime.cuda else
+              unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    log.say(f"target {TRACKS[hp.track].target}: {progress.reached or 'missed'}",
+            f"tokens_per_second:{per_second:.0f} peak_memory_per_rank:{memory / 2**20:.0f}MiB")
     if hp.sample_tokens and runtime.rank == 0:
         log.begin("writing a sample")
         try:
@@ -1625,7 +1594,7 @@ def start_run(hp: Hyperparameters, runtime: Runtime) -> tuple[TokenStream, Token
         TokenStream(files, track, tokens + 1) for files, tokens in (
             (track.train_files, hp.batch_size * hp.sequence_length),
             (track.val_files, track.val_tokens)))
-    dtype = str(fast_dtype(device)).removeprefix("torch.") if hp.dtype == "auto" else hp.dtype
+    dtype = fast_dtype(device) if hp.dtype == "auto" else hp.dtype
     record = runtime.agree({
         "command": sys.argv, "script": os.path.relpath(__file__, ROOT),
         "hyperparameters": dataclasses.asdict(hp), "target": track.target,
@@ -1816,10 +1785,10 @@ def run_as_program(function: Callable, *args) -> int:
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # torchrun ends all ranks when one fails: rank 0 says what all have met
-        warn("error: " + " ".join(str(error).split("\n")))
+        print("error: " + " ".join(str(error).split("\n")), file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        warn("interrupted")
+        print("interrupted", file=sys.stderr)
         code = 130
     if dist.is_initialized():  # Python's exit would abort, or wait, where other ranks still compute
         os._exit(code)

@@ -45,7 +45,7 @@ MUTATIONS = [  # protection; file, the code that protects, what stands in its pl
      f"{RESUME} -k 'full_disk'"),
     ("5 log that cannot grow", TRAIN, "except OSError as error:\n                self.fail(",
      "except KeyError as error:\n                self.fail(", f"{RESUME} -k 'cannot_grow'"),
-    ("6 size of a shard", TRAIN, '("size in bytes", size, start + 2 * count)', '("size in bytes", 0, 0)',
+    ("6 size of a shard", TRAIN, "(size - start) / 2]", "found[2]]",
      "tests/test_fuzz.py -k shards"),
     ("6 ids beyond the vocabulary", TRAIN, "if part.max() >= self.track.vocab_size:", "if False:",
      "tests/test_fuzz.py -k shards"),
