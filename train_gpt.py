@@ -39,7 +39,7 @@ import zipfile
 from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -1090,9 +1090,8 @@ class Bucket:
     def collect(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         """My rows of gradient, values and state; of a sparse table the touched ones."""
         if self.grads is None:
-            self.touched = self.grad.indices()[0]
-            state = [part[self.touched] for part in self.state.values()]
-            return self.grad.values(), self.values[self.touched], state
+            self.touched, grad = self.grad.indices()[0], self.grad.values()
+            return grad, self.values[self.touched], [s[self.touched] for s in self.state.values()]
         self.wait()
         return self.grad, self.values[self.my_rows], list(self.state.values())
 
@@ -1308,7 +1307,7 @@ def compile_parts(model: GPT, optimizer: Optimizer, device: torch.device, compil
 def warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperparameters,
             runtime: Runtime) -> None:
     """Compile and load every kernel on made-up tokens, then put everything back as it was."""
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
     text = torch.zeros(1, hp.val_length, dtype=torch.int64, device=runtime.device)
     for begin in sorted({0, *stage_ends(hp)} - {hp.num_steps}):
         schedule = Schedule(begin, hp, runtime.device)
@@ -1321,8 +1320,6 @@ def warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperpara
             model(text, text, schedule)
     model.load_state_dict(before)
     optimizer.load_state_dict(None)
-    if runtime.cuda:  # the copies above are no part of what training needs
-        torch.cuda.reset_peak_memory_stats()
 
 def get_ready(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperparameters,
               runtime: Runtime, log: "Log", compiled: bool) -> None:
@@ -1344,17 +1341,15 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 def _output_of(*command: str) -> str:
-    """What a command prints, or nothing where it can't be run."""
-    with suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT)
-        return done.stdout.strip()
-    return ""
+    """What a shell's command prints, or nothing where it can't be run."""
+    done = subprocess.run(" ".join(command), shell=True, capture_output=True, text=True, cwd=ROOT)
+    return done.stdout.strip()
 
 def device_name(device: torch.device) -> str:
     """The GPU's or the CPU's model."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    told = _output_of("sh", "-c", "cat /proc/cpuinfo || sysctl machdep.cpu.brand_string")
+    told = _output_of("cat /proc/cpuinfo || sysctl machdep.cpu.brand_string")
     found = re.search(r"(?:model name|brand_string)\s*: *(.+?) *$", told, re.M)
     return found[1] if found else platform.machine()
 
