@@ -1064,7 +1064,7 @@ class Bucket:
         lr = F.pad(torch.cat(lr), (0, len(self.values) - self.rows)).to(mine.device)
         lr = lr[self.my_rows].view(-1, *[1] * len(row_shape))
         self.lr = lr if len({group.lr for group in groups}) > 1 else lr.new_tensor(groups[0].lr)
-        self.grad = self.sent = self.work = None  # the ranks' sum; what travels until work ends
+        self.grad, self.under_way = None, []  # the ranks' sum; (collective's handle, what it sends)
 
     def parts(self, whole: Tensor) -> list[Tensor]:
         """Views of a tensor of the values' shape, of the parameters' shapes."""
@@ -1084,7 +1084,8 @@ class Bucket:
         self.grad = self.grads
         if self.world_size > 1:
             self.grad = torch.empty_like(self.grads[self.my_rows])
-            self.work = _reduce_scatter(self.grad, self.grads, op=dist.ReduceOp.SUM, async_op=True)
+            work = _reduce_scatter(self.grad, self.grads, op=dist.ReduceOp.SUM, async_op=True)
+            self.under_way.append((work, self.grads))
         return self.grads.sum(dtype=torch.float32)
 
     def collect(self) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -1099,23 +1100,20 @@ class Bucket:
         """Start the all-gather of every rank's rows; read the result after wait(). Collective."""
         if self.world_size == 1:
             return mine
-        self.sent = mine.contiguous()  # as NCCL wants it
+        sent = mine.contiguous()  # as NCCL wants it
         whole = mine.new_empty(self.world_size * len(mine), *mine.shape[1:])
-        self.work = _all_gather(whole, self.sent, async_op=True)
+        self.under_way.append((_all_gather(whole, sent, async_op=True), sent))
         return whole
 
     def wait(self) -> None:
-        """For the collective under way."""
-        if self.work:
-            self.work.wait()
-        self.work = self.sent = None
+        """For the collectives under way."""
+        while self.under_way:
+            self.under_way.pop(0)[0].wait()
 
     def whole_state(self) -> dict[str, Tensor]:
         """Every rank's rows of the state, without padding. Collective."""
-        whole = {}
-        for name, mine in self.state.items():
-            whole[name] = self.gather(mine)[:self.rows]
-            self.wait()
+        whole = {name: self.gather(mine)[:self.rows] for name, mine in self.state.items()}
+        self.wait()
         return whole
 
     def load(self, whole: dict[str, Tensor] | None) -> None:

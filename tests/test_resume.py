@@ -407,7 +407,8 @@ def test_a_signal_to_one_of_two_ranks_ends_both_at_the_same_step(sandbox):
     out, _ = finish(process)
     (path,) = checkpoints(sandbox)
     assert process.returncode != 0 and "run ended by SIGTERM at step" in out
-    assert f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2 train_gpt.py --resume {path}\n" in out
+    launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2"
+    assert f"go on with: {launcher} train_gpt.py --resume {path}\n" in out
 
 
 @LINUX
