@@ -1238,12 +1238,12 @@ class Watch:
     def on_signal(self, number: int, frame=None) -> None:
         """End the run after this step; before the first one, and by a second signal, at once."""
         name, now = signal.Signals(number).name, time.monotonic()
-        copies = 1.0 if self.runtime.world_size > 1 else 0.1  # by torchrun, or shell and launcher
+        soon = 1.0 if self.runtime.world_size > 1 else 0.1  # s; a copy, by torchrun or by shell
         if self.saves and not self.signal:
             self.signal, self.signalled_at = number, now
             self.warn(f"{name}: the run ends after this step or validation, with a checkpoint; a "
                       "second one ends it at once")
-        elif not self.saves or now - self.signalled_at > copies:  # they come within so many s
+        elif not self.saves or now - self.signalled_at > soon:  # and launcher, comes sooner
             self.warn(f"run ended at once by {name}, without a checkpoint")
             os._exit(128 + number)  # an exception would make the compiler print a traceback
 

@@ -32,7 +32,7 @@ MUTATIONS = [  # protection; file, the code that protects, what stands in its pl
      "tests/test_loader.py -k cut_and_packed"),
     ("3 signals are heeded", TRAIN, "marks[1].fill_(self.signal)", "pass", f"{RESUME} -k 'signals_end and 15'"),
     ("3 all ranks agree", TRAIN, "dist.all_reduce(marks, op=dist.ReduceOp.MAX)", "pass", f"{RESUME} -k to_one_of_two"),
-    ("3 second signal", TRAIN, "now - self.signalled_at > copies", "False", f"{RESUME} -k second_signal"),
+    ("3 second signal", TRAIN, "now - self.signalled_at > soon", "False", f"{RESUME} -k second_signal"),
     ("3 at once before the first step", TRAIN, "if self.saves and not self.signal:", "if not self.signal:",
      f"{RESUME} -k 'while_compiling and 15'"),
     ("3 the dead rank is named", "launch.py", "was killed by signal", "ended with", f"{RESUME} -k dies"),
