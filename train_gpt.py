@@ -32,13 +32,12 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import threading
 import time
 import timeit
 from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -1001,48 +1000,41 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 def open_shard(path: str | Path, advice: str = "delete it, fetch or build it again") -> np.ndarray:
     """The tokens of a .bin shard as a read-only memory map, (num_tokens,) little-endian uint16,
     after 256 int32 of header: magic, version, num_tokens. Raises UserError if it is not that."""
-    header_bytes = 4 * SHARD_HEADER_INTS
     try:
-        size, header = os.path.getsize(path), np.fromfile(path, "<i4", SHARD_HEADER_INTS)
+        size, header = os.path.getsize(path), np.fromfile(path, "<u4", SHARD_HEADER_INTS)
     except OSError as error:
         raise UserError(f"can't read the shard {path}: {error.strerror}") from None
-    magic, version, count = [*header.tolist(), 0, 0, 0][:3]
-    for what, got, wanted in (
-            ("magic number", magic, SHARD_MAGIC), ("version", version, SHARD_VERSION),
-            ("number of tokens", count, max(count, 0)),
-            ("size in bytes", size, header_bytes + 2 * max(count, 0))):
-        if got != wanted:
-            raise UserError(f"{path} is bad: its {what} is {got}, expected {wanted}; {advice}")
-    return np.memmap(path, "<u2", "r", header_bytes, (count,)) if count else np.zeros(0, "<u2")
+    start, found = 4 * SHARD_HEADER_INTS, [*header.tolist(), 0, 0, 0][:3]
+    wanted = [SHARD_MAGIC, SHARD_VERSION, (size - start) / 2]
+    if found != wanted:
+        raise UserError(f"{path} is bad: its magic number, version and number of tokens are "
+                        f"{found}, expected {wanted} of a file of its size; {advice}")
+    return np.memmap(path, "<u2", "r", start, (found[2],))
 
 class TokenStream:
     """All shards that match a pattern, in the order of their names, as one endless stream."""
     def __init__(self, pattern: str, track: Track, minimum: int):
         """pattern: a glob below the repository. Raises UserError on bad or too few shards."""
-        self.track, get_data = track, track.get_data
-        self.paths = sorted(ROOT.glob(pattern))
-        self.shards = [open_shard(path, f"delete it and run: {get_data}") for path in self.paths]
+        self.track, self.paths, advice = track, sorted(ROOT.glob(pattern)), f"run: {track.get_data}"
+        self.shards = [open_shard(path, f"delete it and {advice}") for path in self.paths]
         self.ends = np.cumsum([0, *map(len, self.shards)])  # [0], then where each shard ends
-        if not self.paths or len(self) < minimum:
+        if len(self) < minimum:
             raise UserError(f"{ROOT / pattern}: {len(self):,} tokens in {len(self.paths)} shards, "
-                            f"expected at least {minimum:,}; run: {get_data}")
+                            f"expected at least {minimum:,}; {advice}")
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start to start + count, (count,) int64. Raises UserError on an impossible id."""
-        parts = []
-        while count > 0:
-            position = start % len(self)
-            shard = int(np.searchsorted(self.ends, position, side="right")) - 1
-            part = self.shards[shard][position - int(self.ends[shard]):][:count]
-            if part.max() >= self.track.vocab_size:
-                raise UserError(f"{self.paths[shard]} holds the token id {part.max()}, expected "
-                                f"ids below {self.track.vocab_size}; run: {self.track.get_data}")
-            parts.append(part)
-            start, count = start + len(part), count - len(part)
-        return np.concatenate(parts).astype(np.int64)
+        start %= len(self)
+        shard = bisect_right(self.ends, start) - 1
+        part = self.shards[shard][start - self.ends[shard]:][:count].astype(np.int64)
+        if part.max() >= self.track.vocab_size:
+            raise UserError(f"{self.paths[shard]} holds the token id {part.max()}, expected "
+                            f"ids below {self.track.vocab_size}; run: {self.track.get_data}")
+        rest = count - len(part)
+        return np.concatenate([part, self.read(start + len(part), rest)]) if rest else part
 
     def sequence(self, index: int, length: int) -> tuple[Tensor, Tensor]:
         """The index-th sequence and its targets, one token further on: two (length,) int64."""
@@ -1073,7 +1065,7 @@ class TokenStream:
         """12 hexadecimal digits that stand for the first count tokens (or all)."""
         digest = hashlib.sha256()
         for shard in self.shards:
-            digest.update(np.ascontiguousarray(shard[:count]).data)
+            digest.update(shard[:count])
             count -= min(count, len(shard))
         return digest.hexdigest()[:12]
 
@@ -1086,15 +1078,12 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 def group_of(name: str, groups: list[Group]) -> Group:
     """The group of a parameter. Raises UserError where it is in none or in two, or has no rule."""
     claims = [group for group in groups if re.fullmatch(group.parameters, name)]
-    if len(claims) != 1:
-        found = " and ".join(group.name for group in claims) or "none"
+    if len(claims) != 1 or claims[0].rule not in RULES:
+        found = " and ".join(f"{group.name} ({group.rule})" for group in claims) or "none"
         mine = re.sub(r"\d+", r"\\d+", re.escape(name))  # of all layers
-        raise UserError(f"the optimizer group of the parameter {name} is {found}; mend the patterns"
-                        f' in optimizer_groups, or add a line: Group("mine", r"{mine}", "adam", '
-                        "hp.scalar_lr, slow, 0.0, fp32)")
-    if claims[0].rule not in RULES:
-        raise UserError(f"the optimizer group {claims[0].name} has the rule {claims[0].rule}, "
-                        f"expected one of RULES: {', '.join(RULES)}")
+        raise UserError(f"the optimizer group of the parameter {name} is {found}, expected one with"
+                        f" a rule of {', '.join(RULES)}; mend optimizer_groups, or add a line: "
+                        f'Group("mine", r"{mine}", "adam", hp.scalar_lr, slow, 0.0, fp32)')
     return claims[0]
 
 class Bucket:
@@ -1107,8 +1096,7 @@ class Bucket:
         rule, shape = RULES[self.group.rule], params[0].shape
         row_shape = shape[-2:] if rule.matrices else shape[-1:] if len(params) == 1 else ()
         rows = [p.numel() // math.prod(row_shape) for p in params]
-        self.rows = sum(rows)
-        shard_rows = math.ceil(self.rows / world_size)
+        self.rows, shard_rows = sum(rows), math.ceil(sum(rows) / world_size)
         self.my_rows = slice(rank * shard_rows, (rank + 1) * shard_rows)
         self.values = params[0].new_zeros(world_size * shard_rows, *row_shape)
         dtype = self.group.travel_dtype if world_size > 1 else self.values.dtype
@@ -1120,10 +1108,10 @@ class Bucket:
                       for names, like in ((rule.state, mine), (rule.row_state, mine[..., :1]))
                       for name in names}
         lr = [torch.full((n,), group.lr) for n, group in zip(rows, groups, strict=True)]
-        lr = F.pad(torch.cat(lr), (0, world_size * shard_rows - self.rows)).to(mine.device)
+        lr = F.pad(torch.cat(lr), (0, len(self.values) - self.rows)).to(mine.device)
         lr = lr[self.my_rows].view(-1, *[1] * len(row_shape))
         self.lr = lr if len({group.lr for group in groups}) > 1 else lr.new_tensor(groups[0].lr)
-        self.grad = self.sent = self.work = None  # the ranks' sum; what travels until work ends
+        self.grad, self.under_way = None, []  # the ranks' sum; (collective's handle, what it sends)
 
     def parts(self, whole: Tensor) -> list[Tensor]:
         """Views of a tensor of the values' shape, of the parameters' shapes."""
@@ -1143,15 +1131,15 @@ class Bucket:
         self.grad = self.grads
         if self.world_size > 1:
             self.grad = torch.empty_like(self.grads[self.my_rows])
-            self.work = _reduce_scatter(self.grad, self.grads, op=dist.ReduceOp.SUM, async_op=True)
+            work = _reduce_scatter(self.grad, self.grads, op=dist.ReduceOp.SUM, async_op=True)
+            self.under_way.append((work, self.grads))
         return self.grads.sum(dtype=torch.float32)
 
     def collect(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         """My rows of gradient, values and state; of a sparse table the touched ones."""
         if self.grads is None:
-            self.touched = self.grad.indices()[0]
-            state = [part[self.touched] for part in self.state.values()]
-            return self.grad.values(), self.values[self.touched], state
+            self.touched, grad = self.grad.indices()[0], self.grad.values()
+            return grad, self.values[self.touched], [s[self.touched] for s in self.state.values()]
         self.wait()
         return self.grad, self.values[self.my_rows], list(self.state.values())
 
@@ -1159,24 +1147,20 @@ class Bucket:
         """Start the all-gather of every rank's rows; read the result after wait(). Collective."""
         if self.world_size == 1:
             return mine
-        self.sent = mine.contiguous()  # as NCCL wants it
+        sent = mine.contiguous()  # as NCCL wants it
         whole = mine.new_empty(self.world_size * len(mine), *mine.shape[1:])
-        self.work = _all_gather(whole, self.sent, async_op=True)
+        self.under_way.append((_all_gather(whole, sent, async_op=True), sent))
         return whole
 
     def wait(self) -> None:
-        """For the collective under way."""
-        if self.work:
-            self.work.wait()
-        self.work = self.sent = None
+        """For the collectives under way."""
+        while self.under_way:
+            self.under_way.pop(0)[0].wait()
 
     def whole_state(self) -> dict[str, Tensor]:
         """Every rank's rows of the state, without padding. Collective."""
-        whole = {}
-        for name, mine in self.state.items():
-            rows = self.gather(mine)
-            self.wait()
-            whole[name] = rows[:self.rows]
+        whole = {name: self.gather(mine)[:self.rows] for name, mine in self.state.items()}
+        self.wait()
         return whole
 
     def load(self, whole: dict[str, Tensor] | None) -> None:
@@ -1234,26 +1218,24 @@ def start_runtime(hp: Hyperparameters) -> Runtime:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     check_hyperparameters(hp, world_size)
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if hp.device == "cuda" and not num_gpus:
-        raise UserError("--device cuda, but torch sees no GPU; use --device cpu or mend the driver")
-    on_gpu = hp.device != "cpu" and num_gpus > 0
-    if on_gpu and local_rank >= num_gpus:
-        raise UserError(f"process {local_rank} of this node has no GPU of its own: there are "
-                        f"{num_gpus}; start so many processes (NPROC, --nproc_per_node)")
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
+    device, group = torch.device("cpu"), dict(backend="gloo")
+    if hp.device == "cuda" or (hp.device == "auto" and num_gpus):
+        if local_rank >= num_gpus:
+            raise UserError(f"process {local_rank} of this node has no GPU: torch sees {num_gpus}; "
+                            "start one a GPU (NPROC, --nproc_per_node), or use --device cpu")
+        device = torch.device("cuda", local_rank)
+        group = dict(backend="nccl", device_id=device)
         torch.cuda.set_device(device)
     else:
         choose_threads()
     if world_size > 1:
         # torchrun ends its node when a rank fails, this ends others. Saves must be shorter.
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=5),
-                                device_id=device if on_gpu else None)
+        dist.init_process_group(timeout=timedelta(minutes=5), **group)
     return Runtime(rank, world_size, device)
 
 def choose_threads() -> None:
-    """Compute with one thread where more are not faster: on a busy CPU they wait for each other,
-    and a step takes many times as long. Measured, 30 ms; OMP_NUM_THREADS overrides."""
+    """One thread where more are not faster: on a busy CPU they wait for each other. Measured, 30
+    ms; OMP_NUM_THREADS overrides."""
     if "OMP_NUM_THREADS" not in os.environ and (threads := torch.get_num_threads()) > 1:
         rounds, x, many = 20, torch.ones(2**18), 0.0
         torch.set_num_threads(1)
@@ -1263,7 +1245,7 @@ def choose_threads() -> None:
             many, rounds = many + timeit.timeit(lambda: x * x, number=50), rounds - 1
         torch.set_num_threads(threads if many < one else 1)
 
-def fast_dtype(device: torch.device) -> torch.dtype:
+def fast_dtype(device: torch.device) -> str:
     """bfloat16 where its matrix products are fast, else float32. A CPU is measured, 20 ms."""
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -1271,7 +1253,7 @@ def fast_dtype(device: torch.device) -> torch.dtype:
         matrices = (torch.ones(512, 512, dtype=t) for t in (torch.bfloat16, torch.float32))
         bf16, fp32 = (min(timeit.repeat(lambda a=a: a.mm(a), number=1, repeat=8)) for a in matrices)
         fast = bf16 < 0.7 * fp32
-    return torch.bfloat16 if fast else torch.float32
+    return "bfloat16" if fast else "float32"
 
 def lacks_for_compile(device: torch.device) -> str:
     """What torch.compile would miss on this machine at its first use; nothing: ""."""
@@ -1292,26 +1274,25 @@ class Watch:
     """One small all-reduce a step: has any rank a signal, or a loss or gradient that is not finite?
     On a GPU its answer is read two steps later, when it has long arrived: no step waits."""
     def __init__(self, runtime: Runtime):
-        self.runtime, self.pending, self.checkpoint = runtime, [], ""
+        self.runtime, self.pending, self.checkpoint, self.warn = runtime, [], "", None  # the log's
         self.signal, self.signalled_at, self.agreed = 0, 0.0, 0  # this rank's; what all heed
+        self.saves = False  # has the run something to save?
 
     def heed_signals(self) -> None:
-        """From now on they end the run after a step."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
+        """From now on they end the run after a step, no longer at once."""
+        self.saves = True
 
     def on_signal(self, number: int, frame=None) -> None:
-        """End the run after this step; a second signal leaves at once."""
-        if not self.signal:
-            self.signal, self.signalled_at = number, time.monotonic()
-            if self.runtime.rank == 0:
-                warn(f"{signal.Signals(number).name}: the run ends after this step or validation, "
-                     "with a checkpoint; a second one ends it at once")
-        # sooner: a copy of the first, by torchrun or by both shell and launcher
-        elif time.monotonic() - self.signalled_at > (1.0 if self.runtime.world_size > 1 else 0.1):
-            if self.runtime.rank == 0:
-                warn(f"{signal.Signals(number).name}: ended at once, without a checkpoint")
-            os._exit(128 + number)
+        """End the run after this step; before the first one, and by a second signal, at once."""
+        name, now = signal.Signals(number).name, time.monotonic()
+        soon = 1.0 if self.runtime.world_size > 1 else 0.1  # s; a copy, by torchrun or by shell
+        if self.saves and not self.signal:
+            self.signal, self.signalled_at = number, now
+            self.warn(f"{name}: the run ends after this step or validation, with a checkpoint; a "
+                      "second one ends it at once")
+        elif not self.saves or now - self.signalled_at > soon:  # and launcher, comes sooner
+            self.warn(f"run ended at once by {name}, without a checkpoint")
+            os._exit(128 + number)  # an exception would make the compiler print a traceback
 
     def post(self, step: int, value: Tensor) -> None:
         """After a step; value: 0-dim, not finite where the step was not. Collective."""
@@ -1339,176 +1320,139 @@ class Watch:
 
 @contextmanager
 def supervised(watch: Watch, log: "Log", progress: "Progress"):
-    """Within, an error leaves a last line in the log, signals end the run (until watch heeds them
-    at once: there is nothing to save), and a terminal shows what goes on."""
-    def leave(number, frame=None):
-        """Not by an exception: of that the compiler would make a traceback."""
-        log.write(f"run ended by {signal.Signals(number).name} before its first step")
-        if log.file:
-            warn(f"{signal.Signals(number).name} before the first step: nothing was to be saved")
-        os._exit(128 + number)
-
-    handlers = {n: signal.signal(n, leave) for n in (signal.SIGINT, signal.SIGTERM)}
-    threading.Thread(target=log.follow, args=(progress,), daemon=True).start()
+    """Within, an error leaves a last line in the log, and signals end the run."""
+    watch.warn = log.warn
+    before = {n: signal.signal(n, watch.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     except BaseException as error:
         log.write(f"run failed at step {progress.step}: {type(error).__name__}: {error}")
         raise
     finally:
-        log.unfollow()
-        for number, handler in handlers.items():
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 # --- Compilation ---------------------------------------------------------------------------------
 
-def compile_parts(model: GPT, optimizer: Optimizer, device: torch.device) -> None:
-    """torch.compile each block, stem and head: one compilation serves all blocks of a kind."""
+def compile_parts(model: GPT, optimizer: Optimizer, device: torch.device, compiled: bool = True):
+    """torch.compile each block, stem and head: one compilation serves all blocks of a kind. For
+    --profile attention, MLP and head, if compiled, each alone: they have names in the trace."""
     torch._dynamo.config.recompile_limit = 128  # kinds of blocks, batches; with, without gradients
-    if not model.hp.profile:
-        for part in [*model.blocks, model.stem, model.head]:
+    compiler = functools.partial(torch.compile, dynamic=False, disable=not compiled)
+    for part in model.modules():
+        name = {Attention: "attention", MLP: "MLP", Head: "head"}.get(type(part))
+        if model.hp.profile and name:
+            part.forward = record_function(name)(compiler(part.forward))
+        elif isinstance(part, (Block, Stem, Head)) and not model.hp.profile:
             part.compile(dynamic=False)
     if device.type == "cuda":  # fuses Adam's ten passes over large tables; a CPU's are small
-        optimizer.changes = {name: torch.compile(change, dynamic=False) for name in RULES}
-        model.block_lists = torch.compile(block_lists, dynamic=False)  # few kernels for many
-
-def name_parts(model: GPT, compiled: bool) -> None:
-    """For --profile: attention, MLP and head have names in the trace; so each is compiled alone."""
-    for part in model.modules():
-        if name := {Attention: "attention", MLP: "MLP", Head: "head"}.get(type(part)):
-            forward = torch.compile(part.forward, dynamic=False) if compiled else part.forward
-            part.forward = record_function(name)(forward)
+        optimizer.changes = {name: compiler(change) for name in RULES}
+        model.block_lists = compiler(block_lists)  # few kernels for many
 
 def warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperparameters,
-            runtime: "Runtime") -> None:
-    """Compile and load every kernel on random tokens, then put everything back as it was."""
-    random_state, vocab_size = torch.get_rng_state(), TRACKS[hp.track].vocab_size
-    before = [p.detach().clone() for p in model.parameters()]
-    text = torch.randint(vocab_size, (1, hp.val_length), device=runtime.device)
-    for begin in sorted({0, *(end for end in stage_ends(hp) if end < hp.num_steps)}):
+            runtime: Runtime) -> None:
+    """Compile and load every kernel on made-up tokens, then put everything back as it was."""
+    before = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
+    text = torch.zeros(1, hp.val_length, dtype=torch.int64, device=runtime.device)
+    for begin in sorted({0, *stage_ends(hp)} - {hp.num_steps}):
         schedule = Schedule(begin, hp, runtime.device)
         loader = BatchLoader(stream, hp, runtime, begin)  # for the shapes
-        batch = [tuple(torch.randint_like(t, vocab_size) for t in pair) for pair in loader.next()]
+        batch = [tuple(map(torch.zeros_like, pair)) for pair in loader.next()]
         loader.pool.shutdown(cancel_futures=True)
         for _ in range(hp.adam_every):
             training_step(model, optimizer, batch, schedule)
         with torch.no_grad():
             model(text, text, schedule)
-    with torch.no_grad():
-        for p, value in zip(model.parameters(), before, strict=True):
-            p.copy_(value)
+    model.load_state_dict(before)
     optimizer.load_state_dict(None)
-    torch.set_rng_state(random_state)
-    if runtime.cuda:  # the copies above are no part of what training needs
-        torch.cuda.reset_peak_memory_stats()
 
 def get_ready(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperparameters,
               runtime: Runtime, log: "Log", compiled: bool) -> None:
     """Compile, if that is wanted, and warm up."""
     log.begin("compiling, minutes the first time" if compiled else "warming up")
-    started = time.perf_counter()
-    if compiled:
-        compile_parts(model, optimizer, runtime.device)
-    if hp.profile:
-        name_parts(model, compiled)
+    started, did = time.perf_counter(), "compiled" if compiled else "warmed up"
+    if compiled or hp.profile:
+        compile_parts(model, optimizer, runtime.device, compiled)
     warm_up(model, optimizer, stream, hp, runtime)
-    log.say(f"{'compiled' if compiled else 'warmed up'} in {time.perf_counter() - started:.1f} s "
-            "(not training time)")
+    log.say(f"{did} in {time.perf_counter() - started:.1f} s (not training time)")
 
 # --- Log ------------------------------------------------------------------------------------------
 
 SEPARATOR = "=" * 100
 NOT_KEPT = 3  # exit code of a run that ended well, but whose log or checkpoint can't be written
-PEAK_FLOPS = {  # dense bfloat16 FLOP/s of data sheets, by part of a device's name; first match
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
-    "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
-
-CLEAR = "\r\x1b[K"  # what a terminal shows of the run's progress goes
-
-def warn(message: str) -> None:
-    """A line on stderr."""
-    print(CLEAR * sys.stderr.isatty() + message, file=sys.stderr, flush=True)
 
 def one_line(error: BaseException) -> str:
     """What an exception says, at most 300 characters of it, or its name where it says nothing."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 def _output_of(*command: str) -> str:
-    """What a command prints, or nothing where it can't be run."""
-    with suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT)
-        return done.stdout.strip()
-    return ""
+    """What a shell's command prints, or nothing where it can't be run."""
+    done = subprocess.run(" ".join(command), shell=True, capture_output=True, text=True, cwd=ROOT)
+    return done.stdout.strip()
 
 def device_name(device: torch.device) -> str:
     """The GPU's or the CPU's model."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    if model := re.search(r"model name\s*: *(.+?) *$", cpuinfo, re.M):
-        return model[1]
-    return _output_of("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
+    told = _output_of("cat /proc/cpuinfo || sysctl machdep.cpu.brand_string")
+    found = re.search(r"(?:model name|brand_string)\s*: *(.+?) *$", told, re.M)
+    return found[1] if found else platform.machine()
 
 class Log:
     """The log file and the console of rank 0; other ranks write nothing. The file: the script's
     source, SEPARATOR, the environment, SEPARATOR, then a line each time something is said."""
     def __init__(self, hp: Hyperparameters, runtime: Runtime, record: dict):
         """Raises UserError where the log can't be written, before any work is done."""
-        self.hp, self.failed, self.file, self.terminal = hp, False, None, False
-        self.lock, self.doing, self.since = threading.Lock(), "starting", time.monotonic()
+        self.hp, self.failed, self.file = hp, False, None
         self.path = hp.folder / f"{record['run_id']}.txt"
         if runtime.rank:
             return
-        self.terminal = sys.stdout.isatty()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "ab", buffering=0)  # nothing is left where a write fails
         except OSError as error:
             raise UserError(f"can't write the log {self.path}: {error.strerror}; mend that or name "
                             "another folder with --entry") from None
-        if not self.file.tell():
-            pytorch, cuda = f"Running PyTorch {torch.__version__}", torch.version.cuda
-            smi = ["nvidia-smi:", _output_of("nvidia-smi")] if runtime.cuda else []
-            self.write(Path(__file__).read_text("utf-8"), SEPARATOR,
-                       f"Running Python {' '.join(sys.version.split())}",
-                       *([f"{pytorch} compiled for CUDA {cuda}"] if cuda else []),
-                       f"{pytorch} on {record['device']} with world_size {runtime.world_size}",
-                       json.dumps(record, indent=1), *smi, SEPARATOR)
-        elif not self.path.read_bytes().endswith(b"\n"):  # a resumed run's own log, cut by a kill
-            self.write("")
+        if self.file.tell():  # of the run that is resumed: a kill may have cut its last line
+            return self.write("")
+        smi = ["nvidia-smi:", _output_of("nvidia-smi")] if runtime.cuda else []
+        self.write(Path(__file__).read_text("utf-8"), SEPARATOR,
+                   f"Running Python {' '.join(sys.version.split())}",
+                   f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}",
+                   f"Running PyTorch {torch.__version__} on {record['device']} with world_size "
+                   f"{runtime.world_size}", json.dumps(record, indent=1), *smi, SEPARATOR)
 
-    def write(self, *lines: str) -> None:
-        """Into the file alone. What can't be written does not end the run."""
+    def write(self, *lines: str, onto=None) -> None:
+        """Into the file, and onto stdout or stderr. A file that can't grow does not end the run."""
         if self.file:
+            text = "".join(line.removesuffix("\n") + "\n" for line in lines)
             try:
-                self.file.write("".join(line.removesuffix("\n") + "\n" for line in lines).encode())
+                self.file.write(text.encode())
             except OSError as error:
                 self.fail(f"can't write the log {self.path}: {error.strerror}")
-
-    def fail(self, message: str) -> None:
-        """Warn on stderr, once a run; its exit code will be NOT_KEPT."""
-        if not self.failed:
-            warn(f"warning: {message}; the run goes on, its exit code will be {NOT_KEPT}")
-        self.failed = True
+            if onto:
+                print(text, end="", file=onto, flush=True)
 
     def say(self, *lines: str) -> None:
         """Into the file and onto the console."""
-        self.write(*lines)
-        if self.file:
-            with self.lock:
-                self.doing = ""
-                print(CLEAR * self.terminal + "\n".join(lines), flush=True)
+        self.write(*lines, onto=sys.stdout)
+
+    def warn(self, message: str) -> None:
+        """Into the file and onto stderr."""
+        self.write(message, onto=sys.stderr)
+
+    def fail(self, message: str) -> None:
+        """Warn, once a run; its exit code will be NOT_KEPT."""
+        first, self.failed = not self.failed, True
+        if first:
+            self.warn(f"warning: {message}; the run goes on, its exit code will be {NOT_KEPT}")
 
     def introduce(self, model: GPT, record: dict) -> None:
-        """The first lines: what is trained, where, and for how long."""
-        hp, parameters = self.hp, sum(p.numel() for p in model.parameters())
-        extension = f", before an extension of {n}" if (n := hp.extension_steps) else ""
-        self.say(f"track {hp.track}, {parameters:,} parameters, {record['activations']}, "
-                 f"{record['world_size']} x {record['device']}, threads {record['threads']}, "
-                 f"log {self.path}",
-                 f"{hp.num_steps} steps: Muon's momentum rises in the first "
-                 f"{hp.momentum_warmup_steps}; the rates fall in the last {hp.cooldown:.0%}"
-                 f"{extension}")
+        """The first line: what is trained, where, and for how long."""
+        parameters = sum(p.numel() for p in model.parameters())
+        where = "{activations}, {world_size} x {device}, threads {threads}".format(**record)
+        self.say(f"track {self.hp.track}, {self.hp.num_steps} steps, {parameters:,} parameters, "
+                 f"{where}, log {self.path}")
 
     def metric(self, step: int, name: str, value: float, time_ms: float) -> None:
         """A line of the public format. Its colons are set here: a log holds this source as well."""
@@ -1518,37 +1462,11 @@ class Log:
 
     def begin(self, name: str) -> None:
         """On the console alone: something goes on that takes a while."""
-        self.doing, self.since = name, time.monotonic()
-        if self.file and not self.terminal:
+        if self.file:
             print(f"{name} ...", flush=True)
-
-    def follow(self, progress: "Progress") -> None:
-        """On a terminal, twice a second, in place until the next line: what goes on."""
-        first, began, end = None, 0.0, tokens_before(self.hp.num_steps, self.hp)
-        while self.terminal:
-            step, now = progress.step, time.monotonic()
-            text = f"{self.doing} ... {int(now - self.since)} s"
-            if not self.doing:
-                first, began = (step, now) if first is None else (first, began)
-                here = tokens_before(step, self.hp)
-                done = here - tokens_before(first, self.hp)
-                left = f", {(now - began) * (end - here) / done:.0f} s left" if done else ""
-                text = f"step {step}/{self.hp.num_steps}{left}"
-            with self.lock:
-                print(f"{CLEAR}{text}" * self.terminal, end="", flush=True)
-            time.sleep(0.5)
-
-    def unfollow(self) -> None:
-        """The last line is said."""
-        with self.lock:
-            print(CLEAR * self.terminal, end="", flush=True)
-            self.terminal = False
 
 def profiler(hp: Hyperparameters, runtime: Runtime, log: Log):
     """A context: with --profile, on rank 0, torch's profiler of three training steps; else None."""
-    if not hp.profile or runtime.rank:
-        return nullcontext()
-
     def tell(profile):
         """Once it has them."""
         path, device = log.path.with_suffix(".trace.json"), "device" if runtime.cuda else "cpu"
@@ -1557,8 +1475,9 @@ def profiler(hp: Hyperparameters, runtime: Runtime, log: Log):
                 profile.key_averages().table(f"self_{device}_time_total", row_limit=10,
                                              max_name_column_width=50))
 
-    return torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1), on_trace_ready=tell)
+    steps = torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1)
+    traced = hp.profile and runtime.rank == 0
+    return torch.profiler.profile(schedule=steps, on_trace_ready=tell) if traced else nullcontext()
 
 @torch.no_grad()
 def write_sample(model: GPT, hp: Hyperparameters, step: int, device: torch.device) -> str:
@@ -1582,36 +1501,22 @@ def write_sample(model: GPT, hp: Hyperparameters, step: int, device: torch.devic
     text = decode(tokens[1:])  # and no code that a terminal would obey
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
-def window_size(step: int, hp: Hyperparameters) -> tuple[int, ...]:
-    """Positions a query sees at step in each layer that has attention; for reports alone."""
-    window = hp.stages[stage_index(step, hp)].window
-    return tuple(window if layer.attention == "long" else short_window(window)
-                 for layer in hp.layers if layer.attention)
-
 def finish(stop: int, model: GPT, progress: "Progress", watch: Watch, hp: Hyperparameters,
            runtime: Runtime, log: Log) -> int:
     """The last lines of a log: target, speed, memory, a sample. Returns the exit code."""
     if stop:
-        ranks = f"torchrun --standalone --nproc_per_node={runtime.world_size}"
-        launcher = ranks if runtime.world_size > 1 else sys.executable  # several nodes: docs/
-        command = os.environ.get("STARTED_BY", f"{launcher} {os.path.relpath(__file__)}")
+        ranks = f" -m torch.distributed.run --standalone --nproc_per_node={runtime.world_size}"
+        started_by = sys.executable + ranks * (runtime.world_size > 1)  # several nodes: docs/
+        command = os.environ.get("STARTED_BY", f"{started_by} {os.path.relpath(__file__)}")
         log.say(f"run ended by {signal.Signals(stop).name} at step {progress.step}; go on with: "
                 f"{command} --resume {watch.checkpoint or 'latest'}")
         return 128 + stop
-    log.say(f"target {TRACKS[hp.track].target}: {progress.reached or 'missed'}")
     per_second = 1000 * tokens_before(hp.num_steps, hp) / max(progress.train_time_ms, 1e-3)
-    # Forward and backward, a token: 6 FLOPs a weight, 12 D a layer and visible key; look-ups none.
-    weights = sum(p.numel() for name, p in model.named_parameters()
-                  if re.fullmatch(r"(blocks|head)\..*\.weight", name))
-    keys = sum(window_size(hp.num_steps // 2, hp))
-    flops = (6 * weights + 12 * hp.model_dim * keys) * per_second
-    name, memory = device_name(runtime.device), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    memory *= 1 if sys.platform == "darwin" else 1024
-    if runtime.cuda:
-        memory = torch.cuda.max_memory_allocated(runtime.device)
-    peak = next((value for part, value in PEAK_FLOPS.items() if part in name), None)
-    mfu = f" mfu:{flops / peak / runtime.world_size:.1%}" if peak else ""
-    log.say(f"tokens_per_second:{per_second:.0f} peak_memory_per_rank:{memory / 2**20:.0f}MiB{mfu}")
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = (torch.cuda.max_memory_allocated(runtime.device) if runtime.cuda else
+              unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    log.say(f"target {TRACKS[hp.track].target}: {progress.reached or 'missed'}",
+            f"tokens_per_second:{per_second:.0f} peak_memory_per_rank:{memory / 2**20:.0f}MiB")
     if hp.sample_tokens and runtime.rank == 0:
         log.begin("writing a sample")
         try:
@@ -1700,7 +1605,7 @@ def start_run(hp: Hyperparameters, runtime: Runtime) -> tuple:
     train_stream = TokenStream(track.train_files, track, hp.batch_size * hp.sequence_length + 1)
     val_stream = TokenStream(track.val_files, track, track.val_tokens + 1)
     data = val_stream.fingerprint(track.val_tokens + 1), train_stream.fingerprint(2**26)
-    dtype = str(fast_dtype(device)).removeprefix("torch.") if hp.dtype == "auto" else hp.dtype
+    dtype = fast_dtype(device) if hp.dtype == "auto" else hp.dtype
     record = runtime.agree({
         "command": sys.argv, "script": os.path.relpath(__file__, ROOT),
         "hyperparameters": dataclasses.asdict(hp), "world_size": runtime.world_size,
@@ -1865,7 +1770,7 @@ def run_as_program(function: Callable, *args) -> int:
         code, message = 2, "error: " + " ".join(str(error).split("\n"))
     if os.environ.get("RANK", "0") != "0":
         time.sleep(3)  # torchrun ends all ranks when one fails: rank 0 says what all have met
-    warn(message)
+    print(message, file=sys.stderr)
     if dist.is_initialized():  # Python's exit would abort, or wait, where other ranks still compute
         os._exit(code)
     return code

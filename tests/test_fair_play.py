@@ -56,7 +56,8 @@ CHEATS = {  # name: (honest, cheat) for each place that is edited; the check tha
                                      TRACK),
     "validation reports less": ([("runtime.mean(loss_sum) * runtime.world_size / num_sequences",
                                   "runtime.mean(loss_sum) * runtime.world_size / num_sequences - 0.01")], TRACK),
-    "keeps the warm-up": ([("p.copy_(value)", "p.copy_(value + 0.01 * p)")], WARM_UP),
+    "keeps the warm-up": ([("model.load_state_dict(before)", "model.load_state_dict({name: 1.01 * value for name, "
+                            "value in before.items()})")], WARM_UP),
     "keeps the warm-up's momentum": ([("    optimizer.load_state_dict(None)\n", "    optimizer.num_updates = 0\n")],
                                      WARM_UP),
     "keeps the warm-up's count": ([("    optimizer.load_state_dict(None)\n",

@@ -215,7 +215,7 @@ def test_empty_shards_do_no_harm(shards):
     (lambda b: b[:500], "magic|size"), (lambda b: b"", "magic"),
     (lambda b: b[:-1], "size"), (lambda b: b + b"\0\0", "size"),
     (lambda b: b"\0" + b[1:], "magic"), (lambda b: b[:4] + b"\2" + b[5:], "version"),
-    (lambda b: b[:8] + b"\xff\xff\xff\xff" + b[12:], "number of tokens"), (lambda b: b[::-1], "magic")])
+    (lambda b: b[:8] + b"\xff\xff\xff\xff" + b[12:], "size"), (lambda b: b[::-1], "magic")])
 def test_damaged_shards(tmp_path, change, named):
     path = tmp_path / "a.bin"
     write_shard(path, np.arange(100))

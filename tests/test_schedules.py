@@ -9,6 +9,7 @@ import slow_model
 import torch
 
 import train_gpt
+from tests.simulate.stages import by_tables
 from train_gpt import (
     PRESETS,
     STAGES,
@@ -26,7 +27,6 @@ from train_gpt import (
     stage_ends,
     stage_index,
     tokens_before,
-    window_size,
 )
 
 CPU = torch.device("cpu")
@@ -119,7 +119,8 @@ def test_windows_of_the_record_in_blocks_of_128(stage, long, short):
     windows = {kind: tokens.item() for kind, tokens in Schedule(BEGINS[stage], RECORD, CPU).windows.items()}
     assert windows == {"long": 128 * long, "short": 128 * short, "paired": 128 * short}
     by_layer = [128 * (long if layer in (3, 10) else short) for layer in range(11) if layer != 6]
-    assert list(window_size(BEGINS[stage], RECORD)) == by_layer
+    assert [windows[layer.attention] for layer in RECORD.layers if layer.attention] == by_layer
+    assert [size for size in by_tables(train_gpt, BEGINS[stage], RECORD) if size] == by_layer
     last = {kind: tokens.item() for kind, tokens in Schedule(1385, RECORD, CPU).windows.items()}
     assert last == {"long": 128 * 20, "short": 128 * 6, "paired": 128 * 6}
 

@@ -19,11 +19,20 @@ class Step(NamedTuple):
 
 def schedule(script, hp) -> list[Step]:
     """Each step of the run hp, as the script's tokens_before(step, hp) and window_size(step, hp) say, where it has
-    them."""
+    them; the windows else by its tables."""
     before = getattr(script, "tokens_before", lambda step, hp: step * hp.batch_size * hp.sequence_length)
-    window = getattr(script, "window_size", lambda step, hp: ())
+    window = getattr(script, "window_size", lambda step, hp: by_tables(script, step, hp))
     ends = [before(step, hp) for step in range(hp.num_steps + 1)]
     return [Step(end - start, layers(window(step, hp))) for step, (start, end) in enumerate(itertools.pairwise(ends))]
+
+
+def by_tables(script, step: int, hp) -> list[int | None]:
+    """The window of each layer, as LAYERS and STAGES have it; none where the script has no such tables."""
+    if not hasattr(script, "STAGES"):
+        return []
+    window = hp.stages[script.stage_index(step, hp)].window
+    sizes = {"long": window, "short": script.short_window(window), "paired": script.short_window(window)}
+    return [sizes.get(layer.attention) for layer in hp.layers]
 
 
 def layers(windows) -> tuple[int, ...]:
