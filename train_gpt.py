@@ -32,12 +32,13 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import timeit
 from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -1320,15 +1321,21 @@ class Watch:
 
 @contextmanager
 def supervised(watch: Watch, log: "Log", progress: "Progress"):
-    """Within, an error leaves a last line in the log, and signals end the run."""
+    """Within, an error leaves a last line in the log, signals end the run, a terminal shows it."""
     watch.warn = log.warn
     before = {n: signal.signal(n, watch.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    follower = threading.Thread(target=log.follow, args=(progress,), daemon=True)
+    if log.terminal:
+        follower.start()
     try:
         yield
     except BaseException as error:
         log.write(f"run failed at step {progress.step}: {type(error).__name__}: {error}")
         raise
     finally:
+        if log.terminal:
+            log.over.set()
+            follower.join()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -1378,7 +1385,10 @@ def get_ready(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperpa
 
 # --- Log ------------------------------------------------------------------------------------------
 
-SEPARATOR = "=" * 100
+SEPARATOR, CLEAR = "=" * 100, "\r\x1b[K"  # CLEAR: what a terminal shows of the progress goes
+PEAK_FLOPS = {  # dense bfloat16 FLOP/s of data sheets, by part of a device's name; first match
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
+    "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 NOT_KEPT = 3  # exit code of a run that ended well, but whose log or checkpoint can't be written
 
 def one_line(error: BaseException) -> str:
@@ -1387,8 +1397,10 @@ def one_line(error: BaseException) -> str:
 
 def _output_of(*command: str) -> str:
     """What a shell's command prints, or nothing where it can't be run."""
-    done = subprocess.run(" ".join(command), shell=True, capture_output=True, text=True, cwd=ROOT)
-    return done.stdout.strip()
+    with suppress(subprocess.TimeoutExpired):
+        return subprocess.run(" ".join(command), shell=True, capture_output=True, text=True,
+                              timeout=20, cwd=ROOT).stdout.strip()
+    return ""
 
 def device_name(device: torch.device) -> str:
     """The GPU's or the CPU's model."""
@@ -1403,8 +1415,9 @@ class Log:
     source, SEPARATOR, the environment, SEPARATOR, then a line each time something is said."""
     def __init__(self, hp: Hyperparameters, runtime: Runtime, record: dict):
         """Raises UserError where the log can't be written, before any work is done."""
-        self.hp, self.failed, self.file = hp, False, None
-        self.path = hp.folder / f"{record['run_id']}.txt"
+        self.hp, self.failed, self.file, self.over = hp, False, None, threading.Event()
+        self.terminal = sys.stdout.isatty() and not runtime.rank
+        self.path, self.doing = hp.folder / f"{record['run_id']}.txt", ""
         if runtime.rank:
             return
         try:
@@ -1416,11 +1429,12 @@ class Log:
         if self.file.tell():  # of the run that is resumed: a kill may have cut its last line
             return self.write("")
         smi = ["nvidia-smi:", _output_of("nvidia-smi")] if runtime.cuda else []
+        pytorch = f"Running PyTorch {torch.__version__}"
         self.write(Path(__file__).read_text("utf-8"), SEPARATOR,
                    f"Running Python {' '.join(sys.version.split())}",
-                   f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}",
-                   f"Running PyTorch {torch.__version__} on {record['device']} with world_size "
-                   f"{runtime.world_size}", json.dumps(record, indent=1), *smi, SEPARATOR)
+                   *[f"{pytorch} compiled for CUDA {cuda}" for cuda in [record["cuda"]] if cuda],
+                   f"{pytorch} on {record['device']} with world_size {runtime.world_size}",
+                   json.dumps(record, indent=1), *smi, SEPARATOR)
 
     def write(self, *lines: str, onto=None) -> None:
         """Into the file, and onto stdout or stderr. A file that can't grow does not end the run."""
@@ -1431,7 +1445,8 @@ class Log:
             except OSError as error:
                 self.fail(f"can't write the log {self.path}: {error.strerror}")
             if onto:
-                print(text, end="", file=onto, flush=True)
+                self.doing = ""
+                print(CLEAR * self.terminal + text, end="", file=onto, flush=True)
 
     def say(self, *lines: str) -> None:
         """Into the file and onto the console."""
@@ -1451,8 +1466,10 @@ class Log:
         """The first line: what is trained, where, and for how long."""
         parameters = sum(p.numel() for p in model.parameters())
         where = "{activations}, {world_size} x {device}, threads {threads}".format(**record)
-        self.say(f"track {self.hp.track}, {self.hp.num_steps} steps, {parameters:,} parameters, "
-                 f"{where}, log {self.path}")
+        hp = self.hp
+        self.say(f"track {hp.track}, {hp.num_steps} steps (momentum rises in the first "
+                 f"{hp.momentum_warmup_steps}, {hp.extension_steps} come after the schedule), "
+                 f"{parameters:,} parameters, {where}, log {self.path}")
 
     def metric(self, step: int, name: str, value: float, time_ms: float) -> None:
         """A line of the public format. Its colons are set here: a log holds this source as well."""
@@ -1462,8 +1479,23 @@ class Log:
 
     def begin(self, name: str) -> None:
         """On the console alone: something goes on that takes a while."""
-        if self.file:
+        self.doing, self.since = name, time.monotonic()
+        if self.file and not self.terminal:
             print(f"{name} ...", flush=True)
+
+    def follow(self, progress: "Progress") -> None:
+        """On a terminal, twice a second, in place until the next line: what goes on."""
+        first, total = None, tokens_before(self.hp.num_steps, self.hp)
+        while not self.over.wait(0.5):
+            now, step = time.monotonic(), progress.step
+            text, here = f"step {step}/{self.hp.num_steps}", tokens_before(step, self.hp)
+            if doing := self.doing:
+                text = f"{doing} ... {int(now - self.since)} s"
+            elif here > (first := first or (now, here))[1]:
+                left = (now - first[0]) * (total - here) / (here - first[1])
+                text += f", {left:.0f} s left"
+            print(CLEAR + text, end="", flush=True)
+        print(end=CLEAR, flush=True)
 
 def profiler(hp: Hyperparameters, runtime: Runtime, log: Log):
     """A context: with --profile, on rank 0, torch's profiler of three training steps; else None."""
@@ -1512,11 +1544,18 @@ def finish(stop: int, model: GPT, progress: "Progress", watch: Watch, hp: Hyperp
                 f"{command} --resume {watch.checkpoint or 'latest'}")
         return 128 + stop
     per_second = 1000 * tokens_before(hp.num_steps, hp) / max(progress.train_time_ms, 1e-3)
-    unit = 1 if sys.platform == "darwin" else 1024
+    # Forward and backward, a token: 6 FLOPs a weight, 12 D a layer and visible key; look-ups none.
+    weights = sum(p.numel() for name, p in model.named_parameters()
+                  if re.fullmatch(r"(blocks|head)\..*\.weight", name))
+    windows = Schedule(hp.num_steps // 2, hp, torch.device("cpu")).windows
+    keys = sum(windows[layer.attention].item() for layer in hp.layers if layer.attention)
+    flops = (6 * weights + 12 * hp.model_dim * keys) * per_second / runtime.world_size
+    name, unit = device_name(runtime.device), 1 if sys.platform == "darwin" else 1024
+    mfu = next((f" mfu:{flops / p:.1%}" for part, p in PEAK_FLOPS.items() if part in name), "")
     memory = (torch.cuda.max_memory_allocated(runtime.device) if runtime.cuda else
               unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     log.say(f"target {TRACKS[hp.track].target}: {progress.reached or 'missed'}",
-            f"tokens_per_second:{per_second:.0f} peak_memory_per_rank:{memory / 2**20:.0f}MiB")
+            f"tokens_per_second:{per_second:.0f} peak_memory_per_rank:{memory / 2**20:.0f}MiB{mfu}")
     if hp.sample_tokens and runtime.rank == 0:
         log.begin("writing a sample")
         try:
@@ -1764,7 +1803,7 @@ def run_as_program(function: Callable, *args) -> int:
     """function(*args) as a command: its int result or 0; 2 after a UserError, 130 after Ctrl-C."""
     try:
         return function(*args) or 0
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C; | head
         code, message = 130, "interrupted"
     except UserError as error:
         code, message = 2, "error: " + " ".join(str(error).split("\n"))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import timeit
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -378,6 +379,32 @@ def test_settings_that_no_flag_may_have_are_not_taken(sandbox, tmp_path):
         torch.save(saved, odd)
         with pytest.raises(UserError, match=f"odd.pt.*--{name}.*{value}"):
             train_gpt.parse_arguments(["--track=laptop", f"--resume={odd}"])
+
+
+@LINUX
+def test_a_terminal_shows_what_goes_on_and_keeps_none_of_it(sandbox):
+    """Steps and the time that is left, seconds of the validation; each covered by the next line. The log has none."""
+    source = (sandbox.path / "train_gpt.py").read_text()
+    source = source.replace("    optimizer.step(schedule)\n", "    optimizer.step(schedule); time.sleep(0.6)\n", 1)
+    source = source.replace("    num_sequences = TRACKS", "    time.sleep(1.2)\n    num_sequences = TRACKS", 1)
+    (sandbox.path / "train_gpt.py").write_text(source)
+    shown, terminal = os.openpty()
+    process = subprocess.Popen([sys.executable, "train_gpt.py", "--track=laptop", *TINY, "--log_every=0"],
+                               cwd=sandbox.path, stdout=terminal, stderr=subprocess.STDOUT)
+    os.close(terminal)
+    text = b""
+    with suppress(OSError):  # a terminal that was left
+        while part := os.read(shown, 10_000):
+            text += part
+    assert process.wait(timeout=60) == 0
+    text = text.decode().replace("\r\n", "\n")
+    assert re.search(r"\r\x1b\[Kwarming up \.\.\. \d s", text) and "step 0/" not in text.split("warming up")[0]
+    assert "\r\x1b[Kvalidating on 16,384 tokens ... 1 s" in text
+    assert re.search(r"\r\x1b\[Kstep [345]/6, \d s left", text) and text.endswith("\r\x1b[K")
+    remains = ["".join(line.split("\r\x1b[K")[-1:]) for line in text.split("\n")]  # what a terminal keeps
+    (log,) = scratch(sandbox).glob("*.txt")
+    assert [line for line in remains if line] == log.read_text().split(train_gpt.SEPARATOR + "\n")[2].splitlines()
+    assert "\r" not in log.read_text()
 
 
 def test_a_second_signal_leaves_at_once(monkeypatch):
