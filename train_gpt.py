@@ -1342,15 +1342,17 @@ def supervised(watch: Watch, log: "Log", progress: "Progress"):
 # --- Compilation ---------------------------------------------------------------------------------
 
 def compile_parts(model: GPT, optimizer: Optimizer, device: torch.device, compiled: bool = True):
-    """torch.compile each block, stem and head: one compilation serves all blocks of a kind. For
-    --profile attention, MLP and head, if compiled, each alone: they have names in the trace."""
+    """torch.compile: on CUDA the model as a whole, for the host has less to do and gradients are
+    summed in kernels; on a CPU each block, stem and head: one compilation serves all blocks of a
+    kind. --profile: attention, MLP, head, if compiled, each alone, with a name in the trace."""
     torch._dynamo.config.recompile_limit = 128  # kinds of blocks, batches; with, without gradients
     compiler = functools.partial(torch.compile, dynamic=False, disable=not compiled)
+    parts = GPT if device.type == "cuda" else (Block, Stem, Head)
     for part in model.modules():
         name = {Attention: "attention", MLP: "MLP", Head: "head"}.get(type(part))
         if model.hp.profile and name:
             part.forward = record_function(name)(compiler(part.forward))
-        elif isinstance(part, (Block, Stem, Head)) and not model.hp.profile:
+        elif isinstance(part, parts) and not model.hp.profile:
             part.compile(dynamic=False)
     if device.type == "cuda":  # fuses Adam's ten passes over large tables; a CPU's are small
         optimizer.changes = {name: compiler(change) for name in RULES}
@@ -1369,7 +1371,7 @@ def warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperpara
         for _ in range(hp.adam_every):
             training_step(model, optimizer, batch, schedule)
         with torch.no_grad():
-            model(text, text, schedule)
+            model(text, text.clone(), schedule)  # not one tensor twice: a compiler would see that
     model.load_state_dict(before)
     optimizer.load_state_dict(None)
 

@@ -24,7 +24,7 @@ REPO = Path(os.environ.get("REPO", HERE.parents[2]))
 SANDBOX = Path(os.environ.get("SANDBOX", REPO / "records" / "scratch" / "english"))
 RECORDS, CORPUS = REPO / "records", REPO.parent / "shared" / "corpus"
 sys.path[:0] = map(str, (SANDBOX, RECORDS, RECORDS / "studies" / "2026-11-24_LaptopLadder"))
-SEEDS, NUM_TRIALS, DTYPE = (0, 1, 2), 6, "bfloat16"
+SEEDS, NUM_TRIALS = (0, 1, 2), 6
 # The track has no target: the loss to reach is the mean final one of the baseline.
 TRACK = ('Track("data/english/openweb_train_*.bin", "data/english/openweb_val_*.bin",\n'
          '                     65_536, 50_257, 50_256, False, 0.0, "study.py make")')
@@ -87,7 +87,7 @@ def run(name: str, factors: tuple[float, ...], kind: str, seed: int) -> float:
     flags = {key: f"{rate * factor:.6g}" for group, factor in zip(row["rates"], factors)
              for key, rate in group.items()}
     flags |= {key: round(share * steps) for key, share in row["corners"].items()}
-    flags |= dict(track="english", seed=seed, num_steps=steps, val_every=every, dtype=DTYPE,
+    flags |= dict(track="english", seed=seed, num_steps=steps, val_every=every, dtype="bfloat16",
                   compile="on", entry=f"{kind}/{name}")
     command = [sys.executable, f"{name}.py", *(f"--{key}={value}" for key, value in flags.items())]
     # One core. glibc keeps freed memory, for to map the logits anew costs a third of a step.
