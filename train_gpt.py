@@ -910,7 +910,7 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
 
         loader, first_step = BatchLoader(train_stream, hp, runtime, progress.step), progress.step
         started = runtime.seconds()  # progress.train_time_ms is the time until then
-        watch.heed_signals()
+        watch.saves = True  # from now on a signal ends the run after a step, no longer at once
         for step in range(first_step, hp.num_steps + 1):
             progress.step, last = step, step == hp.num_steps
             schedule = Schedule(step, hp, runtime.device)
@@ -1278,10 +1278,6 @@ class Watch:
         self.runtime, self.pending, self.checkpoint, self.warn = runtime, [], "", None  # the log's
         self.signal, self.signalled_at, self.agreed = 0, 0.0, 0  # this rank's; what all heed
         self.saves = False  # has the run something to save?
-
-    def heed_signals(self) -> None:
-        """From now on they end the run after a step, no longer at once."""
-        self.saves = True
 
     def on_signal(self, number: int, frame=None) -> None:
         """End the run after this step; before the first one, and by a second signal, at once."""

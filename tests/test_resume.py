@@ -415,7 +415,7 @@ def test_a_second_signal_leaves_at_once(monkeypatch):
     for world_size, copies in ((1, 0.05), (2, 0.5)):
         watch, said = Watch(Runtime(0, world_size, CPU)), []
         watch.warn = said.append
-        watch.heed_signals()
+        watch.saves = True
         watch.on_signal(signal.SIGTERM)
         clock[0] += copies
         watch.on_signal(signal.SIGTERM)  # torchrun's copy of the first
