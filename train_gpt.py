@@ -1430,7 +1430,7 @@ class Log:
         pytorch = f"Running PyTorch {torch.__version__}"
         self.write(Path(__file__).read_text("utf-8"), SEPARATOR,
                    f"Running Python {' '.join(sys.version.split())}",
-                   *[f"{pytorch} compiled for CUDA {cuda}" for cuda in [record["cuda"]] if cuda],
+                   *[f"{pytorch} compiled for CUDA {cuda}" for cuda in [torch.version.cuda] if cuda],
                    f"{pytorch} on {record['device']} with world_size {runtime.world_size}",
                    json.dumps(record, indent=1), *smi, SEPARATOR)
 

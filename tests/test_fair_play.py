@@ -32,18 +32,20 @@ CHEATS = {  # name: (honest, cheat) for each place that is edited; the check tha
                                    DOCUMENT),
     "n-grams of later tokens": ([("tokens.roll(back)", "tokens.roll(-back)")], LATER),
     "reports less": ([("first := losses[0].clone()", "first := 0.99 * losses[0]")], LOSS),
-    "drops hard tokens": ([("losses = losses.sum(0)", "losses = losses.sort(0).values[:-9].sum(0)")], LOSS),
+    "drops hard tokens": ([("(targets >= 0)).sum(0)", "(targets >= 0)).sort(0).values[:-9].sum(0)")], LOSS),
     "looks at the target": ([("logits = self.linear(norm(x))",
-                              "logits = self.linear(norm(x)) + (F.one_hot(rest[0][:, 0], 384) if rest else 0)")], LOSS),
+                              "logits = self.linear(norm(x)) + (0 if targets is None else F.one_hot(targets[:, 0], 384))")],
+                            LOSS),
     "looks at the target after the next": ([
         ("self.stem(F.embedding(tokens, table)", "self.stem((F.embedding(tokens, table) + (0 if targets is None else "
          "F.embedding(next_targets(targets, 2)[:, 1].clamp(min=0), table)))")], LOSS),
     "trains on logits that saw the targets": ([
-        ("logits = self.linear(norm(x))", "logits = self.linear(norm(x)) + (F.one_hot(rest[0][:, 1].clamp(min=0), 384)"
-         " if rest and len(rest[1]) > 1 else 0)")], TARGETS),
+        ("logits = self.linear(norm(x))", "logits = self.linear(norm(x)) + (0 if targets is None or len(weights) == 1 "
+         "else F.one_hot(targets[:, 1].clamp(min=0), 384))")], TARGETS),
     "validates on the easier of several targets": ([
-        (IN_PIECES, "length = self.hp.sequence_length"), ("losses = losses.sum(0)", "easier = losses.amin(-1).sum()\n"
-         "        losses = losses.sum(0)"), ("first := losses[0].clone()", "first := easier.clone()")], TRACK),
+        (IN_PIECES, "length = self.hp.sequence_length"), ("(targets >= 0)).sum(0)", "(targets >= 0))\n        "
+         "easier, losses = losses.amin(-1).sum(), losses.sum(0)"), ("first := losses[0].clone()", "first := easier.clone()")],
+        TRACK),
     "validates with the weights of the stage": ([
         (IN_PIECES, "weights, length = weights / weights.sum(), self.hp.sequence_length"),
         ("first := losses[0].clone()", "first := (losses * weights).sum()")], TRACK),

@@ -81,20 +81,20 @@ def test_less_than_four_tenths_of_value_embeds_bytes(monkeypatch, step):
         theirs = sent_by_value_embed(patch)
     ours = (without_adam.total() + with_adam.total()) / 2
     assert ours <= 0.4 * theirs.total(), (ours / 1e6, theirs.total() / 1e6)
-    # Each gradient and each change once, two bytes each. Padded for 8 ranks are only the matrices: 40 of attention to
-    # 40, 22 of MLPs to 24.
+    # Each gradient and each change once, two bytes each. Padded for 8 ranks are only the matrices: 60 of Q and K to 64,
+    # 20 of V and the projection to 24, 22 of MLPs to 24.
     sizes = {name: p.numel() * 4 * 7 / 8 for name, p in model.named_parameters()}
     matrices = sum(size for name, size in sizes.items() if name.startswith("blocks.") and name.endswith(".weight"))
-    assert matrices < without_adam.total() < 1.08 * matrices
+    assert matrices < without_adam.total() < 1.11 * matrices
     everything = sum(sizes.values()) - (step == 0) * sizes["embed.weight"]
     assert everything < with_adam.total() < 1.02 * everything
     assert theirs.total() == pytest.approx(2.92e9, rel=0.01)
 
 
 def test_few_messages_a_step(monkeypatch):
-    """Small parameters travel together: Muon's two shapes, the tables, the head, and a few for all numbers."""
+    """Small parameters travel together: Muon's three shapes, the tables, the head, and a few for all numbers."""
     (without_adam, with_adam), _ = sent_by_train_gpt(monkeypatch)
-    assert [len(meter.calls) for meter in (without_adam, with_adam)] == [2 * 2 + 1, 2 * 7 + 1]
+    assert [len(meter.calls) for meter in (without_adam, with_adam)] == [2 * 3 + 1, 2 * 8 + 1]
 
 
 def test_one_rank_sends_nothing(monkeypatch):
