@@ -9,8 +9,8 @@
 `./run.sh` does the same and first sets up Python and data. A track fixes data, vocabulary, target;
 all else is yours. A run's log, records/scratch/<run_id>.txt: this source, environment, losses.
 
-The recipe is that of the public record of 2026-05-07 in plain PyTorch. An idea names its source: a
-record, by its date, or an arXiv id. What was taken and measured: records/2026-11-28_Mudd.
+The recipe is that of the public race of May 2026 in plain PyTorch. An idea names its source: a
+record, by its date, or an arXiv id. What was taken, left, predicted: records/2026-11-28_Mudd.
 
 Shapes in comments: S sequences of T tokens, N = S T tokens at once, D model width, H heads of width
 d, V vocabulary, K targets of a token, W ranks.
@@ -91,7 +91,7 @@ class Layer(NamedTuple):
     attention: str | None     # "short" or "long" window, "paired" heads, None: an MLP alone
     value_table: int | None   # table of the value embeddings that its attention adds
     skip_from: int | None     # earlier layer whose output is added to its input
-    attends_to: int | None    # earlier layer whose output its attention reads; None: its input
+    attends_to: int | None    # earlier layer whose output its attention reads; None: what comes in
     xsa: bool                 # does attention's output lose what points along the own value?
     mudd: bool                # has each token its own weights of what the layer adds up?
     to_head: float | None     # weight at first with which its output goes to the head, too
@@ -146,7 +146,7 @@ def knob(default, help: str, choices: tuple | None = None, least: float = 0, mos
 class Hyperparameters:
     """One run. Each field is a flag; defaults are fineweb's, PRESETS has the other tracks'."""
     track: str = knob("fineweb", "which data, target, LAYERS and STAGES", tuple(TRACKS))
-    seed: int = knob(0, "of the initial weights; the data's order never changes", most=2**63 - 1)
+    seed: int = knob(0, "of weights and sample; the data's order never changes", most=2**63 - 1)
     # work
     num_steps: int = knob(1385, "optimizer steps", least=1, most=10**6)
     extension_steps: int = knob(40, "so many of them come after the schedule (*)")
@@ -348,8 +348,7 @@ class Mudd(nn.Module):
     (MUDD, arXiv 2502.12170, record 2026-04-22)."""
     def __init__(self, model_dim: int, start: tuple[float, ...]):
         super().__init__()
-        bound = model_dim ** -0.5
-        self.fc = nn.Parameter(torch.empty(64, model_dim).uniform_(-bound, bound))
+        self.fc = nn.Parameter(torch.empty(64, model_dim).uniform_(-1, 1) / model_dim ** 0.5)
         self.proj = nn.Parameter(torch.zeros(len(start), 64))
         self.bias = nn.Parameter(10 * torch.tensor(start))
 
@@ -469,9 +468,8 @@ class Stem(nn.Module):
         return x0, x0 + self.ngram_scale * ngram
 
 class Block(nn.Module):
-    """One layer: a skip from an earlier one, attention, MLP; after the attention the embedding x0
-    and the n-grams' are mixed in (records 2025-11-18, 2026-02-12). MUDD: V and the stream also get
-    a mixture of h0, the first layer's input, what its attention reads, and x."""
+    """A skip, attention, MLP; the embedding x0 and the n-grams' come after the attention (records
+    2025-11-18, 2026-02-12). MUDD: V and x get h0, the first layer's input, attends_to and x."""
     def __init__(self, hp: Hyperparameters, layer: Layer):
         super().__init__()
         self.attention = Attention(hp, layer) if layer.attention else None
@@ -532,36 +530,42 @@ class GPT(nn.Module):
         and the mean cross-entropy in nats. Without targets: float32 logits (N, V)."""
         start = document_start(tokens, self.eot_token)
         position_in_document = torch.arange(len(start), device=start.device) - start
-        masks, begins = self.masks(start, schedule), position_in_document == 0
+        masks, weights = self.masks(start, schedule), schedule.target_weights
         rotary = rotary_tables(schedule.frequencies, 2 * len(start))
         tokens = tokens.flatten()
         table = self.head.linear.weight.squeeze(0) if schedule.tied else self.embed.weight
         values = self.value_embed(tokens).split(self.hp.model_dim, -1) if self.value_embed else ()
         ngram = self.ngram(tokens, position_in_document)
-        x0, x = self.stem(F.embedding(tokens, table).to(ngram.dtype), ngram, begins)
-        h0, outputs = x, []
-        for block, layer in zip(self.blocks, self.hp.layers, strict=True):
+        embed = F.embedding(tokens, table).to(ngram.dtype)
+        if targets is not None:  # a validation's: the next token alone
+            weights = weights if torch.is_grad_enabled() else torch.ones_like(weights[:1])
+            targets = next_targets(targets, len(weights))
+        return self.body(embed, values, ngram, targets, weights, position_in_document == 0, rotary,
+                         schedule.attention_scale, masks)
+
+    def body(self, embed: Tensor, values: tuple[Tensor, ...], ngram: Tensor, targets: Tensor | None,
+             weights: Tensor, begins: Tensor, rotary: Tensor, scale: Tensor,
+             masks: dict) -> tuple[Tensor, Tensor] | Tensor:
+        """forward() from the embeddings (N, D) on, with next_targets (N, K) and weights (K,)."""
+        x0, x = self.stem(embed, ngram, begins)
+        h0, outputs = x, {None: None}
+        for i, (block, layer) in enumerate(zip(self.blocks, self.hp.layers, strict=True)):
             # x.view_as: another object, or torch.compile would compile some blocks apart
             x = block(x, x.view_as(x) if layer.attends_to is None else outputs[layer.attends_to],
-                      x0, ngram, h0 if layer.mudd else None,
-                      None if layer.skip_from is None else outputs[layer.skip_from],
+                      x0, ngram, h0 if layer.mudd else None, outputs[layer.skip_from],
                       None if layer.value_table is None else values[layer.value_table], begins,
-                      rotary if layer.attention == "paired" else rotary[:, :len(x)],
-                      schedule.attention_scale, masks[layer.attention])
-            outputs.append(x.view_as(x))
-        sources = [out for out, layer in zip(outputs, self.hp.layers, strict=True)
-                   if layer.to_head is not None]
+                      rotary if layer.attention == "paired" else rotary[:, :len(x)], scale,
+                      masks[layer.attention])
+            outputs[i] = x.view_as(x)
+        sources = [outputs[i] for i, row in enumerate(self.hp.layers) if row.to_head is not None]
         sources = [*sources, h0, *values[:1]] if sources else []
         if targets is None:
             return self.head(x, sources)
-        weights, length = schedule.target_weights, len(x)
-        if not torch.is_grad_enabled():  # the next token alone; a validation's logits are too many
-            weights, length = torch.ones_like(weights[:1]), self.hp.sequence_length
-        pieces = (t.split(length) for t in (next_targets(targets, len(weights)), x, *sources))
-        losses = [self.head(x, sources, targets, weights)
-                  for targets, x, *sources in zip(*pieces, strict=True)]
+        length = len(x) if torch.is_grad_enabled() else self.hp.sequence_length  # else too many
+        pieces = zip(*(t.split(length) for t in (targets, x, *sources)), strict=True)
+        losses = [self.head(x, sources, targets, weights) for targets, x, *sources in pieces]
         objective, loss = map(sum, zip(*losses, strict=True))
-        return objective, loss / len(tokens)
+        return objective, loss / len(embed)
 
 def build_model(hp: Hyperparameters, device: torch.device, dtype: torch.dtype, flex: bool,
                 sparse: bool = False) -> GPT:
@@ -708,17 +712,14 @@ def muon_direction(group: Group, grad: Tensor, momentum_buffer: Tensor, second_m
     return even * (before / after.clamp(min=1e-10))
 
 def adam_direction(group: Group, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, _: Tensor,
-                   bias1: Tensor, bias2: Tensor, touched: Tensor | float = 1.0) -> Tensor:
-    """Adam (arXiv 1412.6980) in float32. bias1, bias2: 1 - beta^t; touched: 0 in rows that stay."""
-    grad, (beta1, beta2) = grad.float(), group.betas
+                   bias1: Tensor, bias2: Tensor) -> Tensor:
+    """Adam (arXiv 1412.6980) in float32. bias1, bias2: 1 - beta^t. lazy_adam leaves rows without
+    gradient alone, moments included."""
+    lazy, grad, (beta1, beta2) = group.rule == "lazy_adam", grad.float(), group.betas
+    touched = (grad != 0).any(-1, keepdim=True).float() if lazy else 1.0
     exp_avg.lerp_(grad, (1 - beta1) * touched)
     exp_avg_sq.lerp_(grad.square(), (1 - beta2) * touched)
     return touched * (exp_avg / bias1) / ((exp_avg_sq / bias2).sqrt() + 1e-10)
-
-def lazy_adam_direction(group: Group, grad: Tensor, *rest: Tensor) -> Tensor:
-    """Adam that leaves rows without gradient alone, moments included."""
-    touched = (grad != 0).any(-1, keepdim=True).float()
-    return adam_direction(group, grad, *rest, touched)
 
 class Rule(NamedTuple):
     """An update rule; its state is float32."""
@@ -730,7 +731,7 @@ class Rule(NamedTuple):
 RULES = {
     "muon": Rule(muon_direction, ("momentum",), ("second_moment",), True),
     "adam": Rule(adam_direction, ("exp_avg", "exp_avg_sq"), (), False),
-    "lazy_adam": Rule(lazy_adam_direction, ("exp_avg", "exp_avg_sq"), (), False)}
+    "lazy_adam": Rule(adam_direction, ("exp_avg", "exp_avg_sq"), (), False)}
 
 def change(direction: Callable, group: Group, grad: Tensor, values: Tensor, state: list[Tensor],
            lr: Tensor, lr_scale: Tensor, *numbers: Tensor) -> Tensor:
@@ -775,8 +776,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, schedule: Schedule) -> None:
-        """One update from the gradients, which are then gone, but for those that Adam keeps for
-        its next one. A bucket without any gradient rests. Collective."""
+        """One update; gradients are gone, but those that Adam keeps for its next one. Collective."""
         self.num_updates += 1
         adam_steps = self.num_updates % self.adam_every == 0
         due = [bucket for bucket in self.buckets if any(p.grad is not None for p in bucket.params)
@@ -1321,36 +1321,36 @@ def supervised(watch: Watch, log: "Log", progress: "Progress"):
     watch.warn = log.warn
     before = {n: signal.signal(n, watch.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     follower = threading.Thread(target=log.follow, args=(progress,), daemon=True)
-    if log.terminal:
-        follower.start()
+    follower.start()
     try:
         yield
     except BaseException as error:
         log.write(f"run failed at step {progress.step}: {type(error).__name__}: {error}")
         raise
     finally:
-        if log.terminal:
-            log.over.set()
-            follower.join()
+        log.over.set()
+        follower.join()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 # --- Compilation ---------------------------------------------------------------------------------
 
 def compile_parts(model: GPT, optimizer: Optimizer, device: torch.device, compiled: bool = True):
-    """torch.compile: on CUDA the model as a whole, for the host has less to do and gradients are
-    summed in kernels; on a CPU each block, stem and head: one compilation serves all blocks of a
-    kind. --profile: attention, MLP, head, if compiled, each alone, with a name in the trace."""
+    """torch.compile: on CUDA all from the embeddings on, for the host has less to do and gradients
+    are summed in kernels; on a CPU each block, stem and head: one compilation serves all blocks of
+    a kind. --profile: attention, MLP, head, if compiled, each alone, with a name in the trace."""
     torch._dynamo.config.recompile_limit = 128  # kinds of blocks, batches; with, without gradients
+    cuda = device.type == "cuda"
     compiler = functools.partial(torch.compile, dynamic=False, disable=not compiled)
-    parts = GPT if device.type == "cuda" else (Block, Stem, Head)
     for part in model.modules():
         name = {Attention: "attention", MLP: "MLP", Head: "head"}.get(type(part))
         if model.hp.profile and name:
             part.forward = record_function(name)(compiler(part.forward))
-        elif isinstance(part, parts) and not model.hp.profile:
+        elif isinstance(part, (Block, Stem, Head)) and not model.hp.profile and not cuda:
             part.compile(dynamic=False)
-    if device.type == "cuda":  # fuses Adam's ten passes over large tables; a CPU's are small
+    if cuda and not model.hp.profile:
+        model.body = compiler(model.body)
+    if cuda:  # fuses Adam's ten passes over large tables; a CPU's are small
         optimizer.changes = {name: compiler(change) for name in RULES}
         model.block_lists = compiler(block_lists)  # few kernels for many
 
@@ -1389,14 +1389,19 @@ PEAK_FLOPS = {  # dense bfloat16 FLOP/s of data sheets, by part of a device's na
     "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 NOT_KEPT = 3  # exit code of a run that ended well, but whose log or checkpoint can't be written
 
+def show(text: str, onto) -> None:
+    """Onto stdout or stderr, over a terminal's progress. A console that is gone ends no run."""
+    with suppress(OSError):
+        print(CLEAR * onto.isatty() + text, end="", file=onto, flush=True)
+
 def one_line(error: BaseException) -> str:
     """What an exception says, at most 300 characters of it, or its name where it says nothing."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
-def _output_of(*command: str) -> str:
+def _output_of(command: str) -> str:
     """What a shell's command prints, or nothing where it can't be run."""
     with suppress(subprocess.TimeoutExpired):
-        return subprocess.run(" ".join(command), shell=True, capture_output=True, text=True,
+        return subprocess.run(command, shell=True, capture_output=True, text=True,
                               timeout=20, cwd=ROOT).stdout.strip()
     return ""
 
@@ -1425,12 +1430,12 @@ class Log:
             raise UserError(f"can't write the log {self.path}: {error.strerror}; mend that or name "
                             "another folder with --entry") from None
         if self.file.tell():  # of the run that is resumed: a kill may have cut its last line
-            return self.write("")
+            return None if self.path.read_bytes().endswith(b"\n") else self.write("")
         smi = ["nvidia-smi:", _output_of("nvidia-smi")] if runtime.cuda else []
-        pytorch = f"Running PyTorch {torch.__version__}"
+        pytorch, cuda = f"Running PyTorch {torch.__version__}", torch.version.cuda
         self.write(Path(__file__).read_text("utf-8"), SEPARATOR,
                    f"Running Python {' '.join(sys.version.split())}",
-                   *[f"{pytorch} compiled for CUDA {cuda}" for cuda in [torch.version.cuda] if cuda],
+                   *([f"{pytorch} compiled for CUDA {cuda}"] if cuda else []),
                    f"{pytorch} on {record['device']} with world_size {runtime.world_size}",
                    json.dumps(record, indent=1), *smi, SEPARATOR)
 
@@ -1444,7 +1449,7 @@ class Log:
                 self.fail(f"can't write the log {self.path}: {error.strerror}")
             if onto:
                 self.doing = ""
-                print(CLEAR * self.terminal + text, end="", file=onto, flush=True)
+                show(text, onto)
 
     def say(self, *lines: str) -> None:
         """Into the file and onto the console."""
@@ -1477,14 +1482,14 @@ class Log:
 
     def begin(self, name: str) -> None:
         """On the console alone: something goes on that takes a while."""
-        self.doing, self.since = name, time.monotonic()
+        self.since, self.doing = time.monotonic(), name
         if self.file and not self.terminal:
-            print(f"{name} ...", flush=True)
+            show(f"{name} ...\n", sys.stdout)
 
     def follow(self, progress: "Progress") -> None:
         """On a terminal, twice a second, in place until the next line: what goes on."""
         first, total = None, tokens_before(self.hp.num_steps, self.hp)
-        while not self.over.wait(0.5):
+        while self.terminal and not self.over.wait(0.5):
             now, step = time.monotonic(), progress.step
             text, here = f"step {step}/{self.hp.num_steps}", tokens_before(step, self.hp)
             if doing := self.doing:
@@ -1492,8 +1497,8 @@ class Log:
             elif here > (first := first or (now, here))[1]:
                 left = (now - first[0]) * (total - here) / (here - first[1])
                 text += f", {left:.0f} s left"
-            print(CLEAR + text, end="", flush=True)
-        print(end=CLEAR, flush=True)
+            show(text, sys.stdout)
+        show("", sys.stdout)
 
 def profiler(hp: Hyperparameters, runtime: Runtime, log: Log):
     """A context: with --profile, on rank 0, torch's profiler of three training steps; else None."""
@@ -1603,7 +1608,8 @@ def save_checkpoint(progress: Progress, record: dict, model: GPT, optimizer: Opt
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
         temporary.unlink(missing_ok=True)
         return log.fail(f"can't write the checkpoint {path}: {one_line(error)}; free disk space")
-    for old in sorted(path.parent.glob(f"{log.path.stem}_step*.pt"))[:-log.hp.keep]:
+    saved = path.parent.glob(f"{log.path.stem}_step*.pt")
+    for old in sorted(saved, key=os.path.getmtime)[:-log.hp.keep]:
         old.unlink(missing_ok=True)
     watch.checkpoint = path
     log.say(f"checkpoint {path} in {time.perf_counter() - start:.2f} s (not training time)")
@@ -1632,7 +1638,7 @@ def load_checkpoint(model: GPT, optimizer: Optimizer, watch: Watch, log: Log) ->
         runs = {p.name.rpartition("_step")[0] for p in log.path.parent.glob("*_step*.pt")}
         if others := sorted(runs - {log.path.stem}):
             log.say(f"other runs with checkpoints there: {', '.join(others)}")
-        if log.file and re.search(r"^target [\d.]+: [rm]", log.path.read_text("utf-8"), re.M):
+        if log.file and re.search(rb"^target [\d.]+: [rm]", log.path.read_bytes(), re.M):
             log.say("its log says that this run was finished: now its last steps are done again")
 
 def start_run(hp: Hyperparameters, runtime: Runtime) -> tuple:
@@ -1648,8 +1654,8 @@ def start_run(hp: Hyperparameters, runtime: Runtime) -> tuple:
         "hyperparameters": dataclasses.asdict(hp), "world_size": runtime.world_size,
         "stage_tokens": [s.batch * hp.batch_size * hp.sequence_length for s in hp.stages],
         "run_id": f"{hp.track}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}",
-        "activations": dtype, "git_commit": _output_of("git", "rev-parse", "HEAD") or None,
-        "git_dirty": bool(_output_of("git", "status", "--porcelain")), "target": track.target,
+        "activations": dtype, "git_commit": _output_of("git rev-parse HEAD") or None,
+        "git_dirty": bool(_output_of("git status --porcelain")), "target": track.target,
         "compiled": compile_pays(hp, device) if hp.compile == "auto" else hp.compile == "on",
         "code_hash": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
         "data_fingerprint": "-".join(data), "threads": torch.get_num_threads(),
@@ -1683,7 +1689,8 @@ def write_on(hp: Hyperparameters, runtime: Runtime) -> None:
         dtype = getattr(torch, saved["activations"])
         model = build_model(hp, runtime.device, dtype, flex=False)
         model.load_state_dict(saved["model"])
-        print(write_sample(model, hp, saved["progress"]["step"], runtime.device))
+        step = saved["progress"]["step"]
+    print(write_sample(model, hp, step, runtime.device))
 
 # --- Command line ---------------------------------------------------------------------------------
 
@@ -1741,14 +1748,16 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
               if layer.attention not in ("short", "long", "paired", None)
               or layer.value_table not in (None, *range(tables if layer.attention else 0))
               or not {layer.skip_from, layer.attends_to} <= {None, *range(i)}]
-    stages = [i for i, stage in enumerate(hp.stages) if len(stage.targets) != len(stage.targets_end)
+    stages = [i for i, stage in enumerate(hp.stages)
+              if stage.batch < 1 or len(stage.targets) != len(stage.targets_end)
               or any(old.until >= stage.until or old.tied < stage.tied for old in hp.stages[:i])]
     batch = math.gcd(*(stage.batch * hp.batch_size for stage in hp.stages))  # in each stage's
     tokens, records = TRACKS[hp.track].val_tokens, (ROOT / "records").resolve()
     for wrong, message in (
         (layers, f"layers {layers} of LAYERS: attention is short, long, paired or None, with it a "
          "value table 0, 1, ...; a layer reads earlier ones"),
-        (stages, f"stages {stages} of STAGES: until rises, untied stays so, targets pair up"),
+        (stages, f"stages {stages} of STAGES: until rises, untied stays so, batch is at least 1, "
+         "targets pair up"),
         (hp.extension_steps >= hp.num_steps, f"--extension_steps {hp.extension_steps}, expected "
          f"less than --num_steps {hp.num_steps}; use --extension_steps {hp.num_steps // 40}"),
         (batch % world_size, f"{batch} sequences a step can't be divided over {world_size} ranks; "
@@ -1801,13 +1810,13 @@ def run_as_program(function: Callable, *args) -> int:
     """function(*args) as a command: its int result or 0; 2 after a UserError, 130 after Ctrl-C."""
     try:
         return function(*args) or 0
-    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C; | head
+    except KeyboardInterrupt:
         code, message = 130, "interrupted"
     except UserError as error:
         code, message = 2, "error: " + " ".join(str(error).split("\n"))
     if os.environ.get("RANK", "0") != "0":
         time.sleep(3)  # torchrun ends all ranks when one fails: rank 0 says what all have met
-    print(message, file=sys.stderr)
+    show(f"{message}\n", sys.stderr)
     if dist.is_initialized():  # Python's exit would abort, or wait, where other ranks still compute
         os._exit(code)
     return code

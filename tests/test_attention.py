@@ -256,6 +256,17 @@ def test_gated_value_embeddings_by_loops(recipe):
     torch.testing.assert_close(alone.float(), wanted, atol=1e-5, rtol=1e-5)  # with a window of 1: its own value
 
 
+def test_a_value_of_zero_has_nothing_along_it(recipe):
+    """XSA divides by its square: the output stays what it is, and its gradient a number."""
+    layer, _ = layer_of(recipe, "short")
+    layer.v.weight.data.zero_()
+    x = torch.randn(6, 32, requires_grad=True)
+    mask, rotary = train_gpt.first_visible_key(torch.zeros(6, dtype=torch.long), torch.tensor(9)), torch.ones(2, 6, 4)
+    y = layer(x, None, torch.arange(6) == 0, rotary, torch.tensor(1.0), mask, None)
+    y.sum().backward()
+    assert not y.any() and x.grad.isfinite().all()
+
+
 def test_the_first_of_a_pair_does_not_see_the_second(recipe):
     """Heads 2 i and 2 i + 1 at one token: the second one's key and value reach no first one there, but later ones."""
     layer, _ = layer_of(recipe, "paired")

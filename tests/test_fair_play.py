@@ -14,7 +14,7 @@ LOSS = "The reported loss"
 TARGETS = "Training on several next tokens"
 TRACK = "Every validation"
 WARM_UP = "warm-up"
-IN_PIECES = "weights, length = torch.ones_like(weights[:1]), self.hp.sequence_length"
+IN_PIECES = "weights = weights if torch.is_grad_enabled() else torch.ones_like(weights[:1])"
 CHEATS = {  # name: (honest, cheat) for each place that is edited; the check that finds it
     "sees the next token": ([("& (key <= query)", "& (key <= query + 1)")], LATER),
     "sees other documents": ([("begins = tokens == eot_token", "begins = tokens == -1")], DOCUMENT),
@@ -37,17 +37,17 @@ CHEATS = {  # name: (honest, cheat) for each place that is edited; the check tha
                               "logits = self.linear(norm(x)) + (0 if targets is None else F.one_hot(targets[:, 0], 384))")],
                             LOSS),
     "looks at the target after the next": ([
-        ("self.stem(F.embedding(tokens, table)", "self.stem((F.embedding(tokens, table) + (0 if targets is None else "
+        ("embed = F.embedding(tokens, table)", "embed = (F.embedding(tokens, table) + (0 if targets is None else "
          "F.embedding(next_targets(targets, 2)[:, 1].clamp(min=0), table)))")], LOSS),
     "trains on logits that saw the targets": ([
         ("logits = self.linear(norm(x))", "logits = self.linear(norm(x)) + (0 if targets is None or len(weights) == 1 "
          "else F.one_hot(targets[:, 1].clamp(min=0), 384))")], TARGETS),
     "validates on the easier of several targets": ([
-        (IN_PIECES, "length = self.hp.sequence_length"), ("(targets >= 0)).sum(0)", "(targets >= 0))\n        "
+        (IN_PIECES, "pass"), ("(targets >= 0)).sum(0)", "(targets >= 0))\n        "
          "easier, losses = losses.amin(-1).sum(), losses.sum(0)"), ("first := losses[0].clone()", "first := easier.clone()")],
         TRACK),
     "validates with the weights of the stage": ([
-        (IN_PIECES, "weights, length = weights / weights.sum(), self.hp.sequence_length"),
+        (IN_PIECES, "weights = weights if torch.is_grad_enabled() else weights / weights.sum()"),
         ("first := losses[0].clone()", "first := (losses * weights).sum()")], TRACK),
     "counts the next token by its weight": ([("first := losses[0].clone()", "first := losses[0] * weights[0]")],
                                             TARGETS),

@@ -6,6 +6,7 @@ import pytest
 import slow_model
 import torch
 from conftest import TINY, at_window, away_from_zero
+from torch._dynamo.testing import CompileCounter
 
 import train_gpt
 from train_gpt import (
@@ -14,6 +15,7 @@ from train_gpt import (
     TRACKS,
     CappedCrossEntropy,
     Hyperparameters,
+    Layer,
     Linear,
     NGramEmbed,
     Schedule,
@@ -81,6 +83,39 @@ def test_the_logits_depend_on_each_part(recipe, recipe_model, name):
     with torch.no_grad():
         model.get_parameter(name).add_(0.2)
     assert (logits_of(model, tokens, schedule) - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("num_heads, rows", [
+    (2, [("short", 0, None, None, True, True, None)]),                   # MUDD in the first layer
+    (2, [("short", None, None, None, False, True, 0.0), (None, None, 0, None, False, True, None)]),  # and without tables
+    (4, [("long", 0, None, None, True, False, 0.3), ("paired", 0, None, 0, True, True, -0.5)]),
+    (3, [("short", None, None, None, True, False, None), ("long", 0, None, 0, True, False, 1.0)]),
+    (1, [("long", 0, None, None, True, False, None)])])
+def test_rows_of_ones_own_can_run(monkeypatch, num_heads, rows):
+    """With XSA, MUDD, weights to the head, tables or without: losses and gradients are numbers, each part has one."""
+    monkeypatch.setitem(LAYERS, "laptop", tuple(Layer(*row) for row in rows))
+    hp = replace(SMALL, num_heads=num_heads, model_dim=16 * num_heads)
+    train_gpt.check_hyperparameters(hp, 1)
+    model, tokens = away_from_zero(build_model(hp, CPU, torch.float32, flex=False)), tokens_of(T=128)[None]
+    objective, loss = model(tokens, tokens.roll(-1), Schedule(0, hp, CPU))
+    objective.backward()
+    assert loss.isfinite() and loss < 12
+    unused = ("embed.weight",) if Schedule(0, hp, CPU).tied else ()
+    for name, p in model.named_parameters():
+        assert name in unused or (p.grad is not None and p.grad.isfinite().all()), name
+
+
+def test_from_the_embeddings_on_all_is_one_graph(recipe):
+    """As CUDA compiles it: no break in any stage, and nothing new but where the stage, or validating, is new."""
+    model, counter = build_model(recipe, CPU, torch.float32, flex=False), CompileCounter()
+    model.body, counts = torch.compile(model.body, backend=counter, dynamic=False, fullgraph=True), []
+    text = tokens_of(T=257)[None]
+    for step in (0, 3, 8, 11, 12, 14):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                model(text[:, :-1], text[:, 1:].clone(), Schedule(step, recipe, CPU))
+            counts.append(counter.frame_count)
+    assert counts == [1, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3], counts
 
 
 def test_rows_of_layers_are_the_published_ones():

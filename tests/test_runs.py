@@ -258,8 +258,7 @@ def test_num_steps_scales_what_is_counted_in_steps_and_was_not_named(sandbox):
     hp = train_gpt.parse_arguments(["--track=fineweb", "--num_steps=149", "--extension_steps=7"])
     assert (hp.momentum_warmup_steps, hp.extension_steps) == (30, 7)
     done = sandbox("--num_steps=17", "--val_every=0")
-    assert ", 17 steps, " in done.stdout, done.stderr
-    assert '"momentum_warmup_steps": 5,' in log_of(sandbox)  # of 50 in 170
+    assert ", 17 steps (momentum rises in the first 5, " in done.stdout, done.stderr
 
 
 def assert_one_line(done, *named):
