@@ -776,7 +776,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, schedule: Schedule) -> None:
-        """One update; gradients are gone, but those that Adam keeps for its next one. Collective."""
+        """One update; gradients are gone but those that Adam keeps for its next. Collective."""
         self.num_updates += 1
         adam_steps = self.num_updates % self.adam_every == 0
         due = [bucket for bucket in self.buckets if any(p.grad is not None for p in bucket.params)
