@@ -417,6 +417,27 @@ def test_full_disk_leaves_no_half_checkpoint(tmp_path, monkeypatch, capsys):
     assert [path.name for path in hp.folder.iterdir()] == ["a.txt"]
 
 
+def test_a_run_resumed_from_an_older_checkpoint_keeps_what_it_saves(tmp_path, monkeypatch):
+    """Not those of later steps that the run before had left."""
+    class Empty:
+        state_dict = dict
+    monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
+    runtime, hp = Runtime(0, 1, torch.device("cpu")), train_gpt.Hyperparameters(keep=1)
+    log, watch = train_gpt.Log(hp, runtime, {"run_id": "a", "device": "a CPU"}), train_gpt.Watch(runtime)
+    for step in (6, 9, 3):
+        train_gpt.save_checkpoint(train_gpt.Progress(step), {}, torch.nn.Linear(2, 2), Empty(), watch, log)
+        os.utime(watch.checkpoint, (step, step))  # long ago
+        assert watch.checkpoint.exists() and [*hp.folder.glob("*.pt")] == [watch.checkpoint]
+
+
+def test_a_console_that_goes_away_ends_no_run(sandbox):
+    """As with `| head -1`, or a tee that Ctrl-C has ended."""
+    command = f"set -o pipefail; {sys.executable} train_gpt.py --track=laptop {' '.join(TINY)} | head -1"
+    done = subprocess.run(["bash", "-c", command], cwd=sandbox.path, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("track laptop")
+    assert "\ntarget 1.1: missed\n" in log_of(sandbox)
+
+
 def test_import_has_no_effects():
     """At the top level stand definitions and constants only, but for what a program alone does. What a try holds are
     imports: where a package is missing and it is no program, it raises what they raise."""

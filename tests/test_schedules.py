@@ -265,7 +265,7 @@ def test_presets_can_run_on_their_usual_ranks(track):
     ("LAYERS", 1, {"attention": "longg"}), ("LAYERS", 0, {"skip_from": 0}), ("LAYERS", 1, {"attends_to": 1}),
     ("LAYERS", 2, {"skip_from": -1}), ("LAYERS", 6, {"value_table": 0}), ("LAYERS", 1, {"value_table": 7}),
     ("STAGES", 1, {"until": 0.2}), ("STAGES", 0, {"targets_end": (1,)}),
-    ("STAGES", 3, {"tied": True})])
+    ("STAGES", 3, {"tied": True}), ("STAGES", 1, {"batch": 0})])
 def test_impossible_rows_are_one_line(monkeypatch, table, row, change):
     hp = train_gpt.Hyperparameters()
     train_gpt.check_hyperparameters(hp, 8)

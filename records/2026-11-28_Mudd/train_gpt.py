@@ -1335,7 +1335,7 @@ def supervised(watch: Watch, log: "Log", progress: "Progress"):
 
 # --- Compilation ---------------------------------------------------------------------------------
 
-def compile_parts(model: GPT, optimizer: Optimizer, device: torch.device, compiled: bool = True):
+def compile_parts(model: GPT, optimizer: Optimizer, device: torch.device, compiled=True) -> None:
     """torch.compile: on CUDA all from the embeddings on, for the host has less to do and gradients
     are summed in kernels; on a CPU each block, stem and head: one compilation serves all blocks of
     a kind. --profile: attention, MLP, head, if compiled, each alone, with a name in the trace."""
@@ -1467,9 +1467,8 @@ class Log:
 
     def introduce(self, model: GPT, record: dict) -> None:
         """The first line: what is trained, where, and for how long."""
-        parameters = sum(p.numel() for p in model.parameters())
+        hp, parameters = self.hp, sum(p.numel() for p in model.parameters())
         where = "{activations}, {world_size} x {device}, threads {threads}".format(**record)
-        hp = self.hp
         self.say(f"track {hp.track}, {hp.num_steps} steps (momentum rises in the first "
                  f"{hp.momentum_warmup_steps}, {hp.extension_steps} come after the schedule), "
                  f"{parameters:,} parameters, {where}, log {self.path}")
@@ -1498,7 +1497,8 @@ class Log:
                 left = (now - first[0]) * (total - here) / (here - first[1])
                 text += f", {left:.0f} s left"
             show(text, sys.stdout)
-        show("", sys.stdout)
+        if self.terminal:  # rank 0's
+            show("", sys.stdout)
 
 def profiler(hp: Hyperparameters, runtime: Runtime, log: Log):
     """A context: with --profile, on rank 0, torch's profiler of three training steps; else None."""
