@@ -161,7 +161,7 @@ class Hyperparameters:
     ngram_rows: int = knob(251_520, "rows of each n's table of n-grams", least=2, most=2**31)
     attention_scale: float = knob(0.1, "factor of the attention's scores at the first window")
     final_window: int = knob(2560, "tokens a query sees in a long layer in the last validation")
-    logit_cap: float = knob(23.0, "logits z become cap sigmoid((z + shift) / scale)", least=1e-3)
+    logit_cap: float = knob(23.0, "logits z become cap sigmoid((z + shift) / scale)", None, 1, 80)
     logit_shift: float = knob(5.0, "shift of the logits", least=-10**6)
     logit_scale: float = knob(7.5, "scale of the logits", least=1e-3)
     # optimizers
@@ -314,6 +314,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, max_window: int) -> T
 
 # --- Model ----------------------------------------------------------------------------------------
 
+LOG2_E = math.log2(math.e)  # exp2 is a GPU's own instruction, exp several: they bound a loss' time
 GATE_DIMS = 12  # gates read the first so many dimensions of what they look at (record 2025-08-23)
 
 def norm(x: Tensor) -> Tensor:
@@ -524,8 +525,7 @@ class GPT(nn.Module):
             masks[kind] = block_mask(first_key, self.block_lists) if self.flex else first_key
         return masks
 
-    def forward(self, tokens: Tensor, targets: Tensor | None,
-                schedule: Schedule) -> tuple[Tensor, Tensor] | Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None, schedule: Schedule) -> Tensor | tuple:
         """Of targets (S, T) after tokens (S, T): what is to be minimised, a sum over the tokens;
         and the mean cross-entropy in nats. Without targets: float32 logits (N, V)."""
         start = document_start(tokens, self.eot_token)
@@ -587,31 +587,32 @@ def next_targets(targets: Tensor, K: int) -> Tensor:
 
 def softcap(logits: Tensor, cap: float, shift: float, scale: float) -> Tensor:
     """cap * sigmoid((logits + shift) / scale) in float32 (arXiv 2408.00118, record 2025-12-26)."""
-    return cap * torch.sigmoid((logits.float() + shift) / scale)
+    return cap / (1 + torch.exp2((logits.float() + shift) * (-LOG2_E / scale)))
 
 class CappedCrossEntropy(torch.autograd.Function):
-    """Of logits (N, V) under softcap(logits, *cap): the cross-entropies of each of targets (N, K),
-    summed and weighted by weights (K,) (record 2025-12-22); and the unweighted sum of the first,
-    without gradient. A target of -1 counts nothing. The backward is one pass over the logits."""
+    """Of logits x weight^T, x (N, D), weight (V, D), under softcap(logits, *cap): cross-entropies
+    of targets (N, K) (-1: none), summed with weights (K,) (record 2025-12-22); the first's sum, not
+    differentiable. Gradients are made at once: one kernel reads the logits (arXiv 2410.10989)."""
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, weights: Tensor, cap: tuple) -> tuple:
-        capped, ctx.cap = softcap(logits, *cap), cap
-        logsumexp = capped.logsumexp(-1, keepdim=True)  # one serves all targets
-        losses = ((logsumexp - capped.gather(-1, targets.clamp(min=0))) * (targets >= 0)).sum(0)
-        ctx.save_for_backward(logits, targets, weights, logsumexp)
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, cap) -> tuple:
+        capped, (most, _, scale) = softcap(F.linear(x, weight), *cap), cap
+        below = capped - most  # as exp of it is at most 1, no maximum need be looked for
+        exp = torch.exp2(LOG2_E * below)
+        total = exp.sum(-1, keepdim=True)  # one serves all targets
+        losses = ((total.log() - below.gather(-1, targets.clamp(min=0))) * (targets >= 0)).sum(0)
+        if ctx.needs_input_grad[0]:
+            word = torch.arange(len(weight), dtype=torch.int32, device=x.device)
+            error = ((targets >= 0) * weights).sum(-1, keepdim=True) / total * exp
+            for k in range(len(weights)):  # softmax - one-hot, for each target
+                error = error - weights[k] * (word == targets[:, k:k + 1].int())
+            gradient = (error * capped * below * (-1 / (most * scale))).to(x.dtype)
+            ctx.save_for_backward(gradient @ weight, gradient.mT @ x)
         ctx.mark_non_differentiable(first := losses[0].clone())
         return (losses * weights).sum(), first
 
     @staticmethod
     def backward(ctx, grad: Tensor, _) -> tuple:
-        logits, targets, weights, logsumexp = ctx.saved_tensors
-        cap, _, scale = ctx.cap
-        capped, word = softcap(logits, *ctx.cap), torch.arange(logits.size(1), device=logits.device)
-        error = ((targets >= 0) * weights).sum(-1, keepdim=True) * (capped - logsumexp).exp()
-        for k in range(len(weights)):  # softmax - one-hot, for each target
-            error = error - weights[k] * (word == targets[:, k:k + 1])
-        slope = capped * (1 - capped / cap) / scale
-        return (grad * error * slope).to(logits.dtype), None, None, None
+        return *(grad * gradient for gradient in ctx.saved_tensors), None, None, None
 
 class Head(nn.Module):
     """Logits from the stream and, by MUDD, from earlier ones: layers' with a weight to_head (one
@@ -626,16 +627,15 @@ class Head(nn.Module):
         tables = any(layer.value_table is not None for layer in hp.layers)
         self.mudd = Mudd(hp.model_dim, (*start, 0.0, *[0.0] * tables)) if start else None
 
-    def forward(self, x: Tensor, sources: list[Tensor], targets: Tensor | None = None,
-                weights: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, sources: list, targets=None, weights=None) -> Tensor | tuple:
         """Of x and sources (N, D): float32 logits (N, V); or, with targets (N, K) and weights (K,),
         what CappedCrossEntropy gives of them."""
         if self.mudd is not None:
             x = x + mix(self.mudd(x), sources)
-        logits = self.linear(norm(x))
+        x, weight = norm(x), self.linear.matrix().to(x.dtype)
         if targets is None:
-            return softcap(logits, *self.cap)
-        return CappedCrossEntropy.apply(logits, targets, weights, self.cap)
+            return softcap(F.linear(x, weight), *self.cap)
+        return CappedCrossEntropy.apply(x, weight, targets, weights, self.cap)
 
 # --- Optimizers: what updates which parameters, the mathematics, the division over the ranks ------
 
@@ -1258,8 +1258,7 @@ def fast_dtype(device: torch.device) -> str:
 
 def lacks_for_compile(device: torch.device) -> str:
     """What torch.compile would miss on this machine at its first use; nothing: ""."""
-    cuda = device.type == "cuda"
-    variable, *names = ("CC", "gcc", "clang") if cuda else ("CXX", "g++", "clang++")
+    variable, *names = {"cuda": ("CC", "gcc", "clang")}.get(device.type, ("CXX", "g++", "clang++"))
     if not (os.environ.get(variable) or any(map(shutil.which, names))):
         return f"a compiler ({' or '.join(names)})"
     header = Path(sysconfig.get_path("include"), "Python.h")
@@ -1717,8 +1716,8 @@ def parse_arguments(argv: list[str] | None = None) -> Hyperparameters:
         usual = dict.fromkeys(str(preset.get(f.name, f.default)) for preset in PRESETS.values())
         kind = ({"action": "store_true"} if f.type is bool else
                 {"type": f.type, "choices": f.metadata["choices"]})
-        kind["help"] = f"{f.metadata['help']} ({', '.join(usual)})"
-        parser.add_argument(f"--{f.name}", **kind)
+        help = f"{f.metadata['help']} ({', '.join(usual)})"
+        parser.add_argument(f"--{f.name}", help=help, **kind)
     given = vars(parser.parse_args(argv))  # the flags that are there
     path = given.get("resume") or ("latest" if given.get("prompt") else "")
     if path == "latest":
