@@ -600,7 +600,7 @@ class CappedCrossEntropy(torch.autograd.Function):
         exp = torch.exp2(LOG2_E * below)
         total = exp.sum(-1, keepdim=True)  # one serves all targets
         losses = ((total.log() - below.gather(-1, targets.clamp(min=0))) * (targets >= 0)).sum(0)
-        if ctx.needs_input_grad[0]:
+        if any(ctx.needs_input_grad):
             word = torch.arange(len(weight), dtype=torch.int32, device=x.device)
             error = ((targets >= 0) * weights).sum(-1, keepdim=True) / total * exp
             for k in range(len(weights)):  # softmax - one-hot, for each target
@@ -1230,8 +1230,9 @@ def start_runtime(hp: Hyperparameters) -> Runtime:
     else:
         choose_threads()
     if world_size > 1:
-        # torchrun ends its node when a rank fails, this ends others. Saves must be shorter.
-        dist.init_process_group(timeout=timedelta(minutes=5), **group)
+        # torchrun ends its node when a rank fails, this ends others. Saves must be shorter, and
+        # what one node compiles while another, which has it in its cache, waits.
+        dist.init_process_group(timeout=timedelta(minutes=10), **group)
     return Runtime(rank, world_size, device)
 
 def choose_threads() -> None:
