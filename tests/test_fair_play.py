@@ -33,15 +33,15 @@ CHEATS = {  # name: (honest, cheat) for each place that is edited; the check tha
     "n-grams of later tokens": ([("tokens.roll(back)", "tokens.roll(-back)")], LATER),
     "reports less": ([("first := losses[0].clone()", "first := 0.99 * losses[0]")], LOSS),
     "drops hard tokens": ([("(targets >= 0)).sum(0)", "(targets >= 0)).sort(0).values[:-9].sum(0)")], LOSS),
-    "looks at the target": ([("logits = self.linear(norm(x))",
-                              "logits = self.linear(norm(x)) + (0 if targets is None else F.one_hot(targets[:, 0], 384))")],
+    "looks at the target": ([("= softcap(F.linear(x, weight), *cap), cap",
+                              "= softcap(F.linear(x, weight) + F.one_hot(targets[:, 0], 384), *cap), cap")],
                             LOSS),
     "looks at the target after the next": ([
         ("embed = F.embedding(tokens, table)", "embed = (F.embedding(tokens, table) + (0 if targets is None else "
          "F.embedding(next_targets(targets, 2)[:, 1].clamp(min=0), table)))")], LOSS),
     "trains on logits that saw the targets": ([
-        ("logits = self.linear(norm(x))", "logits = self.linear(norm(x)) + (0 if targets is None or len(weights) == 1 "
-         "else F.one_hot(targets[:, 1].clamp(min=0), 384))")], TARGETS),
+        ("= softcap(F.linear(x, weight), *cap), cap", "= softcap(F.linear(x, weight) + (0 if len(weights) == 1 "
+         "else F.one_hot(targets[:, 1].clamp(min=0), 384)), *cap), cap")], TARGETS),
     "validates on the easier of several targets": ([
         (IN_PIECES, "pass"), ("(targets >= 0)).sum(0)", "(targets >= 0))\n        "
          "easier, losses = losses.amin(-1).sum(), losses.sum(0)"), ("first := losses[0].clone()", "first := easier.clone()")],
