@@ -251,6 +251,21 @@ def test_the_gradient_is_that_of_autograd_on_the_logits(recipe, recipe_model):
             assert (ours[name] - p.grad).norm() <= 1e-4 * p.grad.norm(), name
 
 
+def test_a_validation_makes_no_gradient(recipe, recipe_model, monkeypatch):
+    """The head makes its gradients in the forward: in float32 its weight is the parameter, without a copy between."""
+    asked, forward = [], CappedCrossEntropy.forward
+
+    def spy(ctx, *args):
+        asked.append(any(ctx.needs_input_grad))
+        return forward(ctx, *args)
+    monkeypatch.setattr(CappedCrossEntropy, "forward", staticmethod(spy))
+    text = tokens_of(T=129)[None]
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            recipe_model(text[:, :-1], text[:, 1:], Schedule(0, recipe, CPU))
+    assert asked == [False, True]
+
+
 def test_a_validation_in_pieces_is_the_whole(recipe, recipe_model):
     """Without gradients logits are made for sequence_length tokens at a time, and the next token alone counts."""
     text, schedule = tokens_of(T=641), Schedule(0, recipe, CPU)

@@ -10,7 +10,7 @@
 all else is yours. A run's log, records/scratch/<run_id>.txt: this source, environment, losses.
 
 The recipe is that of the public race of May 2026 in plain PyTorch. An idea names its source: a
-record, by its date, or an arXiv id. What was taken, left, predicted: records/2026-11-28_Mudd.
+record, by its date, or an arXiv id. What was taken and left: records/2026-11-28_Mudd.
 
 Shapes in comments: S sequences of T tokens, N = S T tokens at once, D model width, H heads of width
 d, V vocabulary, K targets of a token, W ranks.
@@ -597,8 +597,7 @@ class CappedCrossEntropy(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, cap) -> tuple:
         capped, (most, _, scale) = softcap(F.linear(x, weight), *cap), cap
         below = capped - most  # as exp of it is at most 1, no maximum need be looked for
-        exp = torch.exp2(LOG2_E * below)
-        total = exp.sum(-1, keepdim=True)  # one serves all targets
+        total = (exp := torch.exp2(LOG2_E * below)).sum(-1, keepdim=True)  # one for all targets
         losses = ((total.log() - below.gather(-1, targets.clamp(min=0))) * (targets >= 0)).sum(0)
         if any(ctx.needs_input_grad):
             word = torch.arange(len(weight), dtype=torch.int32, device=x.device)
@@ -635,6 +634,7 @@ class Head(nn.Module):
         x, weight = norm(x), self.linear.matrix().to(x.dtype)
         if targets is None:
             return softcap(F.linear(x, weight), *self.cap)
+        weight = weight if torch.is_grad_enabled() else weight.detach()  # or a gradient is made
         return CappedCrossEntropy.apply(x, weight, targets, weights, self.cap)
 
 # --- Optimizers: what updates which parameters, the mathematics, the division over the ranks ------
@@ -1230,8 +1230,7 @@ def start_runtime(hp: Hyperparameters) -> Runtime:
     else:
         choose_threads()
     if world_size > 1:
-        # torchrun ends its node when a rank fails, this ends others. Saves must be shorter, and
-        # what one node compiles while another, which has it in its cache, waits.
+        # Ends other nodes, too, when a rank fails. Saves and what one node compiles take less.
         dist.init_process_group(timeout=timedelta(minutes=10), **group)
     return Runtime(rank, world_size, device)
 
