@@ -3,6 +3,7 @@
 # run, which took one more elsewhere (records/studies/2026-11-28_H200); compiling alone varied from 3 to 4.3 minutes.
 #
 #   bash tests/gpu.sh CORPUS            CORPUS: a folder with GPT-2 tokens, *_train_*.bin and *_val_*.bin
+#   bash tests/gpu.sh CORPUS turns      ms a step of the entry before and of train_gpt.py, compiled together, run in turn
 #   bash tests/gpu.sh CORPUS entries    the four historical entries at full size: ms a micro-batch, memory, loss
 #   SIMULATE=1 bash tests/gpu.sh ...    the same runs on the simulated GPU (./run.sh simulate): do they run at all?
 #
@@ -10,7 +11,7 @@
 # (PYTHON=...) and installs nothing. The corpus stands in for FineWeb under its names, and the machine's own Python
 # source for the laptop track's, so the losses compare runs of this script with each other only.
 set -euo pipefail
-[[ -d "${1:-}" ]] || { echo "error: '${1:-}' is no folder; expected: bash tests/gpu.sh CORPUS [entries]" >&2; exit 2; }
+[[ -d "${1:-}" ]] || { echo "error: '${1:-}' is no folder; expected: bash tests/gpu.sh CORPUS [turns|entries]" >&2; exit 2; }
 corpus=$(realpath "$1") what=${2:-checks}
 mkdir -p "${OUT:-gpu_logs}"
 out=$(realpath "${OUT:-gpu_logs}")
@@ -65,10 +66,10 @@ run() {  # seconds, name, script (or -m and a module), flags: a run, or a simula
 failed=
 [[ -n "${SIMULATE:-}" ]] || nvidia-smi
 entry=gpu_$$
+today="--track fineweb --batch_size 1 --num_steps 100 --extension_steps 10 --val_every 0 --log_every 5"
+today+=" --sample_tokens 0 --entry $entry"
 case $what in
 checks)
-    today="--track fineweb --batch_size 1 --num_steps 100 --extension_steps 10 --val_every 0 --log_every 5"
-    today+=" --sample_tokens 0 --entry $entry"
     ab="--track fineweb --val_every 100 --log_every 10 --entry $entry"
     if [[ -n "${SIMULATE:-}" ]]; then
         "$python" -m tests.simulate --tests || failed=1
@@ -99,6 +100,19 @@ checks)
         --sample_tokens 50
     run 120 ab_ValueEmbed records/2024-12-04_ValueEmbed/train_gpt.py $ab --num_steps 200 --cooldown_steps 80 \
         --batch_size 1 ;;
+turns)
+    scripts="records/2026-11-28_Mudd/train_gpt.py train_gpt.py" pids=
+    for script in $scripts; do
+        [[ -z "${SIMULATE:-}" ]] || continue
+        (run 400 "compiles_${script//\//_}" $script $today --num_steps 8 --extension_steps 1) &
+        pids+=" $!"
+    done
+    [[ -z "$pids" ]] || wait $pids
+    for turn in 1 2 3; do
+        for script in $scripts; do
+            run 100 "${script//\//_}_$turn" $script $today
+        done
+    done ;;
 entries)
     for script in 2024-12-04_ValueEmbed 2024-11-03_UntieEmbed 2024-10-14_ModernArch 2024-06-06_AdamW; do
         batch=1
@@ -106,6 +120,6 @@ entries)
         run 145 "$script" "records/$script/train_gpt.py" --track fineweb --batch_size $batch --num_steps 60 \
             --warmup_steps 5 --cooldown_steps 15 --val_every 0 --log_every 5
     done ;;
-*) echo "error: '$what' is unknown; expected entries, or nothing"; exit 2 ;;
+*) echo "error: '$what' is unknown; expected turns, entries, or nothing"; exit 2 ;;
 esac
 [[ -z "$failed" ]] || { echo "FAILED: something above"; exit 1; }
