@@ -235,6 +235,7 @@ def test_files_that_are_no_logs_are_said_where_they_were_named(tmp_path):
 
 @pytest.mark.parametrize("words, named", [
     (["table", "{}/none.txt"], "none.txt"), (["table", "{}/empty"], "no run"), (["table", "{}/bad.txt"], "bad.txt"),
+    (["diff", "{}/packed", "{}/empty"], "tar xzf {}/packed/screening/laptop.tar.gz -C {}/packed"),
     (["bogus"], "bogus"), (["verify", "{}"], "--baseline"), (["extract", "{}/metrics.txt", "-o", "{}/x"], "no code"),
     (["extract", "{}/main.txt", "-o", "{}/none/x"], "none/x"), (["table"], "PATH"),
     (["table", "--jsom", "{}"], "--jsom"),
@@ -245,12 +246,14 @@ def test_files_that_are_no_logs_are_said_where_they_were_named(tmp_path):
     (["diff", "train_gpt.py", "{}/main.txt"], "no log: train_gpt.py"), (["diff", "a.py", "b.py"], "there is no a.py")])
 def test_mistakes_end_in_one_line(tmp_path, words, named):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "packed" / "screening").mkdir(parents=True)
+    (tmp_path / "packed" / "screening" / "laptop.tar.gz").touch()
     (tmp_path / "bad.txt").write_bytes(b"\0")
     (tmp_path / "metrics.txt").write_text(metrics())
     (tmp_path / "main.txt").write_text(log())
     done = run(*[word.format(tmp_path) for word in words])
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
-    assert named in done.stderr
+    assert named.format(*2 * [tmp_path]) in done.stderr
 
 
 def test_globs_and_single_files(tmp_path):

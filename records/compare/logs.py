@@ -387,5 +387,6 @@ def find_runs(paths: list[str], direct: bool = False) -> tuple[list[Run], list[s
             remarks.append(f"no step in {path}")
         runs += in_file
     if not runs:
-        raise UserError("; ".join([f"no run in {' '.join(paths)}", *remarks[:3]]))
+        packed = [f"its logs are packed: tar xzf {p} -C {path}" for path in paths for p in Path(path).rglob("*.tar.gz")]
+        raise UserError("; ".join([f"no run in {' '.join(paths)}", *packed[:1], *remarks[:3]]))
     return runs, remarks
