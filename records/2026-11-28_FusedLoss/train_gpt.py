@@ -161,7 +161,7 @@ class Hyperparameters:
     ngram_rows: int = knob(251_520, "rows of each n's table of n-grams", least=2, most=2**31)
     attention_scale: float = knob(0.1, "factor of the attention's scores at the first window")
     final_window: int = knob(2560, "tokens a query sees in a long layer in the last validation")
-    logit_cap: float = knob(23.0, "logits z become cap sigmoid((z + shift) / scale)", None, 1, 80)
+    logit_cap: float = knob(23.0, "logits z become cap sigmoid((z + shift)/scale)", None, 1e-3, 80)
     logit_shift: float = knob(5.0, "shift of the logits", least=-10**6)
     logit_scale: float = knob(7.5, "scale of the logits", least=1e-3)
     # optimizers
@@ -1230,7 +1230,7 @@ def start_runtime(hp: Hyperparameters) -> Runtime:
     else:
         choose_threads()
     if world_size > 1:
-        # Ends other nodes, too, when a rank fails. Saves and what one node compiles take less.
+        # Ends other nodes, too, when a rank fails. Saves, and one node's compiling, must take less.
         dist.init_process_group(timeout=timedelta(minutes=10), **group)
     return Runtime(rank, world_size, device)
 
@@ -1258,7 +1258,8 @@ def fast_dtype(device: torch.device) -> str:
 
 def lacks_for_compile(device: torch.device) -> str:
     """What torch.compile would miss on this machine at its first use; nothing: ""."""
-    variable, *names = {"cuda": ("CC", "gcc", "clang")}.get(device.type, ("CXX", "g++", "clang++"))
+    cuda = device.type == "cuda"
+    variable, *names = ("CC", "gcc", "clang") if cuda else ("CXX", "g++", "clang++")
     if not (os.environ.get(variable) or any(map(shutil.which, names))):
         return f"a compiler ({' or '.join(names)})"
     header = Path(sysconfig.get_path("include"), "Python.h")
@@ -1716,8 +1717,8 @@ def parse_arguments(argv: list[str] | None = None) -> Hyperparameters:
         usual = dict.fromkeys(str(preset.get(f.name, f.default)) for preset in PRESETS.values())
         kind = ({"action": "store_true"} if f.type is bool else
                 {"type": f.type, "choices": f.metadata["choices"]})
-        help = f"{f.metadata['help']} ({', '.join(usual)})"
-        parser.add_argument(f"--{f.name}", help=help, **kind)
+        kind["help"] = f"{f.metadata['help']} ({', '.join(usual)})"
+        parser.add_argument(f"--{f.name}", **kind)
     given = vars(parser.parse_args(argv))  # the flags that are there
     path = given.get("resume") or ("latest" if given.get("prompt") else "")
     if path == "latest":
