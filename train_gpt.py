@@ -8,9 +8,8 @@
 
 `./run.sh` does the same and first sets up Python and data. A track fixes data, vocabulary, target;
 all else is yours. A run's log, records/scratch/<run_id>.txt: this source, environment, losses.
-
 The recipe is that of the public race of May 2026 in plain PyTorch. An idea names its source: a
-record, by its date, or an arXiv id. What was taken and left: records/2026-11-28_Mudd.
+record, by its date, or an arXiv id. What was taken and left: records/2026-11-28_SampledSoftmax.
 
 Shapes in comments: S sequences of T tokens, N = S T tokens at once, D model width, H heads of width
 d, V vocabulary, K targets of a token, W ranks.
@@ -125,17 +124,18 @@ class Stage(NamedTuple):
     targets: tuple[float, ...]      # weights of the losses of the 1st, 2nd, ... next token, at the
     targets_end: tuple[float, ...]  # beginning and at the end of the stage
     tied: bool       # are embedding and head one matrix?
+    words: int       # so many compete in the training's softmax, see candidates; 0: all
 
 STAGES = {
     "fineweb": (  # windows: record 2025-09-03; batches, rates: 2025-11-29, 2025-12-22; documents:
         # 2026-02-10; targets, untying: 2025-12-22; extension: 2025-09-21, final_window: 2025-09-15
-        #     until     batch  window  document  lr    targets: beginning, end          tied
-        Stage(1 / 3,    1,     384,    896,      1.0,  (1, 0.5, 0.25), (1, 0.5, 0),     True),
-        Stage(2 / 3,    2,     896,    2048,     1.52, (1, 0.5),       (1, 0),          True),
-        Stage(1.0,      3,     1408,   2048,     1.73, (1,),           (1,),            False),
-        Stage(math.inf, 3,     1664,   2048,     1.73, (1,),           (1,),            False)),
-    "laptop": (
-        Stage(1.0,      1,     256,    0,        1.0,  (1,),           (1,),            False),)}
+        #     until     batch  window  document  lr    targets: beginning, end   tied   words
+        Stage(1 / 3,    1,     384,    896,      1.0,  (1, 0.5, 0.25), (1, 0.5, 0), True,  10_240),
+        Stage(2 / 3,    2,     896,    2048,     1.52, (1, 0.5),       (1, 0),      True,  14_336),
+        Stage(0.95,     3,     1408,   2048,     1.73, (1,),           (1,),        False, 24_576),
+        Stage(1.0,      3,     1408,   2048,     1.73, (1,),           (1,),        False, 0),
+        Stage(math.inf, 3,     1664,   2048,     1.73, (1,),           (1,),        False, 0)),
+    "laptop": (Stage(1.0, 1, 256, 0, 1.0, (1,), (1,), False, 0),)}
 
 def knob(default, help: str, choices: tuple | None = None, least: float = 0, most: float = 10**12):
     """A field of Hyperparameters: default, help text with the unit, permitted values."""
@@ -148,7 +148,7 @@ class Hyperparameters:
     track: str = knob("fineweb", "which data, target, LAYERS and STAGES", tuple(TRACKS))
     seed: int = knob(0, "of weights and sample; the data's order never changes", most=2**63 - 1)
     # work
-    num_steps: int = knob(1385, "optimizer steps", least=1, most=10**6)
+    num_steps: int = knob(1405, "optimizer steps", least=1, most=10**6)
     extension_steps: int = knob(40, "so many of them come after the schedule (*)")
     batch_size: int = knob(8, "sequences a step, over all ranks; a stage multiplies it", least=1)
     sequence_length: int = knob(16_384, "tokens a sequence", least=128)
@@ -267,7 +267,7 @@ class Schedule:
     def __init__(self, step: int, hp: Hyperparameters, device: torch.device):
         self.step, self.lr_scale, self.momentum = step, lr_scale(step, hp), muon_momentum(step, hp)
         index, ends = stage_index(step, hp), [0, *stage_ends(hp)]
-        self.tied = hp.stages[index].tied
+        self.tied, self.words = hp.stages[index].tied, hp.stages[index].words
         self.unties = not self.tied and hp.stages[stage_index(max(step - 1, 0), hp)].tied
         tensors = _stage_tensors(index, step == hp.num_steps, hp, device)
         self.windows, self.frequencies, self.attention_scale, weights, weights_end = tensors
@@ -322,10 +322,9 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 class Linear(nn.Module):
-    """`parts` maps without bias in one product; Muon orthogonalises each. zero: begins at zero.
-    weight: (parts, out, in), or (parts, in, out) where in is larger, so that Muon has tall matrices
-    alone; float32, or small updates would be lost. At first uniform, of standard deviation 0.5 /
-    sqrt(in) (record 2026-01-30)."""
+    """`parts` maps without bias in one product; Muon orthogonalises each. weight: (parts, out, in),
+    or (parts, in, out) where in is larger, so that Muon has tall matrices alone; float32. At first
+    zero, or uniform of standard deviation 0.5 / sqrt(in) (record 2026-01-30)."""
     def __init__(self, in_features: int, out_features: int, parts: int = 1, zero: bool = False):
         super().__init__()
         self.transposed = in_features > out_features
@@ -406,8 +405,7 @@ class Attention(nn.Module):
         # A matrix of Q or K is that of two heads (record 2026-04-08); V's and proj's are whole.
         pairs = hp.num_heads // 2 if hp.num_heads % 2 == 0 else 1
         self.qk = Linear(hp.model_dim, hp.model_dim // pairs, parts=2 * pairs)
-        self.v = Linear(hp.model_dim, hp.model_dim)
-        self.proj = Linear(hp.model_dim, hp.model_dim)
+        self.v, self.proj = (Linear(hp.model_dim, hp.model_dim) for _ in range(2))
         self.gate = nn.Parameter(torch.zeros(hp.num_heads, GATE_DIMS))
         self.value_scale = nn.Parameter(torch.tensor(0.5))
         gated = layer.value_table is not None and not layer.mudd
@@ -507,7 +505,8 @@ class GPT(nn.Module):
     """The model of hp. flex: FlexAttention; sparse: gradients of the n-gram tables."""
     def __init__(self, hp: Hyperparameters, flex: bool = False, sparse: bool = False):
         super().__init__()
-        track, self.hp, self.flex, self.block_lists = TRACKS[hp.track], hp, flex, block_lists
+        track, self.hp, self.flex = TRACKS[hp.track], hp, flex
+        self.block_lists, self.candidates = block_lists, candidates
         self.eot_token, padded_vocab_size = track.eot_token, 128 * math.ceil(track.vocab_size / 128)
         self.head = Head(hp, padded_vocab_size)
         self.embed = nn.Embedding(padded_vocab_size, hp.model_dim)
@@ -537,16 +536,19 @@ class GPT(nn.Module):
         values = self.value_embed(tokens).split(self.hp.model_dim, -1) if self.value_embed else ()
         ngram = self.ngram(tokens, position_in_document)
         embed = F.embedding(tokens, table).to(ngram.dtype)
-        if targets is not None:  # a validation's: the next token alone
+        if targets is not None:  # a validation's: the next token alone, over all words, in pieces
+            words = schedule.words if torch.is_grad_enabled() else 0
             weights = weights if torch.is_grad_enabled() else torch.ones_like(weights[:1])
-            targets = next_targets(targets, len(weights))
+            length = self.hp.sequence_length if words or not torch.is_grad_enabled() else len(start)
+            pieces = next_targets(targets, len(weights)).split(length)
+            targets = [self.candidates(t, self.embed.num_embeddings, words) for t in pieces]
         return self.body(embed, values, ngram, targets, weights, position_in_document == 0, rotary,
                          schedule.attention_scale, masks)
 
-    def body(self, embed: Tensor, values: tuple[Tensor, ...], ngram: Tensor, targets: Tensor | None,
+    def body(self, embed: Tensor, values: tuple[Tensor, ...], ngram: Tensor, targets: list | None,
              weights: Tensor, begins: Tensor, rotary: Tensor, scale: Tensor,
              masks: dict) -> tuple[Tensor, Tensor] | Tensor:
-        """forward() from the embeddings (N, D) on, with next_targets (N, K) and weights (K,)."""
+        """forward() from the embeddings (N, D) on, with candidates of each piece, weights (K,)."""
         x0, x = self.stem(embed, ngram, begins)
         h0, outputs = x, {None: None}
         for i, (block, layer) in enumerate(zip(self.blocks, self.hp.layers, strict=True)):
@@ -561,8 +563,7 @@ class GPT(nn.Module):
         sources = [*sources, h0, *values[:1]] if sources else []
         if targets is None:
             return self.head(x, sources)
-        length = len(x) if torch.is_grad_enabled() else self.hp.sequence_length  # else too many
-        pieces = zip(*(t.split(length) for t in (targets, x, *sources)), strict=True)
+        pieces = zip(targets, *(t.split(len(targets[0][1])) for t in (x, *sources)), strict=True)
         losses = [self.head(x, sources, targets, weights) for targets, x, *sources in pieces]
         objective, loss = map(sum, zip(*losses, strict=True))
         return objective, loss / len(embed)
@@ -588,6 +589,20 @@ def next_targets(targets: Tensor, K: int) -> Tensor:
 def softcap(logits: Tensor, cap: float, shift: float, scale: float) -> Tensor:
     """cap * sigmoid((logits + shift) / scale) in float32 (arXiv 2408.00118, record 2025-12-26)."""
     return cap / (1 + torch.exp2((logits.float() + shift) * (-LOG2_E / scale)))
+
+def candidates(targets: Tensor, vocab_size: int, words: int) -> tuple[Tensor | None, Tensor]:
+    """The softmax's words in training, (words,): all of targets (N, K), and others, which the sum
+    of targets draws (sampled softmax, arXiv 1412.2007, PR 360 of 2026-08-31). And where among them
+    each target stands, (N, K); -1 stays -1, as do targets for which there is no room."""
+    if not len(targets) <= 4 * words < 4 * vocab_size:  # too few for a long text's targets, or all
+        return None, targets
+    word = torch.arange(vocab_size, device=targets.device)
+    order = (word + targets.sum()) * 20_011 % vocab_size  # a permutation, for that is a prime
+    is_target = torch.zeros(vocab_size + 1, dtype=torch.int64, device=targets.device)
+    is_target[targets] = 1  # the last one is that of -1
+    chosen = (order - vocab_size * is_target[:-1]).argsort()[:words]
+    place = torch.full_like(is_target, -1).scatter(0, chosen, word[:words])
+    return chosen, place[targets]
 
 class CappedCrossEntropy(torch.autograd.Function):
     """Of logits x weight^T, x (N, D), weight (V, D), under softcap(logits, *cap): cross-entropies
@@ -626,16 +641,18 @@ class Head(nn.Module):
         tables = any(layer.value_table is not None for layer in hp.layers)
         self.mudd = Mudd(hp.model_dim, (*start, 0.0, *[0.0] * tables)) if start else None
 
-    def forward(self, x: Tensor, sources: list, targets=None, weights=None) -> Tensor | tuple:
-        """Of x and sources (N, D): float32 logits (N, V); or, with targets (N, K) and weights (K,),
-        what CappedCrossEntropy gives of them."""
+    def forward(self, x: Tensor, sources: list, targets: tuple | None = None, weights=None):
+        """Of x and sources (N, D): float32 logits (N, V); or, with candidates' targets and weights
+        (K,), what CappedCrossEntropy gives of them."""
         if self.mudd is not None:
             x = x + mix(self.mudd(x), sources)
-        x, weight = norm(x), self.linear.matrix().to(x.dtype)
+        x, weight = norm(x), self.linear.matrix()
         if targets is None:
-            return softcap(F.linear(x, weight), *self.cap)
+            return softcap(F.linear(x, weight.to(x.dtype)), *self.cap)
         weight = weight if torch.is_grad_enabled() else weight.detach()  # or a gradient is made
-        return CappedCrossEntropy.apply(x, weight, targets, weights, self.cap)
+        chosen, places = targets
+        weight = (weight if chosen is None else weight[chosen]).to(x.dtype)
+        return CappedCrossEntropy.apply(x, weight, places, weights, self.cap)
 
 # --- Optimizers: what updates which parameters, the mathematics, the division over the ranks ------
 
@@ -672,8 +689,7 @@ def optimizer_groups(hp: Hyperparameters, dtype: torch.dtype) -> list[Group]:
         Group("ngrams", r"ngram\.tables\..*", hp.ngram_rule, hp.ngram_lr, tables,
               5 * hp.adam_decay * hp.ngram_lr, dtype),
         Group("head", r"(head\.linear|embed)\.weight", "adam", hp.head_lr, heads,
-              150 * hp.adam_decay * hp.head_lr, dtype),
-    ]
+              150 * hp.adam_decay * hp.head_lr, dtype)]
 
 POLAR_EXPRESS = (  # a, b, c of each step (arXiv 2505.16932, record 2025-09-29)
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -693,9 +709,6 @@ def orthogonalise(matrices: Tensor) -> Tensor:
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, x, polynomial, beta=a)
     return (x.mT if wide else x).view(matrices.shape)
-
-# An update rule takes its group, the summed gradient, its state, Muon's momentum now and 1 - beta^t
-# for each beta (0-dim tensors). It updates the state and returns the direction to go against.
 
 def muon_direction(group: Group, grad: Tensor, momentum_buffer: Tensor, second_moment: Tensor,
                    momentum: Tensor, _: Tensor) -> Tensor:
@@ -722,7 +735,8 @@ def adam_direction(group: Group, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tens
     return touched * (exp_avg / bias1) / ((exp_avg_sq / bias2).sqrt() + 1e-10)
 
 class Rule(NamedTuple):
-    """An update rule; its state is float32."""
+    """An update rule; its state is float32. direction takes group, summed gradient, state, Muon's
+    momentum and 1 - beta^t of each beta (0-dim); it updates the state, and says where to go."""
     direction: Callable
     state: tuple[str, ...]      # of the values' shape
     row_state: tuple[str, ...]  # one number for each row of a matrix
@@ -806,31 +820,15 @@ class Optimizer:
 
 # --- Data -----------------------------------------------------------------------------------------
 
-def first_documents(stream: "TokenStream", hp: Hyperparameters) -> np.ndarray:
-    """The document with which each sequence of the run begins, and the one after the run's last.
-    What the sequence before had no room for is dropped (record 2025-07-12). All read: once more."""
-    lengths, document, firsts = np.diff(stream.documents), 0, []
-    for stage, begin, end in zip(hp.stages, [0, *stage_ends(hp)], stage_ends(hp), strict=False):
-        totals = np.minimum(lengths, stage.document or 2**62).cumsum().tolist()
-        for _ in range(sequences_before(begin, hp), sequences_before(end, hp)):
-            firsts.append(document)
-            epoch, document = divmod(document, len(lengths))
-            reach = hp.sequence_length + (totals[document - 1] if document else 0)
-            more, reach = divmod(reach, totals[-1])
-            last = bisect_right(totals, reach)  # the document that holds the last target
-            document = (epoch + more) * len(lengths) + last + 1
-    return np.array([*firsts, document])
-
 class BatchLoader:
     """This rank's micro-batches of each step; a thread reads ahead. Rank r takes a step's sequences
     that are r modulo W: neither W nor a resume changes what a step reads."""
     def __init__(self, stream: "TokenStream", hp: Hyperparameters, runtime: "Runtime", step=0):
         self.stream, self.hp, self.runtime, self.step = stream, hp, runtime, step
         self.num_sequences = (len(stream) - 1) // hp.sequence_length
-        self.order = np.arange(self.num_sequences)
-        if TRACKS[hp.track].shuffled:
-            self.order = np.random.RandomState(0).permutation(self.num_sequences)
-        cut = any(stage.document for stage in hp.stages)
+        shuffled, cut = TRACKS[hp.track].shuffled, any(stage.document for stage in hp.stages)
+        order = np.random.RandomState(0).permutation if shuffled else np.arange
+        self.order = order(self.num_sequences)
         self.firsts = first_documents(stream, hp) if cut else None
         self.pool = ThreadPoolExecutor(1)
         self.future = self.pool.submit(self._read, step)
@@ -898,9 +896,8 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
     watch = Watch(runtime)
     train_stream, val_stream, record, progress = start_run(hp, runtime)
     compiled, dtype = record["compiled"], getattr(torch, record["activations"])
-    model = build_model(hp, runtime.device, dtype, flex=compiled and runtime.cuda,
-                        sparse=(hp.ngram_rule == "lazy_adam" and not runtime.cuda and
-                                runtime.world_size == 1))
+    sparse = hp.ngram_rule == "lazy_adam" and not runtime.cuda and runtime.world_size == 1
+    model = build_model(hp, runtime.device, dtype, compiled and runtime.cuda, sparse)
     optimizer = Optimizer(model, hp, dtype, runtime.rank, runtime.world_size)
     log = Log(hp, runtime, record)
     with supervised(watch, log, progress), profiler(hp, runtime, log) as profile:
@@ -1069,6 +1066,21 @@ class TokenStream:
             digest.update(shard[:count])
             count -= min(count, len(shard))
         return digest.hexdigest()[:12]
+
+def first_documents(stream: TokenStream, hp: Hyperparameters) -> np.ndarray:
+    """The document with which each sequence of the run begins, and the one after the run's last.
+    What the sequence before had no room for is dropped (record 2025-07-12). All read: once more."""
+    lengths, document, firsts = np.diff(stream.documents), 0, []
+    for stage, begin, end in zip(hp.stages, [0, *stage_ends(hp)], stage_ends(hp), strict=False):
+        totals = np.minimum(lengths, stage.document or 2**62).cumsum().tolist()
+        for _ in range(sequences_before(begin, hp), sequences_before(end, hp)):
+            firsts.append(document)
+            epoch, document = divmod(document, len(lengths))
+            reach = hp.sequence_length + (totals[document - 1] if document else 0)
+            more, reach = divmod(reach, totals[-1])
+            last = bisect_right(totals, reach)  # the document that holds the last target
+            document = (epoch + more) * len(lengths) + last + 1
+    return np.array([*firsts, document])
 
 # --- Buckets: which rank keeps what, and how it travels -------------------------------------------
 
@@ -1318,7 +1330,7 @@ class Watch:
 @contextmanager
 def supervised(watch: Watch, log: "Log", progress: "Progress"):
     """Within, an error leaves a last line in the log, signals end the run, a terminal shows it."""
-    watch.warn = log.warn
+    watch.warn = functools.partial(log.write, onto=sys.stderr)
     before = {n: signal.signal(n, watch.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     follower = threading.Thread(target=log.follow, args=(progress,), daemon=True)
     follower.start()
@@ -1352,7 +1364,8 @@ def compile_parts(model: GPT, optimizer: Optimizer, device: torch.device, compil
         model.body = compiler(model.body)
     if cuda:  # fuses Adam's ten passes over large tables; a CPU's are small
         optimizer.changes = {name: compiler(change) for name in RULES}
-        model.block_lists = compiler(block_lists)  # few kernels for many
+        model.block_lists = compiler(block_lists)  # few kernels for many; not within body, where
+        model.candidates = compiler(candidates)  # Inductor would compute these anew for each logit
 
 def warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperparameters,
             runtime: Runtime) -> None:
@@ -1455,15 +1468,12 @@ class Log:
         """Into the file and onto the console."""
         self.write(*lines, onto=sys.stdout)
 
-    def warn(self, message: str) -> None:
-        """Into the file and onto stderr."""
-        self.write(message, onto=sys.stderr)
-
     def fail(self, message: str) -> None:
         """Warn, once a run; its exit code will be NOT_KEPT."""
         first, self.failed = not self.failed, True
         if first:
-            self.warn(f"warning: {message}; the run goes on, its exit code will be {NOT_KEPT}")
+            self.write(f"warning: {message}; the run goes on, its exit code will be {NOT_KEPT}",
+                       onto=sys.stderr)
 
     def introduce(self, model: GPT, record: dict) -> None:
         """The first line: what is trained, where, and for how long."""
@@ -1550,8 +1560,10 @@ def finish(stop: int, model: GPT, progress: "Progress", watch: Watch, hp: Hyperp
     # Forward and backward, a token: 6 FLOPs a weight, 12 D a layer and visible key; look-ups none.
     weights = sum(p.numel() for name, p in model.named_parameters()
                   if re.fullmatch(r"(blocks|head)\..*\.weight", name))
-    windows = Schedule(hp.num_steps // 2, hp, torch.device("cpu")).windows
-    keys = sum(windows[layer.attention].item() for layer in hp.layers if layer.attention)
+    middle = Schedule(hp.num_steps // 2, hp, torch.device("cpu"))
+    keys = sum(middle.windows[row.attention].item() for row in hp.layers if row.attention)
+    if middle.words:
+        weights -= hp.model_dim * max(model.embed.num_embeddings - middle.words, 0)
     flops = (6 * weights + 12 * hp.model_dim * keys) * per_second / runtime.world_size
     name, unit = device_name(runtime.device), 1 if sys.platform == "darwin" else 1024
     mfu = next((f" mfu:{flops / p:.1%}" for part, p in PEAK_FLOPS.items() if part in name), "")

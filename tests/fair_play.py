@@ -73,8 +73,8 @@ def told(error: BaseException, path: str) -> str:
 
 @contextmanager
 def on_bytes(module, track: str):
-    """Within, the laptop track has the layers and stages of a track, its windows and documents shortened in proportion.
-    Gives the hyperparameters, with that track's defaults; flags that the script does not have are left out."""
+    """Within, the laptop track has the layers and stages of a track, its windows, documents and softmax's words fewer in
+    proportion. Gives the hyperparameters, with that track's defaults; flags that the script does not have are left out."""
     has = {field.name for field in dataclasses.fields(module.Hyperparameters)}
     flags = FLAGS if "val_length" in has else FLAGS_WITHOUT_VAL_LENGTH
     hp = module.parse_arguments([f"--track={track}", *(f for f in flags if f[2:].partition("=")[0] in has)])
@@ -85,8 +85,10 @@ def on_bytes(module, track: str):
         return
     before = module.LAYERS["laptop"], module.STAGES["laptop"]
     shorter = max(1, max(stage.window for stage in hp.stages) // 200)
+    fewer = module.TRACKS[track].vocab_size / module.TRACKS["laptop"].vocab_size
     module.LAYERS["laptop"], module.STAGES["laptop"] = hp.layers, tuple(
-        stage._replace(window=stage.window // shorter, document=stage.document // shorter) for stage in hp.stages)
+        stage._replace(window=stage.window // shorter, document=stage.document // shorter,
+                       **{"words": int(stage.words / fewer)} if hasattr(stage, "words") else {}) for stage in hp.stages)
     try:
         yield dataclasses.replace(hp, final_window=hp.final_window // shorter, **on_laptop)
     finally:
@@ -208,6 +210,7 @@ def later_targets_leak_nothing(module, hp) -> str:
             (schedule,) = at_step(module, model, step, hp)
             if weights:
                 schedule.target_weights = torch.tensor(weights)
+            schedule.words = 0  # training may estimate the loss from some words; a validation may not
             for training in (True, False):
                 with torch.set_grad_enabled(training):
                     loss = loss_of(model, tokens, targets, schedule)

@@ -61,6 +61,8 @@ MUTATIONS = [  # protection; file, the code that protects, what stands in its pl
      "tests/test_launch.py -k shards_are_counted"),
     ("7 and that the last one is read", "launch.py", "len(stream.documents) - 1", "len(stream.documents)",
      "tests/test_launch.py -k to_the_token"),
+    ("8 validations are over all words", TRAIN, "words = schedule.words if torch.is_grad_enabled() else 0",
+     "words = schedule.words", "tests/test_model.py -k over_all_words"),
     ("8 fair play: the mask", "tests/fair_play.py", "[:position].abs().max() > TOLERANCE", "[:0].numel() > 0",
      "tests/test_fair_play.py -k 'cheats and next'"),
     ("8 fair play: the loss", "tests/fair_play.py", "/ 512 - loss) > TOLERANCE", "/ 512 - loss) > 1e9",

@@ -34,14 +34,14 @@ CHEATS = {  # name: (honest, cheat) for each place that is edited; the check tha
     "reports less": ([("first := losses[0].clone()", "first := 0.99 * losses[0]")], LOSS),
     "drops hard tokens": ([("(targets >= 0)).sum(0)", "(targets >= 0)).sort(0).values[:-9].sum(0)")], LOSS),
     "looks at the target": ([("= softcap(F.linear(x, weight), *cap), cap",
-                              "= softcap(F.linear(x, weight) + F.one_hot(targets[:, 0], 384), *cap), cap")],
+                              "= softcap(F.linear(x, weight) + F.one_hot(targets[:, 0].clamp(min=0), len(weight)), *cap), cap")],
                             LOSS),
     "looks at the target after the next": ([
         ("embed = F.embedding(tokens, table)", "embed = (F.embedding(tokens, table) + (0 if targets is None else "
          "F.embedding(next_targets(targets, 2)[:, 1].clamp(min=0), table)))")], LOSS),
     "trains on logits that saw the targets": ([
         ("= softcap(F.linear(x, weight), *cap), cap", "= softcap(F.linear(x, weight) + (0 if len(weights) == 1 "
-         "else F.one_hot(targets[:, 1].clamp(min=0), 384)), *cap), cap")], TARGETS),
+         "else F.one_hot(targets[:, 1].clamp(min=0), len(weight))), *cap), cap")], TARGETS),
     "validates on the easier of several targets": ([
         (IN_PIECES, "pass"), ("(targets >= 0)).sum(0)", "(targets >= 0))\n        "
          "easier, losses = losses.amin(-1).sum(), losses.sum(0)"), ("first := losses[0].clone()", "first := easier.clone()")],
@@ -49,6 +49,8 @@ CHEATS = {  # name: (honest, cheat) for each place that is edited; the check tha
     "validates with the weights of the stage": ([
         (IN_PIECES, "weights = weights if torch.is_grad_enabled() else weights / weights.sum()"),
         ("first := losses[0].clone()", "first := (losses * weights).sum()")], TRACK),
+    "validates over some words": ([("words = schedule.words if torch.is_grad_enabled() else 0", "words = schedule.words")],
+                                  LOSS),
     "counts the next token by its weight": ([("first := losses[0].clone()", "first := losses[0] * weights[0]")],
                                             TARGETS),
     "easier target": ([("257, 256, True, 1.10,", "257, 256, True, 1.30,")], TRACK),
@@ -88,7 +90,7 @@ OLDER_CHEATS = {  # name: entry, honest, cheat, the check that finds it
     "keeps the warm-up": ("2026-11-22_NGramEmbed", "p.copy_(value)", "p.copy_(value + 0.01 * p)", WARM_UP),
 }
 PASSES = {ADAMW: 3, "2024-10-14_ModernArch": 3, "2024-11-03_UntieEmbed": 3, VALUE: 4, "2026-11-22_NGramEmbed": 5,
-          "2026-11-25_Stages": 6}  # the other checks: none
+          "2026-11-25_Stages": 6, "2026-11-28_FusedLoss": 6}  # the other checks: none
 OWN_TRACK = """TRACKS = {
     'mine': Track('data/mine/mine_train_*.bin',
         'data/mine/mine_val_*.bin',

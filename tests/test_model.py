@@ -20,6 +20,7 @@ from train_gpt import (
     NGramEmbed,
     Schedule,
     build_model,
+    candidates,
     document_start,
     next_targets,
     softcap,
@@ -115,7 +116,7 @@ def test_from_the_embeddings_on_all_is_one_graph(recipe):
             with torch.set_grad_enabled(grad):
                 model(text[:, :-1], text[:, 1:].clone(), Schedule(step, recipe, CPU))
             counts.append(counter.frame_count)
-    assert counts == [1, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3], counts
+    assert counts == [1, 2, 2, 2, 3, 3, 4, 4, 4, 4, 4, 4], counts
 
 
 def test_rows_of_layers_are_the_published_ones():
@@ -225,6 +226,7 @@ def test_the_objective_is_the_weighted_sum_and_the_loss_the_mean_of_next_tokens(
     weights = {0: (1, 0.5, 0.25), 3: (1, 0.5, 0.0625), 4: (1, 0.5), 6: (1, 0.25), 8: (1,), 13: (1,)}[step]
     text = torch.stack([tokens_of(seed, T=129) for seed in (1, 2)])
     schedule = Schedule(step, recipe, CPU)
+    schedule.words = 0
     objective, loss = recipe_model(text[:, :-1], text[:, 1:], schedule)
     logits = logits_of(recipe_model, text[:, :-1], schedule).double().view(2, 128, -1).log_softmax(-1)
     wanted = first = 0.0
@@ -239,7 +241,7 @@ def test_the_objective_is_the_weighted_sum_and_the_loss_the_mean_of_next_tokens(
 def test_the_gradient_is_that_of_autograd_on_the_logits(recipe, recipe_model):
     """Through MUDD and head into the blocks: a sum over tokens, so two sequences' is the sum of each one's."""
     text, schedule = tokens_of(T=129), Schedule(0, recipe, CPU)
-    tokens, targets = text[None, :-1], text[None, 1:]
+    tokens, targets, schedule.words = text[None, :-1], text[None, 1:], 0
     recipe_model(tokens, targets, schedule)[0].backward()
     ours = {name: p.grad for name, p in recipe_model.named_parameters() if p.grad is not None}
     recipe_model.zero_grad()
@@ -249,6 +251,101 @@ def test_the_gradient_is_that_of_autograd_on_the_logits(recipe, recipe_model):
     for name, p in recipe_model.named_parameters():
         if p.grad is not None:
             assert (ours[name] - p.grad).norm() <= 1e-4 * p.grad.norm(), name
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("vocab_size, words, distinct", [(384, 128, 60), (384, 383, 257), (50_304, 10_240, 5000)])
+def test_the_words_of_a_softmax_are_all_targets_and_others(seed, vocab_size, words, distinct):
+    random = torch.Generator().manual_seed(seed)
+    targets = next_targets(torch.randint(distinct, (1, min(4 * words, 9000)), generator=random), 3)
+    chosen, places = candidates(targets, vocab_size, words)
+    assert len(chosen) == words == len(set(chosen.tolist())) and set(targets.flatten().tolist()) - {-1} <= set(
+        chosen.tolist()) <= set(range(vocab_size))
+    assert torch.equal(torch.where(targets < 0, -1, chosen[places]), targets) and torch.equal(places < 0, targets < 0)
+    again = candidates(targets.clone(), vocab_size, words)
+    assert all(map(torch.equal, again, (chosen, places)))
+
+
+def test_the_other_words_are_drawn_evenly():
+    """200 texts of 1,000 common words: each other word is drawn in a fifth of them, in other texts than its neighbour;
+    within 6 standard deviations, of 49,304 words."""
+    counts, texts, random = torch.zeros(50_304), 200, torch.Generator().manual_seed(0)
+    both = torch.zeros(50_303)
+    for _ in range(texts):
+        targets = torch.randint(1000, (16_384, 1), generator=random)
+        drawn = torch.zeros(50_304)
+        drawn[candidates(targets, 50_304, 10_240)[0]] = 1
+        counts, both = counts + drawn, both + drawn[1:] * drawn[:-1]
+    assert (counts[:1000] == texts).all()
+    chance = 9240 / 49_304
+    spread = (chance * (1 - chance) / texts) ** 0.5
+    assert (counts[1000:] / texts - chance).abs().max() < 6 * spread
+    assert both[1000:].mean() / texts < chance / 2
+
+
+def test_targets_without_room_among_the_words_have_no_loss():
+    targets = next_targets(torch.arange(200)[None], 2)
+    chosen, places = candidates(targets, 384, 64)
+    kept = places >= 0
+    assert kept[:, 0].sum() == 64  # each word is the first target once
+    assert torch.equal(chosen[places[kept]], targets[kept]) and len(set(chosen.tolist())) == 64
+    x, head = torch.randn(200, 8, requires_grad=True), torch.randn(384, 8)
+    objective, _ = CappedCrossEntropy.apply(x, head[chosen], places, torch.tensor([1.0, 0.5]), CAP)
+    objective.backward()
+    alone = ~kept.any(1)
+    assert objective.isfinite() and alone.sum() > 70 and not x.grad[alone].any() and x.grad[~alone].any(1).all()
+
+
+@pytest.mark.parametrize("step", [0, 4, 8])
+def test_each_sequence_has_a_softmax_over_its_own_words(recipe, recipe_model, step):
+    """Objective, loss and every gradient: two sequences at once, and each written out with the other words' logits
+    taken away; the same, so that it does not matter which rank has which sequences. The rest of the head rests."""
+    text = torch.stack([tokens_of(seed, T=257) for seed in (1, 2)])
+    tokens, targets, schedule = text[:, :-1], text[:, 1:], Schedule(step, recipe, CPU)
+    schedule.words = 210
+    objective, loss = recipe_model(tokens, targets, schedule)
+    objective.backward()
+    ours = {name: p.grad for name, p in recipe_model.named_parameters() if p.grad is not None}
+    recipe_model.zero_grad()
+    wanted, first, all_chosen = 0.0, 0.0, set()
+    for s in range(2):
+        later = next_targets(targets[s:s + 1], len(schedule.target_weights))
+        chosen, _ = candidates(later, 384, 210)
+        all_chosen |= set(chosen.tolist())
+        others = torch.ones(384, dtype=torch.bool).index_fill(0, chosen, False)
+        logits = recipe_model(tokens[s:s + 1], None, schedule).double().masked_fill(others, -math.inf).log_softmax(-1)
+        each = -logits.gather(1, later.clamp(min=0)) * (later >= 0)
+        wanted, first = wanted + (each * schedule.target_weights).sum(), first + each[:, 0].sum()
+    wanted.backward()
+    assert objective.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(first.item() / 512, rel=1e-5)
+    for name, p in recipe_model.named_parameters():
+        if name in ours:
+            assert (ours[name] - p.grad).norm() <= 1e-4 * p.grad.norm(), name
+    rest = sorted(set(range(257, 384)) - all_chosen)  # words that the text lacks, so that a tied embedding rests, too
+    assert rest and not ours["head.linear.weight"][0, rest].any()
+
+
+@pytest.mark.parametrize("words, sampled", [(383, True), (64, True), (63, False), (384, False), (1000, False)])
+def test_words_that_may_be_too_few_are_all(recipe, recipe_model, words, sampled):
+    """16,384 tokens of English have at most 4,712 words, 65,536 tokens 11,244 (of ../shared/corpus, documents cut)."""
+    text, schedule = tokens_of(T=257)[None], Schedule(0, recipe, CPU)
+    losses = []
+    for schedule.words in (0, words):
+        losses.append(recipe_model(text[:, :-1], text[:, 1:], schedule)[0].item())
+    assert (losses[0] != losses[1]) == sampled
+
+
+def test_a_validation_is_over_all_words(recipe, recipe_model):
+    """Whatever the stage says."""
+    text, losses = tokens_of(T=257)[None], []
+    for words in (0, 3, 210):
+        schedule = Schedule(0, recipe, CPU)
+        schedule.words = words
+        with torch.no_grad():
+            losses.append(recipe_model(text[:, :-1], text[:, 1:], schedule)[1].item())
+    chances = logits_of(recipe_model, text[:, :-1], schedule).double().log_softmax(-1)
+    assert losses[0] == losses[1] == losses[2] == pytest.approx(-chances.gather(1, text[0, 1:, None]).mean().item())
 
 
 def test_a_validation_makes_no_gradient(recipe, recipe_model, monkeypatch):

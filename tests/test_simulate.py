@@ -145,6 +145,17 @@ def test_real_steps_are_taken_for_steps_like_them(num_steps, sizes):
             assert all(abs(step.windows[0] / num_steps - i / 12) < 1 / 3 for step in steps)
 
 
+def test_steps_whose_softmax_is_over_other_words_are_of_another_kind():
+    real = [Step(6, (64,), 100 if i < 900 else 0) for i in range(1000)]
+    short = [Step(6, (64,), 100 if i < 6 else 0) for i in range(12)]
+    meant = stages.stand_for(real, short)
+    assert [sum(map(len, meant[:6])), sum(map(len, meant[6:]))] == [900, 100] and len(meant[0]) == len(meant[6]) == 1
+    assert all(step.words == short[i].words for i, steps in enumerate(meant) for step in steps)
+    assert stages.unpacked(json.loads(json.dumps(stages.packed(short)))) == short
+    hp = train_gpt.Hyperparameters()
+    assert [step.words for step in stages.schedule(train_gpt, hp)[454:456]] == [10_240, 14_336]
+
+
 def test_steps_that_the_short_run_lacks_are_named():
     with pytest.raises(LookupError, match="step 66 of 100 trains on 6 tokens"):
         stages.stand_for(in_thirds(99) + in_thirds(1), in_thirds(12)[:8])
@@ -280,6 +291,40 @@ def test_a_run_in_stages_is_the_sum_over_its_real_steps(record):
     assert "1,500 steps, 6,000 tokens" in lines["the whole run"].why
     assert "500 of 1,500 steps" in lines["a step of 4 tokens"].why
     assert lines["its price"].why.startswith(f"{1500 * ms(11.5) / 60_000:.2f} at 60")
+
+
+def some_words(record):
+    """The record of a script whose first 3 of 6 steps have a softmax over 1,000 words, in one kernel, the others over
+    all in another one; each of 30 instructions a logit."""
+    record |= dict(real=[[1000, [524_288, [1000], 1000]], [530, [524_288, [1000], 0]]],
+                   short=[[3, [524_288, [1000], 1000]], [3, [524_288, [1000], 0]]])
+    record["kernels"] += [dict(record["kernels"][0], name="triton_red_loss", code=code, warps=16, wgmma=0,
+                               instructions=[[60, 60], 200], constants={"XBLOCK": 1, "R0_BLOCK": 2048})
+                          for code in ("some", "all")]
+    for i, step in enumerate(record["phases"][3:]):
+        code, logits = ("some", 65_536_000) if i < 3 else ("all", 65_536 * 50_304)
+        step["events"] = [event("triton", "triton_red_loss", 2 * logits, code=code, elements=logits)]
+    return record
+
+
+def test_a_softmax_over_some_words_is_a_stage_of_its_own(record):
+    found = judge.predictions(some_words(record), H100, 8)
+    assert [(stage.tokens, stage.words, stage.steps) for stage in found] == [(524_288, 1000, 1000), (524_288, 0, 530)]
+    some, whole = (stage.mean.ms["head and loss"] for stage in found)
+    assert whole / some == pytest.approx(50.304, rel=0.05)
+    lines = {finding.check: finding for finding in judge.judge(record, H100, 8)}
+    assert {"a step of 524,288 tokens, 1,000 words", "a step of 524,288 tokens"} <= lines.keys()
+
+
+@pytest.mark.parametrize("code", ["some", "all"])
+def test_many_instructions_a_logit_are_slow_in_every_stage(record, code):
+    """By hand, a simulation of a draft showed it in the times alone: 160 a logit where words are drawn, said to be 48."""
+    some_words(record)
+    assert verdicts(record)["instructions a logit"] == "ok"
+    kernel = next(kernel for kernel in record["kernels"] if kernel["code"] == code)
+    kernel["instructions"] = [[320, 320], 700]
+    line = next(f for f in judge.judge(record, H100, 8) if f.check == "instructions a logit")
+    assert line.verdict == "slow" and line.why.startswith("160 in triton_red_loss")
 
 
 def test_a_stage_that_the_short_run_does_not_reach_is_said(record):

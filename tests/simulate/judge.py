@@ -118,10 +118,11 @@ def compiled_kernels(record: dict, card: Card) -> list[Finding]:
             why += f"{span(of_kind, 'spilled')} B spilled, {span(of_kind, 'warps')} warps"
             why += f", {span(of_kind, 'wgmma')} wgmma" * (major == 9)
             found.append(Finding(f"FlexAttention {kind}", "slow" if slow else "ok", why))
-    names, counts = logit_kernels(record), instructions(kernels)
-    counted = {code: counts[code] for code in names if code in counts}
-    if counted:
-        each = ", ".join(f"{n:.0f} in {names[code][:40]}" for code, n in counted.items())
+    counts = instructions(kernels)
+    of_kinds = [{name: counts[code] for code, name in kernels.items() if code in counts}
+                for kernels in logit_kernels(record)]
+    if counted := max(of_kinds, key=lambda counted: sum(counted.values()), default={}):
+        each = ", ".join(f"{n:.0f} in {name[:40]}" for name, n in counted.items())
         slow = sum(counted.values()) > MOST_INSTRUCTIONS
         each += f" (slow from {MOST_INSTRUCTIONS} on in all)"
         found.append(Finding("instructions a logit", "slow" if slow else "ok", each))
@@ -134,12 +135,15 @@ def span(kernels: list[dict], what: str) -> str:
     return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
-def logit_kernels(record: dict) -> dict[str, str]:
-    """Generated kernels of a step that go over all logits: hash of the source -> name."""
-    last = steps(record)[-1]
-    logits = last["tokens"] * record["vocab_size"]
-    return {event["code"]: event["name"] for event in last["events"]
-            if event["kind"] == "triton" and event["elements"] == logits > 0}
+def logit_kernels(record: dict) -> list[dict[str, str]]:
+    """Generated kernels that go over all logits of a step, or of a sequence where its softmax is over some words, in
+    the last step of each kind: hash of the source -> name."""
+    kinds = {}
+    for phase, step in zip(steps_of_the_run(record), stages.unpacked(record["short"]), strict=False):
+        logits = record["sequence_length"] * step.words or phase["tokens"] * record["vocab_size"]
+        kinds[step.tokens, step.words] = {event["code"]: event["name"] for event in phase["events"]
+                                          if event["kind"] == "triton" and event["elements"] == logits > 0}
+    return list(kinds.values())
 
 
 def calls(record: dict) -> list[tuple[str, list]]:
@@ -163,8 +167,9 @@ def same_collectives(first: dict, last: dict) -> Finding:
 
 
 class Stage(NamedTuple):
-    """Real steps with equally many tokens, one after the other."""
+    """Real steps with equally many tokens and words, one after the other."""
     tokens: int        # a step, over all ranks
+    words: int         # over which the softmax goes; 0: all
     steps: int
     mean: Prediction   # of a step
     fastest: float     # ms of a step
@@ -178,16 +183,18 @@ def predictions(record: dict, card: Card, world_size: int) -> list[Stage]:
     real = stages.stand_for(stages.unpacked(record["real"]), short)
     if len(steps(record)) < len(short):
         raise LookupError(f"training_step was called {len(steps(record))} times in a run of {len(short)} steps")
-    found = [(i, [], []) for i, step in enumerate(short) if i == 0 or step.tokens != short[i - 1].tokens]
+    work = [(step.tokens, step.words) for step in short]
+    found = [(i, [], []) for i, mine in enumerate(work) if i == 0 or mine != work[i - 1]]
     for i, (phase, meant) in enumerate(zip(steps_of_the_run(record), real, strict=True)):
         windows = [window for step in meant for window in step.windows]
         keys = visible_keys(windows, record["sequence_length"])
-        shape = Shape(phase["tokens"] or short[i].tokens // world_size, record["model_dim"], record["vocab_size"], keys)
+        shape = Shape(phase["tokens"] or short[i].tokens // world_size, record["model_dim"], record["vocab_size"], keys,
+                      record["sequence_length"] * short[i].words)
         _, timed_steps, phases = [stage for stage in found if stage[0] <= i][-1]
         phases.append(phase)
         if meant:
             timed_steps.append((len(meant), predict(phase["events"], record["kernels"], shape, card, world_size)))
-    return [Stage(short[i].tokens, sum(times for times, _ in each), mean(each), min(p.total for _, p in each),
+    return [Stage(*work[i], sum(times for times, _ in each), mean(each), min(p.total for _, p in each),
                   max(p.total for _, p in each), max(phase["peak"] for phase in phases))
             for i, each, phases in found if each]
 
@@ -199,7 +206,7 @@ def whole(found: list[Stage]) -> Prediction:
 
 def error_of(record: dict, card: Card, world_size: int, tokens: int) -> str:
     """How far off a prediction may be, as far as anything supports that. tokens: of the shortest step."""
-    _, (_, windows) = record["real"][0]  # of the first steps; FlexAttention has some
+    _, (_, windows, *_) = record["real"][0]  # of the first steps; FlexAttention has some
     known = card.name.startswith("NVIDIA H100") and windows and world_size <= 8 and tokens >= FITTED_TOKENS * world_size
     return f"± {100 * ERROR:.0f} %" if known else "error unknown"
 
@@ -218,7 +225,7 @@ def predicted(record: dict, card: Card, world_size: int, price: float | None) ->
             why += f"; from {stage.fastest:.0f} to {stage.slowest:.0f}"
         why += f"), MFU {utilisation(p, card):.2f}"
         if len(found) > 1:
-            name = f"a step of {stage.tokens:,} tokens"
+            name = f"a step of {stage.tokens:,} tokens" + (f", {stage.words:,} words" if stage.words else "")
             why += f", peak {stage.peak / GIB:.1f} GiB, {stage.steps:,} of {count:,} steps"
         why += ": " + ", ".join(f"{part} {ms:.1f}" for part, ms in sorted(p.ms.items(), key=lambda item: -item[1]))
         if world_size > 1:

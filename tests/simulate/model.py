@@ -83,6 +83,7 @@ class Shape(NamedTuple):
     model_dim: int
     vocab_size: int  # padded
     keys: float     # that a query sees, on average; FlexAttention computes the block of 128 around them too
+    sampled: int = 0  # logits of a sequence where its softmax does not go over all words
 
 
 class Prediction(NamedTuple):
@@ -144,7 +145,7 @@ def kernel_time(event: dict, counted: dict[str, float], shape: Shape, card: Card
     moved = bytes_read(name, event["moved"], event["tensors"], shape) if generated else event["moved"]
     logits = 2 * shape.tokens * shape.vocab_size  # bytes of them in bfloat16
     seconds, compute, part = moved / (MEMORY * card.bytes), 0.0, "generated" if generated else "eager"
-    if generated and moved > 0.95 * logits:
+    if generated and (moved > 0.95 * logits or event["elements"] == shape.sampled > 0):
         part = "head and loss"
     if generated:
         issued = event["elements"] * counted.get(event["code"], 0) / 32

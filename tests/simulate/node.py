@@ -48,7 +48,7 @@ from tests.simulate.model import CARDS, Card
 
 VAL_TOKENS = 2**20  # a validation of the simulated run, instead of the track's
 PHASES = ("warm_up", "training_step", "validate", "write_sample", "save_checkpoint")
-HEAVY = 10**9  # bytes; of kernels that move more the instructions are counted
+HEAVY = 6 * 10**8  # bytes; of kernels that move more the instructions are counted
 
 
 # --- Triton without a driver ------------------------------------------------------------------------------------------

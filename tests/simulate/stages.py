@@ -1,7 +1,7 @@
 """Which real steps each step of a short, simulated run is taken for. Pure Python: no torch here.
 
-Steps may differ: in their tokens (stages), their windows, in what they update (Adam in every second one). What they
-compute is seen in the short run; how often each occurs, and with which windows, the script's own schedules say.
+Steps may differ: in their tokens and words (stages), their windows, in what they update (Adam in every second one). What
+they compute is seen in the short run; how often each occurs, and with which windows, the script's own schedules say.
 """
 import collections
 import itertools
@@ -15,6 +15,7 @@ class Step(NamedTuple):
     """What the schedules say of one step."""
     tokens: int               # over all ranks
     windows: tuple[int, ...]  # tokens a query sees, one for each layer with attention, or one for all; empty: not said
+    words: int = 0            # over which the softmax goes; 0: all
 
 
 def schedule(script, hp) -> list[Step]:
@@ -23,7 +24,8 @@ def schedule(script, hp) -> list[Step]:
     before = getattr(script, "tokens_before", lambda step, hp: step * hp.batch_size * hp.sequence_length)
     window = getattr(script, "window_size", lambda step, hp: by_tables(script, step, hp))
     ends = [before(step, hp) for step in range(hp.num_steps + 1)]
-    return [Step(end - start, layers(window(step, hp))) for step, (start, end) in enumerate(itertools.pairwise(ends))]
+    return [Step(end - start, layers(window(step, hp)), words(script, step, hp))
+            for step, (start, end) in enumerate(itertools.pairwise(ends))]
 
 
 def by_tables(script, step: int, hp) -> list[int | None]:
@@ -33,6 +35,11 @@ def by_tables(script, step: int, hp) -> list[int | None]:
     window = hp.stages[script.stage_index(step, hp)].window
     sizes = {"long": window, "short": script.short_window(window), "paired": script.short_window(window)}
     return [sizes.get(layer.attention) for layer in hp.layers]
+
+
+def words(script, step: int, hp) -> int:
+    """Over how many words a training step's softmax goes, as STAGES has it; 0: all."""
+    return getattr(hp.stages[script.stage_index(step, hp)], "words", 0) if hasattr(script, "STAGES") else 0
 
 
 def layers(windows) -> tuple[int, ...]:
@@ -46,14 +53,14 @@ def packed(steps: list[Step]) -> list[tuple[int, Step]]:
 
 
 def unpacked(pairs: list) -> list[Step]:
-    return [Step(tokens, tuple(windows)) for count, (tokens, windows) in pairs for _ in range(count)]
+    return [Step(tokens, tuple(windows), *words) for count, (tokens, windows, *words) in pairs for _ in range(count)]
 
 
 def kinds(steps: list[Step]) -> list[tuple]:
-    """What each step has in common with those that may stand for it: its tokens, and whether it is the first of its
-    stage (a change of stage may take work of its own); the others, whether they are odd or even."""
-    firsts = [i == 0 or step.tokens != steps[i - 1].tokens for i, step in enumerate(steps)]
-    return [(step.tokens, "first" if firsts[i] else i % 2) for i, step in enumerate(steps)]
+    """What each step has in common with those that may stand for it: its tokens and words, and whether it is the first
+    of its stage (a change of stage may take work of its own); the others, whether they are odd or even."""
+    work = [(step.tokens, step.words) for step in steps]
+    return [(*mine, "first" if i == 0 or mine != work[i - 1] else i % 2) for i, mine in enumerate(work)]
 
 
 def steps_of_a_short_run(real: list[Step], short: Callable[[int], list[Step]]) -> int:
