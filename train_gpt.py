@@ -8,8 +8,8 @@
 
 `./run.sh` does the same and first sets up Python and data. A track fixes data, vocabulary, target;
 all else is yours. A run's log, records/scratch/<run_id>.txt: this source, environment, losses.
-The recipe is that of the public race of May 2026 in plain PyTorch. An idea names its source: a
-record, by its date, or an arXiv id. What was taken and left: records/2026-11-28_SampledSoftmax.
+The recipe is that of the public race of May 2026 in plain PyTorch, with a sampled softmax. An idea
+names its source: a record, by its date, or an arXiv id. More: records/2026-11-28_SampledSoftmax.
 
 Shapes in comments: S sequences of T tokens, N = S T tokens at once, D model width, H heads of width
 d, V vocabulary, K targets of a token, W ranks.
@@ -124,7 +124,7 @@ class Stage(NamedTuple):
     targets: tuple[float, ...]      # weights of the losses of the 1st, 2nd, ... next token, at the
     targets_end: tuple[float, ...]  # beginning and at the end of the stage
     tied: bool       # are embedding and head one matrix?
-    words: int       # so many compete in the training's softmax, see candidates; 0: all
+    words: int       # so many compete in the training's softmax (2026-08-31, PR 360); 0: all
 
 STAGES = {
     "fineweb": (  # windows: record 2025-09-03; batches, rates: 2025-11-29, 2025-12-22; documents:
@@ -263,7 +263,7 @@ def rotary_at(index: int, hp: Hyperparameters) -> tuple[Tensor, float]:
 
 class Schedule:
     """What the schedules say at one step; model and optimizer get all of it. What compiled parts
-    use is a tensor, for torch.compile would compile anew for each new number."""
+    use is a tensor, for torch.compile compiles anew for each new number, as it does for words."""
     def __init__(self, step: int, hp: Hyperparameters, device: torch.device):
         self.step, self.lr_scale, self.momentum = step, lr_scale(step, hp), muon_momentum(step, hp)
         index, ends = stage_index(step, hp), [0, *stage_ends(hp)]
@@ -526,7 +526,8 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor | None, schedule: Schedule) -> Tensor | tuple:
         """Of targets (S, T) after tokens (S, T): what is to be minimised, a sum over the tokens;
-        and the mean cross-entropy in nats. Without targets: float32 logits (N, V)."""
+        and the mean cross-entropy in nats (in training, where T is hp.sequence_length, of so many
+        words as the schedule says). Without targets: float32 logits (N, V)."""
         start = document_start(tokens, self.eot_token)
         position_in_document = torch.arange(len(start), device=start.device) - start
         masks, weights = self.masks(start, schedule), schedule.target_weights

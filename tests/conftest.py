@@ -26,7 +26,7 @@ ENTRY_TINY = ("--device=cpu --dtype=float32 --compile=off --num_steps=14 --batch
               "--log_every=1").split()
 # For fineweb's tables under the laptop track (the fixtures recipe and recipe_sandbox): all of the full recipe on bytes.
 # Its stages begin at steps 0, 4, 8, 11 and 12, with batches of 2, 4, 6, 6 and 6 sequences; untied at step 8. Of 384
-# words 80, 112 and 192 compete in the first three, more than the sandboxes' text has, then all.
+# words 106, 149 and 256 compete in the first three, more than the sandboxes' text has, then all.
 RECIPE = ("--device=cpu --dtype=float32 --compile=off --num_steps=14 --extension_steps=2 --batch_size=2 "
           "--micro_batch=2 --sequence_length=256 --val_length=4096 --num_heads=2 --model_dim=32 --ngrams=2 "
           "--ngram_rows=1021 --ngram_rule=adam --attention_scale=0.1 --final_window=320 --logit_cap=23 "
@@ -38,7 +38,7 @@ SHORTER = 8  # times shorter are the recipe's windows and documents: 48, 112, 17
 RECIPE_TABLES = f'''
 LAYERS["laptop"] = LAYERS["fineweb"]
 STAGES["laptop"] = tuple(stage._replace(window=stage.window // {SHORTER}, document=stage.document // {SHORTER},
-                                        words=stage.words // 128) for stage in STAGES["fineweb"])
+                                        words=stage.words // 96) for stage in STAGES["fineweb"])
 '''
 
 

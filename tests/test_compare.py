@@ -518,12 +518,12 @@ def test_tokens_of_stages_that_cannot_be_read_are_not_told(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("change", [
-    {"stage_tokens": [2048, 4096, 6144, 9999]}, {"stage_tokens": [2048, 4096]}, {"num_steps": 1},
+    {"stage_tokens": [2048, 4096, 6144, 6144, 9999]}, {"stage_tokens": [2048, 4096]}, {"num_steps": 1},
     *({name: value} for name in ("num_steps", "extension_steps", "batch_size")
       for value in (None, "abc", [1], 1e400, 10**400))])
 def test_tokens_of_stages_whose_log_tells_otherwise_are_not_told(tmp_path, change):
     settings = {"track": "fineweb", "num_steps": 20, "extension_steps": 2, "batch_size": 8, "sequence_length": 256}
-    facts = {"hyperparameters": settings, "stage_tokens": [2048, 4096, 6144, 6144]}
+    facts = {"hyperparameters": settings, "stage_tokens": [2048, 4096, *[6144] * 3]}
     assert group_of(tmp_path / "right", facts, SOURCE).tokens_before(20) == 2048 * (6 + 2 * 6 + 3 * 8)
     facts = {**facts, **change} if "stage_tokens" in change else {"hyperparameters": {**settings, **change}}
     assert group_of(tmp_path / "wrong", facts, SOURCE).stages is None

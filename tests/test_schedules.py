@@ -54,8 +54,8 @@ def test_batches_of_the_record_token_by_token():
 
 
 def test_words_of_the_softmax():
-    """Published (2026-08-30): 10,240 at first, 14,336 after 57 % of the run, 24,576 after 80 %, all after 92 %. Here the
-    next number holds from each change of the batch on, so never fewer."""
+    """Published (2026-08-31): 10,240 at first, 14,336 after 57 % of the run, 24,576 after 80 %, all after 92 %. Here the
+    next number holds from each change of the batch on, so never fewer, but for one step."""
     words = [Schedule(step, RECORD, CPU).words for step in range(1406)]
     assert words == [10_240] * 455 + [14_336] * 455 + [24_576] * 387 + [0] * 109
     for step, mine in enumerate(words[:-1]):

@@ -298,7 +298,7 @@ def main(words: list[str]) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         node = Node(cuda_python(), folder.resolve())
-        print("simulating: 2 minutes a run on 2 cores, 7 for a script with four stages ...", file=sys.stderr, flush=True)
+        print("simulating: 2 minutes a run on 2 cores, 7 to 15 for a script with stages ...", file=sys.stderr, flush=True)
         for report in reports(node, given, flags):
             done.append(dict(report, findings=[finding._asdict() for finding in report["findings"]]))
             verdicts |= {finding.verdict for finding in report["findings"]}

@@ -38,8 +38,9 @@ def by_tables(script, step: int, hp) -> list[int | None]:
 
 
 def words(script, step: int, hp) -> int:
-    """Over how many words a training step's softmax goes, as STAGES has it; 0: all."""
-    return getattr(hp.stages[script.stage_index(step, hp)], "words", 0) if hasattr(script, "STAGES") else 0
+    """Over how many words a training step's softmax goes, as STAGES has it, where they are enough; 0: all."""
+    found = getattr(hp.stages[script.stage_index(step, hp)], "words", 0) if hasattr(script, "STAGES") else 0
+    return found if found and hp.sequence_length <= 4 * found else 0
 
 
 def layers(windows) -> tuple[int, ...]:
@@ -80,8 +81,9 @@ def stand_for(real: list[Step], short: list[Step]) -> list[list[Step]]:
         like[kind].append(i)
     for step, kind in enumerate(kinds(real)):
         if not like[kind]:
-            raise LookupError(f"step {step:,} of {len(real):,} trains on {kind[0]:,} tokens, and no step like it "
-                              f"occurs in a run of {len(short)} steps")
+            over = f" over {kind[1]:,} words" * (kind[1] > 0)
+            raise LookupError(f"step {step:,} of {len(real):,} trains on {kind[0]:,} tokens{over}, and no step like "
+                              f"it occurs in a run of {len(short)} steps")
         share = (step + 0.5) / len(real)
         found[min(like[kind], key=lambda i: abs((i + 0.5) / len(short) - share))].append(real[step])
     return found
