@@ -526,8 +526,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor | None, schedule: Schedule) -> Tensor | tuple:
         """Of targets (S, T) after tokens (S, T): what is to be minimised, a sum over the tokens;
-        and the mean cross-entropy in nats (in training, where T is hp.sequence_length, of so many
-        words as the schedule says). Without targets: float32 logits (N, V)."""
+        and the mean cross-entropy, nats, of schedule.words in training. Else float32 logits."""
         start = document_start(tokens, self.eot_token)
         position_in_document = torch.arange(len(start), device=start.device) - start
         masks, weights = self.masks(start, schedule), schedule.target_weights
