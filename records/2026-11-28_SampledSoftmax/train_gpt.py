@@ -110,9 +110,8 @@ LAYERS = {
         Layer("short",   2,     None, 7,       True,  False, None),
         Layer("paired",  3,     None, 7,       False, False, 0.0),
         Layer("long",    4,     None, 7,       True,  True,  None)),
-    "laptop": (
-        Layer("long",    0,     None, None,    False, False, None),
-        Layer("paired",  0,     None, None,    False, False, None))}
+    "laptop": (Layer("long", 0, None, None, False, False, None),
+               Layer("paired", 0, None, None, False, False, None))}
 
 class Stage(NamedTuple):
     """What holds for a part of the run."""
@@ -306,10 +305,8 @@ Mask = BlockMask | Tensor  # for FlexAttention (compiled CUDA); first_visible_ke
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, max_window: int) -> Tensor:
     """softmax(q k^T) v over visible keys. q, k, v, result: (N, H, d)."""
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    if isinstance(mask, BlockMask):
-        y = flex_attention(q, k, v, block_mask=mask, scale=1.0)
-    else:
-        y = chunked_attention(q, k, v, mask, max_window)
+    y = (flex_attention(q, k, v, block_mask=mask, scale=1.0) if isinstance(mask, BlockMask) else
+         chunked_attention(q, k, v, mask, max_window))
     return y[0].transpose(0, 1)
 
 # --- Model ----------------------------------------------------------------------------------------
@@ -399,9 +396,8 @@ class Attention(nn.Module):
     def __init__(self, hp: Hyperparameters, layer: Layer):
         super().__init__()
         self.num_heads, self.kind = hp.num_heads, layer.attention
-        longest = max(stage.window for stage in hp.stages)
-        self.max_window = (max(longest, hp.final_window) if self.kind == "long" else
-                           short_window(longest))
+        window, long = max(stage.window for stage in hp.stages), self.kind == "long"
+        self.max_window = max(window, hp.final_window) if long else short_window(window)
         # A matrix of Q or K is that of two heads (record 2026-04-08); V's and proj's are whole.
         pairs = hp.num_heads // 2 if hp.num_heads % 2 == 0 else 1
         self.qk = Linear(hp.model_dim, hp.model_dim // pairs, parts=2 * pairs)
@@ -736,7 +732,7 @@ def adam_direction(group: Group, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tens
 
 class Rule(NamedTuple):
     """An update rule; its state is float32. direction takes group, summed gradient, state, Muon's
-    momentum and 1 - beta^t of each beta (0-dim); it updates the state, and says where to go."""
+    momentum and 1 - beta^t of each beta (0-dim), updates the state, returns what to go against."""
     direction: Callable
     state: tuple[str, ...]      # of the values' shape
     row_state: tuple[str, ...]  # one number for each row of a matrix
@@ -825,11 +821,9 @@ class BatchLoader:
     that are r modulo W: neither W nor a resume changes what a step reads."""
     def __init__(self, stream: "TokenStream", hp: Hyperparameters, runtime: "Runtime", step=0):
         self.stream, self.hp, self.runtime, self.step = stream, hp, runtime, step
-        self.num_sequences = (len(stream) - 1) // hp.sequence_length
-        shuffled, cut = TRACKS[hp.track].shuffled, any(stage.document for stage in hp.stages)
-        order = np.random.RandomState(0).permutation if shuffled else np.arange
-        self.order = order(self.num_sequences)
-        self.firsts = first_documents(stream, hp) if cut else None
+        order = np.random.RandomState(0).permutation if TRACKS[hp.track].shuffled else np.arange
+        self.order = order((len(stream) - 1) // hp.sequence_length)
+        self.firsts = first_documents(stream, hp) if any(s.document for s in hp.stages) else None
         self.pool = ThreadPoolExecutor(1)
         self.future = self.pool.submit(self._read, step)
 
@@ -838,13 +832,13 @@ class BatchLoader:
         index = sequences_before(step, self.hp)
         if self.firsts is not None:
             return int(self.firsts[index]) // (len(self.stream.documents) - 1)
-        return index // self.num_sequences
+        return index // len(self.order)
 
     def _sequence(self, index: int, cut: int) -> tuple[Tensor, Tensor]:
         if self.firsts is not None:
             first = int(self.firsts[index])
             return self.stream.packed(first, self.hp.sequence_length, cut or len(self.stream))
-        index = int(self.order[index % self.num_sequences])
+        index = int(self.order[index % len(self.order)])
         return self.stream.sequence(index, self.hp.sequence_length)
 
     def _read(self, step: int) -> list[tuple[Tensor, Tensor]]:
@@ -973,8 +967,7 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor,
     """Sliding-window attention for CPUs, where FlexAttention has no backward. q, k, v, result: (1,
     H, N, d). A chunk of max_window / 2 queries sees its own keys and those of two chunks before."""
     (_, H, N, d), size = q.shape, max_window // 2
-    chunks = math.ceil(N / size)
-    padding = chunks * size - N
+    chunks, padding = math.ceil(N / size), -N % size
     query = torch.arange(chunks * size, device=q.device).view(chunks, size, 1)
     key = torch.arange(-2 * size, size, device=q.device) + query[:, :1]
     # A padded query sees itself: a row of scores without a key would turn the gradients to NaN.
@@ -1077,9 +1070,8 @@ def first_documents(stream: TokenStream, hp: Hyperparameters) -> np.ndarray:
             firsts.append(document)
             epoch, document = divmod(document, len(lengths))
             reach = hp.sequence_length + (totals[document - 1] if document else 0)
-            more, reach = divmod(reach, totals[-1])
-            last = bisect_right(totals, reach)  # the document that holds the last target
-            document = (epoch + more) * len(lengths) + last + 1
+            more, reach = divmod(reach, totals[-1])  # where the last target is
+            document = (epoch + more) * len(lengths) + bisect_right(totals, reach) + 1
     return np.array([*firsts, document])
 
 # --- Buckets: which rank keeps what, and how it travels -------------------------------------------
@@ -1117,9 +1109,8 @@ class Bucket:
         for values, p in zip(self.parts(self.values), params, strict=True):
             p.data = values.copy_(p.detach())
         mine = self.values[self.my_rows]
-        self.state = {name: torch.zeros_like(like, dtype=torch.float32)
-                      for names, like in ((rule.state, mine), (rule.row_state, mine[..., :1]))
-                      for name in names}
+        like = dict.fromkeys(rule.state, mine) | dict.fromkeys(rule.row_state, mine[..., :1])
+        self.state = {name: torch.zeros_like(t, dtype=torch.float32) for name, t in like.items()}
         lr = [torch.full((n,), group.lr) for n, group in zip(rows, groups, strict=True)]
         lr = F.pad(torch.cat(lr), (0, len(self.values) - self.rows)).to(mine.device)
         lr = lr[self.my_rows].view(-1, *[1] * len(row_shape))
@@ -1270,8 +1261,7 @@ def fast_dtype(device: torch.device) -> str:
 
 def lacks_for_compile(device: torch.device) -> str:
     """What torch.compile would miss on this machine at its first use; nothing: ""."""
-    cuda = device.type == "cuda"
-    variable, *names = ("CC", "gcc", "clang") if cuda else ("CXX", "g++", "clang++")
+    variable, *names = ("CC gcc clang" if device.type == "cuda" else "CXX g++ clang++").split()
     if not (os.environ.get(variable) or any(map(shutil.which, names))):
         return f"a compiler ({' or '.join(names)})"
     header = Path(sysconfig.get_path("include"), "Python.h")
@@ -1560,10 +1550,9 @@ def finish(stop: int, model: GPT, progress: "Progress", watch: Watch, hp: Hyperp
     # Forward and backward, a token: 6 FLOPs a weight, 12 D a layer and visible key; look-ups none.
     weights = sum(p.numel() for name, p in model.named_parameters()
                   if re.fullmatch(r"(blocks|head)\..*\.weight", name))
-    middle = Schedule(hp.num_steps // 2, hp, torch.device("cpu"))
+    middle, V = Schedule(hp.num_steps // 2, hp, torch.device("cpu")), model.embed.num_embeddings
     keys = sum(middle.windows[row.attention].item() for row in hp.layers if row.attention)
-    if middle.words:
-        weights -= hp.model_dim * max(model.embed.num_embeddings - middle.words, 0)
+    weights -= hp.model_dim * (V - min(middle.words or V, V))  # of the words that do not compete
     flops = (6 * weights + 12 * hp.model_dim * keys) * per_second / runtime.world_size
     name, unit = device_name(runtime.device), 1 if sys.platform == "darwin" else 1024
     mfu = next((f" mfu:{flops / p:.1%}" for part, p in PEAK_FLOPS.items() if part in name), "")
@@ -1726,11 +1715,10 @@ def parse_arguments(argv: list[str] | None = None) -> Hyperparameters:
                      f"tracks {', '.join(PRESETS)}; (*): in proportion to --num_steps.")
     fields, then = dataclasses.fields(Hyperparameters), {}
     for f in fields:
-        usual = dict.fromkeys(str(preset.get(f.name, f.default)) for preset in PRESETS.values())
+        each = dict.fromkeys(str(preset.get(f.name, f.default)) for preset in PRESETS.values())
         kind = ({"action": "store_true"} if f.type is bool else
                 {"type": f.type, "choices": f.metadata["choices"]})
-        kind["help"] = f"{f.metadata['help']} ({', '.join(usual)})"
-        parser.add_argument(f"--{f.name}", **kind)
+        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} ({', '.join(each)})", **kind)
     given = vars(parser.parse_args(argv))  # the flags that are there
     path = given.get("resume") or ("latest" if given.get("prompt") else "")
     if path == "latest":
