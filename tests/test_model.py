@@ -328,7 +328,7 @@ def test_each_sequence_has_a_softmax_over_its_own_words(recipe, recipe_model, st
 
 @pytest.mark.parametrize("words, sampled", [(383, True), (64, True), (63, False), (384, False), (1000, False)])
 def test_words_that_may_be_too_few_are_all(recipe, recipe_model, words, sampled):
-    """16,384 tokens of English have at most 4,712 words, 65,536 tokens 11,244 (of ../shared/corpus, documents cut)."""
+    """16,384 tokens of English have at most 4,770 words, 65,536 tokens 11,327 (records/studies/2026-11-28_English)."""
     text, schedule = tokens_of(T=257)[None], Schedule(0, recipe, CPU)
     losses = []
     for schedule.words in (0, words):

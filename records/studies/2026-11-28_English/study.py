@@ -3,6 +3,7 @@
     python records/studies/2026-11-28_English/study.py make             # the copies, into SANDBOX
     python records/studies/2026-11-28_English/study.py final [NAME...]  # SEEDS=0,1: final/
     python records/studies/2026-11-28_English/study.py table            # tokens to the common loss
+    python records/studies/2026-11-28_English/study.py words            # different ones in a text
 
 Sizes, steps and rates are that study's, and the new scripts have the rates that it found for Stages.
 Float32 and not compiled, a core a run: the machine had no fast bfloat16.
@@ -11,6 +12,7 @@ import os
 import sys
 from importlib import util
 from pathlib import Path
+from statistics import median
 
 HERE = Path(__file__).resolve().parent
 spec = util.spec_from_file_location("study", HERE.parent / "2026-11-25_English" / "study.py")
@@ -34,6 +36,19 @@ STAGES = """(
 # The best of the search there: factors of Adam's rates and of Muon's.
 FACTORS = {study.BASELINE: (2.0, 0.5), FULL: (4.0, 1.0), SAMPLED: (4.0, 1.0)}
 
+def words() -> None:
+    """How many different words sequences of the two training files have, by the cut of documents."""
+    import numpy as np
+    for path in sorted(study.CORPUS.glob("openweb_train_*.bin")):
+        tokens = np.memmap(path, "<u2", "r", 1024)
+        documents = np.split(tokens, np.flatnonzero(tokens == 50_256)[1:])
+        for cut, length in ((1024, 1024), (896, 16_384), (2048, 16_384), (2048, 65_536)):
+            text = np.concatenate([document[:cut] for document in documents])
+            counts = [len(np.unique(text[i:i + length]))
+                      for i in range(0, len(text) - length, length)]
+            print(f"{path.name}, documents cut at {cut}, {len(counts)} sequences of {length}: "
+                  f"{min(counts)} to {max(counts)}, median {median(counts)}")
+
 def main() -> None:
     new = study.SCRIPTS["new"] | dict(steps={"final": (288, 24)})
     new["preset"] = new["preset"] | dict(micro_batch=1)  # for memory; the same sums
@@ -49,7 +64,7 @@ def main() -> None:
     study.subprocess.run = lambda command, **more: run(
         [*command, "--dtype=float32", "--compile=off"], **more)
     command, names = sys.argv[1], sys.argv[2:] or list(study.SCRIPTS)
-    steps = dict(make=study.make, table=study.table, final=lambda: study.final(names))
+    steps = dict(make=study.make, table=study.table, words=words, final=lambda: study.final(names))
     steps[command]()
 
 if __name__ == "__main__":
