@@ -5,7 +5,7 @@
 #   ./run.sh --track laptop --num_steps 100   arguments go to train_gpt.py (--help lists them)
 #   ./run.sh --record 2024-06-06_AdamW        an entry's script: records/<entry>/train_gpt.py
 #   ./run.sh test [pytest arguments]          run the tests
-#   ./run.sh simulate [my_idea.py]            what would 8 H100s say? Without a GPU, in 7 minutes
+#   ./run.sh simulate [my_idea.py]            what would 8 H100s say? Without a GPU, in 11 minutes
 #   NPROC=2 ./run.sh                          2 processes (default: one a GPU; without GPUs, one)
 #   SHARDS=2 ./run.sh --track fineweb         fetch 2 training shards of 10^8 tokens, not all that
 #                                             the run reads

@@ -53,6 +53,17 @@ def test_attention_is_counted_by_the_keys_that_queries_see():
     assert predict([causal], [], SHAPE, H100, 1).flops == 2e12
 
 
+def test_of_q_k_v_in_one_a_kernel_reads_its_part():
+    """One that copies v reads a third, however often its source names the tensor; one that norms reads q and k."""
+    part, read_and_written = 65_536 * 768, [[65_536, 3 * 768], [65_536, 768]]
+    for name, counted, wanted in (("triton_poi_fused_clone", 1, 2), ("triton_poi_fused_clone", 3, 2),
+                                  ("triton_red_fused_rms_norm", 2, 3), ("triton_red_fused_rms_norm", 3, 3)):
+        kernel = event("triton", name, moved=2 * (counted + 1) * part, tensors=read_and_written, elements=part,
+                       counted=[counted * part, part])
+        seconds = predict([kernel], [], SHAPE, H100, 1).ms["generated"] / 1e3
+        assert seconds == pytest.approx(2 * wanted * part / (model.MEMORY * 3.35e12) + model.LAUNCH), (name, counted)
+
+
 def test_a_kernel_with_many_instructions_is_bound_by_them():
     """110 instructions a logit, on 132 multiprocessors that start 4 of a warp a cycle."""
     kernel = dict(name="triton_red_fused", code="a", warps=16, instructions=[[130, 147, 163], 732],

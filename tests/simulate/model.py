@@ -127,22 +127,23 @@ def instructions(kernels: list[dict]) -> dict[str, float]:
     return {code: min(counts) for code, counts in found.items()}
 
 
-def bytes_read(name: str, moved: int, tensors: list, shape: Shape) -> float:
-    """Bytes a generated kernel moves, of all the bytes of its arguments: some it reads in part."""
+def bytes_read(event: dict, shape: Shape) -> float:
+    """Bytes a generated kernel moves: of those of its arguments (`counted` elements of each), some it reads in part."""
+    name, moved = event["name"], event["moved"]
     if "tem" in name:
         return moved
-    for dims in tensors:
+    for dims, counted in zip(event["tensors"], event.get("counted", map(math.prod, event["tensors"])), strict=True):
         if math.prod(dims) == 3 * shape.tokens * shape.model_dim:  # q, k, v in one: who norms reads two, others one
-            moved -= 2 * math.prod(dims) * (1 / 3 if "rms_norm" in name else 2 / 3)
+            moved -= 2 * max(counted - math.prod(dims) * (2 / 3 if "rms_norm" in name else 1 / 3), 0)
         elif len(dims) == 2 and dims[1] <= 128 and dims[0] > shape.tokens:  # rotary table for longer sequences
-            moved -= 4 * math.prod(dims) * (1 - shape.tokens / dims[0])
+            moved -= 4 * max(counted - math.prod(dims) * shape.tokens / dims[0], 0)
     return max(moved, 0)
 
 
 def kernel_time(event: dict, counted: dict[str, float], shape: Shape, card: Card) -> tuple[str, float, float]:
     """(part of the step, seconds, FLOP) of one kernel."""
     name, generated, flops = event["name"], event["kind"] == "triton", max(event["flops"], 0)
-    moved = bytes_read(name, event["moved"], event["tensors"], shape) if generated else event["moved"]
+    moved = bytes_read(event, shape) if generated else event["moved"]
     logits = 2 * shape.tokens * shape.vocab_size  # bytes of them in bfloat16
     seconds, compute, part = moved / (MEMORY * card.bytes), 0.0, "generated" if generated else "eager"
     if generated and (moved > 0.95 * logits or event["elements"] == shape.sampled > 0):

@@ -410,15 +410,16 @@ def fake_inductor() -> None:
         name = self.fn.__name__
         names = [a for a in self.fn.arg_names if a not in self.triton_meta.get("constants", {})]
         pairs = [(a, t) for a, t in zip(names, args, strict=False) if isinstance(t, torch.Tensor)]
-        code, elements, moved = short_hash(self.fn.src), iterations(self.fn.src), 0
+        code, elements, moved, counted = short_hash(self.fn.src), iterations(self.fn.src), 0, []
         for argument, t in pairs:
             accesses = self.fn.src.count(f"({argument} + ") * elements or t.numel()
             times = 2 if argument.startswith("in_out") else 1
-            moved += times * min(t.numel(), accesses) * t.element_size() if t.device.type == "cuda" else 0
+            counted.append(min(t.numel(), accesses))
+            moved += times * counted[-1] * t.element_size() if t.device.type == "cuda" else 0
         if moved > HEAVY:
             HEAVY_KERNELS.add(code)
         LEDGER.events.append(dict(kind="triton", name=name, code=code, elements=elements, where=caller(), moved=moved,
-                                  flops=0, tensors=[list(t.shape) for _, t in pairs]))
+                                  flops=0, tensors=[list(t.shape) for _, t in pairs], counted=counted))
     heuristics.CachingAutotuner.run = run
     CatchErrorsWrapper.__call__ = outside(CatchErrorsWrapper.__call__)  # below DistributedDataParallel dynamo forgets
     # Nothing can be timed. What asks (pad_mm: the matrix as it is, then padded) is told that the later one is faster.
