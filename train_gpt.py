@@ -9,7 +9,7 @@
 `./run.sh` does the same and first sets up Python and data. A track fixes data, vocabulary, target;
 all else is yours. A run's log, records/scratch/<run_id>.txt: this source, environment, losses.
 The recipe is that of the public race of May 2026 in plain PyTorch, with a sampled softmax. An idea
-names its source: a record, by its date, or an arXiv id. More: records/2026-11-28_SampledSoftmax.
+names its source: a record, by its date, or an arXiv id. More: records/2026-11-28_UnmovedBytes.
 
 Shapes in comments: S sequences of T tokens, N = S T tokens at once, D model width, H heads of width
 d, V vocabulary, K targets of a token, W ranks.
@@ -382,14 +382,14 @@ class NGramEmbed(nn.Module):
         for table in self.tables:
             nn.init.zeros_(table.weight)
 
-    def forward(self, tokens: Tensor, position_in_document: Tensor) -> Tensor | float:
+    def forward(self, tokens: Tensor, position_in_document: Tensor) -> Tensor:
         """Both (N,). Returns (N, D). Where the document is too short: the last row."""
-        code, total = self.MULTIPLIERS[0] * tokens, 0.0
+        code, rows = self.MULTIPLIERS[0] * tokens, []
         for back, table in enumerate(self.tables, 1):
             code = code ^ (self.MULTIPLIERS[back] * tokens.roll(back))
             last = table.num_embeddings - 1
-            total = total + table(torch.where(position_in_document >= back, code % last, last))
-        return total
+            rows.append(table(torch.where(position_in_document >= back, code % last, last)))
+        return sum(rows[1:], rows[0])
 
 class Attention(nn.Module):
     """Causal self-attention with QK-norm (arXiv 2010.04245), rotary and value embeddings, gates."""
@@ -413,7 +413,10 @@ class Attention(nn.Module):
         """x, value_embed, result: (N, D); begins: (N,), is it a document's first token? mudd: gates
         of the value embeddings, (2, N, 1), one for half of the heads; what V gets more, (N, D)."""
         N, H, half, P = len(x), self.num_heads, GATE_DIMS // 2, 1 + (self.kind == "paired")
-        weight = torch.cat([self.qk.matrix(), self.v.matrix()]).to(x.dtype)
+        # Paired heads (2026-01-07): heads i, i + H / 2 of a token are two positions of one. It has
+        # a matrix of Muon's: the rows of the weight are reordered here, and no activations.
+        qk = self.qk.matrix().view(2, H // P, P, -1, x.size(1)).transpose(1, 2).flatten(0, 3)
+        weight = torch.cat([qk, self.v.matrix()]).to(x.dtype)
         q, k, v = F.linear(x, weight).view(N, 3, H, -1).unbind(1)  # (N, H, d)
         v = self.value_scale * v
         if mudd is not None:
@@ -423,15 +426,13 @@ class Attention(nn.Module):
             gates = (2 * gate(self.value_gate, seen) if mudd is None else
                      mudd[0].squeeze(-1).T.repeat_interleave(H // 2, dim=1))
             v = v + gates[..., None] * value_embed.view_as(v)
-        # Paired heads (2026-01-07): heads 2 i, 2 i + 1 of a token are two positions of one head.
-        q, k, v = (t.view(N, H // P, P, -1).transpose(1, 2).reshape(P * N, H // P, -1)
-                   for t in (q, k, v))
-        q, k = (rotate(norm(t), rotary) for t in (q, k))
+        q, k, v = (t.reshape(P * N, H // P, -1) for t in (norm(q), norm(k), v))
+        q, k = (rotate(t, rotary) for t in (q, k))
         if self.kind == "long":  # record 2025-12-14: what does not turn comes from the token before
             before = torch.where(begins[:, None, None], k, k.roll(1, 0))
             k = torch.cat([t.chunk(2, dim=-1)[i] for i, t in enumerate((k, before))], dim=-1)
         y = attention(scale * q, k, v, mask, self.max_window)
-        y, v = (t.view(N, P, H // P, -1).transpose(1, 2).reshape(N, H, -1) for t in (y, v))
+        y, v = (t.reshape(N, H, -1) for t in (y, v))
         if self.xsa_scale is not None:  # arXiv 2603.09078
             own = (y * v).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True).clamp(min=1e-8)
             y = y - torch.tanh(self.xsa_scale).to(y.dtype)[:, None] * own * v
@@ -455,12 +456,12 @@ class Stem(nn.Module):
         self.smear_scale = nn.Parameter(torch.tensor(0.0))
         self.ngram_scale = nn.Parameter(torch.tensor(0.05))
 
-    def forward(self, embed: Tensor, ngram: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
-        """embed, ngram: (N, D). Returns x0, which all layers see, and the stream, both (N, D)."""
+    def forward(self, embed: Tensor, begins: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of embed (N, D), float32: x0, (N, D), of dtype, which all layers see."""
+        embed = embed.to(dtype)
         before = torch.where(begins[:, None], 0, embed.roll(1, 0))
         smear = self.smear_scale * gate(self.smear_gate, embed[:, :GATE_DIMS])
-        x0 = norm(embed + smear * before)
-        return x0, x0 + self.ngram_scale * ngram
+        return norm(embed + smear * before)
 
 class Block(nn.Module):
     """A skip, attention, MLP; the embedding x0 and the n-grams' come after the attention (records
@@ -524,29 +525,28 @@ class GPT(nn.Module):
         """Of targets (S, T) after tokens (S, T): what is to be minimised, a sum over the tokens;
         and the mean cross-entropy, nats, of schedule.words in training. Else float32 logits."""
         start = document_start(tokens, self.eot_token)
-        position_in_document = torch.arange(len(start), device=start.device) - start
+        position = torch.arange(len(start), device=start.device) - start  # in the document
         masks, weights = self.masks(start, schedule), schedule.target_weights
         rotary = rotary_tables(schedule.frequencies, 2 * len(start))
-        tokens = tokens.flatten()
+        tokens, begins = tokens.flatten(), position == 0
         table = self.head.linear.weight.squeeze(0) if schedule.tied else self.embed.weight
         values = self.value_embed(tokens).split(self.hp.model_dim, -1) if self.value_embed else ()
-        ngram = self.ngram(tokens, position_in_document)
-        embed = F.embedding(tokens, table).to(ngram.dtype)
+        ngram = self.ngram(tokens, position)
+        x0 = self.stem(F.embedding(tokens, table), begins, ngram.dtype)
         if targets is not None:  # a validation's: the next token alone, over all words, in pieces
             words = schedule.words if torch.is_grad_enabled() else 0
             weights = weights if torch.is_grad_enabled() else torch.ones_like(weights[:1])
             length = self.hp.sequence_length if words or not torch.is_grad_enabled() else len(start)
             pieces = next_targets(targets, len(weights)).split(length)
             targets = [self.candidates(t, self.embed.num_embeddings, words) for t in pieces]
-        return self.body(embed, values, ngram, targets, weights, position_in_document == 0, rotary,
+        return self.body(x0, values, ngram, targets, weights, begins, rotary,
                          schedule.attention_scale, masks)
 
-    def body(self, embed: Tensor, values: tuple[Tensor, ...], ngram: Tensor, targets: list | None,
+    def body(self, x0: Tensor, values: tuple[Tensor, ...], ngram: Tensor, targets: list | None,
              weights: Tensor, begins: Tensor, rotary: Tensor, scale: Tensor,
              masks: dict) -> tuple[Tensor, Tensor] | Tensor:
-        """forward() from the embeddings (N, D) on, with candidates of each piece, weights (K,)."""
-        x0, x = self.stem(embed, ngram, begins)
-        h0, outputs = x, {None: None}
+        """forward() from the stem's x0 (N, D) on, with candidates of each piece, weights (K,)."""
+        h0, outputs = (x := x0 + self.stem.ngram_scale * ngram), {None: None}
         for i, (block, layer) in enumerate(zip(self.blocks, self.hp.layers, strict=True)):
             # x.view_as: another object, or torch.compile would compile some blocks apart
             x = block(x, x.view_as(x) if layer.attends_to is None else outputs[layer.attends_to],
@@ -562,7 +562,7 @@ class GPT(nn.Module):
         pieces = zip(targets, *(t.split(len(targets[0][1])) for t in (x, *sources)), strict=True)
         losses = [self.head(x, sources, targets, weights) for targets, x, *sources in pieces]
         objective, loss = map(sum, zip(*losses, strict=True))
-        return objective, loss / len(embed)
+        return objective, loss / len(x0)
 
 def build_model(hp: Hyperparameters, device: torch.device, dtype: torch.dtype, flex: bool,
                 sparse: bool = False) -> GPT:
@@ -638,8 +638,7 @@ class Head(nn.Module):
         self.mudd = Mudd(hp.model_dim, (*start, 0.0, *[0.0] * tables)) if start else None
 
     def forward(self, x: Tensor, sources: list, targets: tuple | None = None, weights=None):
-        """Of x and sources (N, D): float32 logits (N, V); or, with candidates' targets and weights
-        (K,), what CappedCrossEntropy gives of them."""
+        """Of x, sources (N, D): float32 logits (N, V); of candidates' targets: their losses."""
         if self.mudd is not None:
             x = x + mix(self.mudd(x), sources)
         x, weight = norm(x), self.linear.matrix()
@@ -760,8 +759,7 @@ class Optimizer:
                  world_size: int = 1):
         """Raises UserError where a parameter is in no group or in two, or a rule is unknown."""
         self.changes, self.num_updates = dict.fromkeys(RULES, change), 0
-        self.adam_every = hp.adam_every
-        self.gradient_sum = torch.zeros(())  # of this rank: not finite if a gradient is not
+        self.adam_every, self.gradient_sum = hp.adam_every, torch.zeros(())  # of this rank's own
         sparse = {id(module.weight) for module in model.modules()
                   if isinstance(module, nn.Embedding) and module.sparse}
         groups, buckets = optimizer_groups(hp, dtype), {}
@@ -800,9 +798,11 @@ class Optimizer:
             numbers = schedule.lr_scale, schedule.momentum, *(1 - b ** updates for b in group.betas)
             step = self.changes[group.rule](rule.direction, group, grad, values, state, bucket.lr,
                                             *map(torch.tensor, numbers))
-            moves.append((bucket, bucket.gather(step), state))
-        for bucket, steps, state in moves:
-            bucket.apply(steps, state, schedule.lr_scale)
+            moves.append((bucket, bucket.move(step, state, schedule.lr_scale)))
+        for bucket, steps in moves:
+            bucket.wait()
+            if steps is not None:
+                bucket.values.add_(steps, alpha=-schedule.lr_scale)
 
     def state_dict(self) -> dict:
         """The whole state, so that any number of ranks can load it. Collective."""
@@ -860,8 +860,7 @@ class BatchLoader:
 
 # --- Training -------------------------------------------------------------------------------------
 
-def training_step(model: GPT, optimizer: Optimizer, batch: list[tuple[Tensor, Tensor]],
-                  schedule: Schedule) -> Tensor:
+def training_step(model: GPT, optimizer: Optimizer, batch: list, schedule: Schedule) -> Tensor:
     """One update by the gradient, summed over tokens and ranks. Returns this rank's mean loss."""
     mean_loss = torch.zeros((), device=batch[0][0].device)
     for tokens, targets in batch:
@@ -962,11 +961,10 @@ def block_mask(first_key: Tensor, lists: Callable = block_lists) -> BlockMask:
     return BlockMask((len(first_key),) * 2, *lists(first_key), BLOCK_SIZE=(128, 128),
                      mask_mod=lambda b, h, query, key: visible(query, key, first_key[query]))
 
-def chunked_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor,
-                      max_window: int) -> Tensor:
+def chunked_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, window: int) -> Tensor:
     """Sliding-window attention for CPUs, where FlexAttention has no backward. q, k, v, result: (1,
-    H, N, d). A chunk of max_window / 2 queries sees its own keys and those of two chunks before."""
-    (_, H, N, d), size = q.shape, max_window // 2
+    H, N, d). A chunk of window / 2 queries sees its own keys and those of two chunks before."""
+    (_, H, N, d), size = q.shape, window // 2
     chunks, padding = math.ceil(N / size), -N % size
     query = torch.arange(chunks * size, device=q.device).view(chunks, size, 1)
     key = torch.arange(-2 * size, size, device=q.device) + query[:, :1]
@@ -1094,7 +1092,7 @@ def group_of(name: str, groups: list[Group]) -> Group:
 class Bucket:
     """Parameters as one tensor `values`, of which each rank has my_rows: a table, stacked matrices
     of one shape (a row is a matrix), or numbers. Their groups may differ in the rate alone.
-    `grads` is what travels; None: gradients are sparse (CPU, one rank)."""
+    `grads` collects what travels; None: the parameter's gradient does, or is sparse (one rank)."""
     def __init__(self, params: list[nn.Parameter], groups: list[Group], sparse: bool,
                  rank: int = 0, world_size: int = 1):
         self.group, self.params, self.world_size = groups[0], params, world_size
@@ -1105,7 +1103,9 @@ class Bucket:
         self.my_rows = slice(rank * shard_rows, (rank + 1) * shard_rows)
         self.values = params[0].new_zeros(world_size * shard_rows, *row_shape)
         dtype = self.group.travel_dtype if world_size > 1 else self.values.dtype
-        self.grads = None if sparse else torch.zeros_like(self.values, dtype=dtype)
+        self.sparse, self.exact = sparse, dtype == self.values.dtype
+        alone = self.exact and len(params) == 1 and len(self.values) == self.rows
+        self.grads = None if alone else torch.zeros_like(self.values, dtype=dtype)
         for values, p in zip(self.parts(self.values), params, strict=True):
             p.data = values.copy_(p.detach())
         mine = self.values[self.my_rows]
@@ -1125,23 +1125,23 @@ class Bucket:
 
     def reduce(self) -> Tensor:
         """Start the reduce-scatter: this rank gets its rows of the ranks' sum. Collective. Takes
-        the gradients; returns the sum of this rank's, not finite if one of them is not."""
-        if self.grads is None:
-            self.grad, self.params[0].grad = self.params[0].grad.coalesce(), None
-            return self.grad.values().sum(dtype=torch.float32)
-        for part, p in zip(self.parts(self.grads), self.params, strict=True):
-            part.zero_() if p.grad is None else part.copy_(p.grad)
-            p.grad = None
-        self.grad = self.grads
+        the gradients, one at least; returns this rank's sum, not finite if one of them is not."""
+        if (whole := self.grads) is None:
+            whole, self.params[0].grad = self.params[0].grad, None
+        else:
+            for part, p in zip(self.parts(whole), self.params, strict=True):
+                part.zero_() if p.grad is None else part.copy_(p.grad)
+                p.grad = None
+        self.grad = whole = whole.coalesce() if self.sparse else whole.view_as(self.values)
         if self.world_size > 1:
-            self.grad = torch.empty_like(self.grads[self.my_rows])
-            work = _reduce_scatter(self.grad, self.grads, op=dist.ReduceOp.SUM, async_op=True)
-            self.under_way.append((work, self.grads))
-        return self.grads.sum(dtype=torch.float32)
+            self.grad = torch.empty_like(whole[self.my_rows])
+            work = _reduce_scatter(self.grad, whole, op=dist.ReduceOp.SUM, async_op=True)
+            self.under_way.append((work, whole))
+        return whole.sum(dtype=torch.float32)
 
     def collect(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         """My rows of gradient, values and state; of a sparse table the touched ones."""
-        if self.grads is None:
+        if self.sparse:
             self.touched, grad = self.grad.indices()[0], self.grad.values()
             return grad, self.values[self.touched], [s[self.touched] for s in self.state.values()]
         self.wait()
@@ -1177,15 +1177,19 @@ class Bucket:
                 share = whole[name][self.my_rows]
                 mine[:len(share)].copy_(share)
 
-    def apply(self, steps: Tensor, state: list[Tensor], lr_scale: float) -> None:
-        """values -= lr_scale * steps, of collect()'s rows."""
-        self.wait()
-        if self.grads is None:
+    def move(self, steps: Tensor, state: list[Tensor], lr_scale: float) -> Tensor | None:
+        """values -= lr_scale * steps, of collect()'s rows, and start their all-gather. Collective.
+        Where values are finer than what travels, start that of the steps, which it returns."""
+        if not self.exact:
+            return self.gather(steps)
+        if self.sparse:
             self.values.index_add_(0, self.touched, steps.to(self.values.dtype), alpha=-lr_scale)
             for whole, part in zip(self.state.values(), state, strict=True):
                 whole[self.touched] = part
         else:
-            self.values.add_(steps, alpha=-lr_scale)
+            mine = self.values[self.my_rows].add_(steps, alpha=-lr_scale)
+            if self.world_size > 1:
+                self.under_way.append((_all_gather(self.values, mine, async_op=True), mine))
 
 # --- Ranks, devices, signals ----------------------------------------------------------------------
 
@@ -1238,8 +1242,7 @@ def start_runtime(hp: Hyperparameters) -> Runtime:
     return Runtime(rank, world_size, device)
 
 def choose_threads() -> None:
-    """One thread where more are not faster: on a busy CPU they wait for each other. Measured, 30
-    ms; OMP_NUM_THREADS overrides."""
+    """One thread where more, measured for 30 ms, are not faster. OMP_NUM_THREADS overrides."""
     if "OMP_NUM_THREADS" not in os.environ and (threads := torch.get_num_threads()) > 1:
         rounds, x, many = 20, torch.ones(2**18), 0.0
         torch.set_num_threads(1)
@@ -1338,9 +1341,9 @@ def supervised(watch: Watch, log: "Log", progress: "Progress"):
 # --- Compilation ---------------------------------------------------------------------------------
 
 def compile_parts(model: GPT, optimizer: Optimizer, device: torch.device, compiled=True) -> None:
-    """torch.compile: on CUDA all from the embeddings on, for the host has less to do and gradients
-    are summed in kernels; on a CPU each block, stem and head: one compilation serves all blocks of
-    a kind. --profile: attention, MLP, head, if compiled, each alone, with a name in the trace."""
+    """torch.compile: on CUDA all from the stem on, for the host has less to do and gradients are
+    summed in kernels; on a CPU each block, stem and head: one compilation serves all blocks of a
+    kind. --profile: attention, MLP, head, if compiled, each alone, with a name in the trace."""
     torch._dynamo.config.recompile_limit = 128  # kinds of blocks, batches; with, without gradients
     cuda = device.type == "cuda"
     compiler = functools.partial(torch.compile, dynamic=False, disable=not compiled)
@@ -1348,8 +1351,8 @@ def compile_parts(model: GPT, optimizer: Optimizer, device: torch.device, compil
         name = {Attention: "attention", MLP: "MLP", Head: "head"}.get(type(part))
         if model.hp.profile and name:
             part.forward = record_function(name)(compiler(part.forward))
-        elif isinstance(part, (Block, Stem, Head)) and not model.hp.profile and not cuda:
-            part.compile(dynamic=False)
+        elif isinstance(part, Stem if cuda else (Block, Stem, Head)) and not model.hp.profile:
+            part.compile(dynamic=False)  # the stem alone, or each layer would read it in float32
     if cuda and not model.hp.profile:
         model.body = compiler(model.body)
     if cuda:  # fuses Adam's ten passes over large tables; a CPU's are small
@@ -1458,12 +1461,11 @@ class Log:
         """Into the file and onto the console."""
         self.write(*lines, onto=sys.stdout)
 
-    def fail(self, message: str) -> None:
+    def fail(self, text: str) -> None:
         """Warn, once a run; its exit code will be NOT_KEPT."""
         first, self.failed = not self.failed, True
         if first:
-            self.write(f"warning: {message}; the run goes on, its exit code will be {NOT_KEPT}",
-                       onto=sys.stderr)
+            self.write(f"warning: {text}; the run goes on, exit code {NOT_KEPT}", onto=sys.stderr)
 
     def introduce(self, model: GPT, record: dict) -> None:
         """The first line: what is trained, where, and for how long."""
@@ -1617,8 +1619,7 @@ def save_checkpoint(progress: Progress, record: dict, model: GPT, optimizer: Opt
 
 @contextmanager
 def open_checkpoint(path: str):
-    """What save_checkpoint wrote, on the CPU; a tensor is read when it is used. Whatever a broken
-    or foreign one leads to within becomes a UserError."""
+    """What save_checkpoint wrote, on the CPU, read when used. What a bad one causes: UserError."""
     try:  # weights_only: data alone, it can't run code
         yield torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
@@ -1756,8 +1757,7 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
     for wrong, message in (
         (layers, f"layers {layers} of LAYERS: attention is short, long, paired or None, with it a "
          "value table 0, 1, ...; a layer reads earlier ones"),
-        (stages, f"stages {stages} of STAGES: until rises, untied stays so, batch is at least 1, "
-         "targets pair up"),
+        (stages, f"stages {stages} of STAGES: until rises, untied stays, batch >= 1, targets pair"),
         (hp.extension_steps >= hp.num_steps, f"--extension_steps {hp.extension_steps}, expected "
          f"less than --num_steps {hp.num_steps}; use --extension_steps {hp.num_steps // 40}"),
         (batch % world_size, f"{batch} sequences a step can't be divided over {world_size} ranks; "

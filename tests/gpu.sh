@@ -101,7 +101,7 @@ checks)
     run 120 ab_ValueEmbed records/2024-12-04_ValueEmbed/train_gpt.py $ab --num_steps 200 --cooldown_steps 80 \
         --batch_size 1 ;;
 turns)
-    scripts="records/2026-11-28_FusedLoss/train_gpt.py train_gpt.py" pids=
+    scripts="records/2026-11-28_SampledSoftmax/train_gpt.py train_gpt.py" pids=
     for script in $scripts; do
         [[ -z "${SIMULATE:-}" ]] || continue
         (run 400 "compiles_${script//\//_}" $script $today --num_steps 8 --extension_steps 1) &

@@ -9,9 +9,9 @@ import torch.distributed as dist
 import train_gpt
 
 
-def gradients_and_steps(root: Path, rank: int, world_size: int) -> dict:
+def gradients_and_steps(root: Path, rank: int, world_size: int, travel: torch.dtype = torch.float32) -> dict:
     """The summed gradients of step 0, then what the model and the optimizer hold after the scheduled steps, and the
-    mean losses. root: a folder with the run's flags (flags.json) and its text (x_*.bin)."""
+    mean losses. root: a folder with the run's flags (flags.json) and its text (x_*.bin). travel: of what is sent."""
     train_gpt.ROOT = root
     torch.set_num_threads(1)
     hp = train_gpt.parse_arguments(json.loads((root / "flags.json").read_text()))
@@ -22,13 +22,16 @@ def gradients_and_steps(root: Path, rank: int, world_size: int) -> dict:
         generator = torch.Generator().manual_seed(7)
         for p in model.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=generator))
-    optimizer = train_gpt.Optimizer(model, hp, torch.float32, rank, world_size)
+    optimizer = train_gpt.Optimizer(model, hp, travel, rank, world_size)
 
     loader, schedule = train_gpt.BatchLoader(stream, hp, runtime), train_gpt.Schedule(0, hp, runtime.device)
     for tokens, targets in loader.next():
         model(tokens, targets, schedule)[0].backward()
     gradients = []
     for bucket in optimizer.buckets:
+        if all(p.grad is None for p in bucket.params):  # step() leaves it out
+            gradients.append(torch.zeros(1))
+            continue
         bucket.reduce()
         mine, _, _ = bucket.collect()
         rows = bucket.gather(mine)

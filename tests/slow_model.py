@@ -62,7 +62,7 @@ def single_heads(q, k, v, starts, window, theta, scale, offset):
 
 
 def paired_heads(q, k, v, starts, window, theta, scale):
-    """Two heads of each token become two positions of one head over 2 T positions, 2 t + member."""
+    """Heads 2 i and 2 i + 1 of each token become two positions of one head over 2 T positions, 2 t + member."""
     (T, H, _), y = q.shape, torch.zeros_like(q)
     for first in range(H // 2):
         at = [(position // 2, 2 * first + position % 2) for position in range(2 * T)]
@@ -110,7 +110,9 @@ def attention(p, layer: int, x, value, H: int, starts, windows, theta, scale, va
                 v[t, h] += gate * value[t].view(H, -1)[h]
     q, k = norm(q), norm(k)
     if layer in PAIRED:
-        y = paired_heads(q, k, v, starts, windows["short"], theta, scale)
+        record = [i + member * H // 2 for i in range(H // 2) for member in range(2)]  # its heads, by our numbers
+        y = torch.zeros_like(v)
+        y[:, record] = paired_heads(q, k, v[:, record], starts, windows["short"], theta, scale)
     else:
         window = windows["long" if layer in LONG else "short"]
         y = single_heads(q, k, v, starts, window, theta, scale, offset=layer in LONG)

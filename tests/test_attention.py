@@ -268,7 +268,7 @@ def test_a_value_of_zero_has_nothing_along_it(recipe):
 
 
 def test_the_first_of_a_pair_does_not_see_the_second(recipe):
-    """Heads 2 i and 2 i + 1 at one token: the second one's key and value reach no first one there, but later ones."""
+    """Two heads of a pair at one token: the second one's key and value reach no first one there, but later ones."""
     layer, _ = layer_of(recipe, "paired")
     x, outputs = torch.randn(6, 32), []
     layer.proj.weight.data.copy_(torch.eye(32)[None])  # so that the output shows head by head

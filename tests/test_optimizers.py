@@ -412,8 +412,8 @@ def test_a_sparse_table_moves_as_a_dense_one(hp):
                                           ("adam", [(), (2,), (3, 4)]), ("adam", [(7, 3)]), ("adam", [(1, 8, 3)])])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_buckets_divide_and_join(kind, shapes, world_size, monkeypatch):
-    """The ranks' rows are disjoint and complete; the parameters lie in values, their gradients in grads; each row has
-    its parameter's rate."""
+    """The ranks' rows are disjoint and complete; the parameters lie in values, their gradients in what is sent; each
+    row has its parameter's rate."""
     wanted = [torch.randn(shape) for shape in shapes]
     groups = [group(kind, lr=0.1 + i) for i in range(len(shapes))]
     shards, rates = [], []
@@ -436,12 +436,18 @@ def test_buckets_divide_and_join(kind, shapes, world_size, monkeypatch):
             p.grad = torch.full_like(p, 2)
     assert torch.equal(bucket.values.flatten()[:sum(p.numel() for p in params)], torch.cat(
         [w.flatten() for w in wanted]) + 1)
-    monkeypatch.setattr(train_gpt, "_reduce_scatter", lambda mean, *_, **__: None)
-    params[0].grad = None  # a parameter that the loss did not reach
+    sent, before = [], [p.grad for p in params]
+    monkeypatch.setattr(train_gpt, "_reduce_scatter", lambda mine, whole, **_: sent.append(whole))
+    if len(params) > 1:
+        params[0].grad = before[0] = None  # a parameter that the loss did not reach
     total = bucket.reduce()
-    assert total == 2 * sum(p.numel() for p in params[1:]) and all(p.grad is None for p in params)
-    first, *others = bucket.parts(bucket.grads)
-    assert not first.any() and all(part.eq(2).all() for part in others) and not bucket.grads[bucket.rows:].any()
+    assert total == 2 * sum(p.numel() for p in before if p is not None) and all(p.grad is None for p in params)
+    whole, = sent or [bucket.grad]
+    for part, gradient in zip(bucket.parts(whole), before, strict=True):
+        assert part.eq(0 if gradient is None else 2).all()
+    assert whole.shape == bucket.values.shape and not whole[bucket.rows:].any()
+    if len(params) == 1 and bucket.rows % world_size == 0:  # a table's gradient is not copied
+        assert whole.data_ptr() == before[0].data_ptr()
 
 
 def test_state_goes_to_any_number_of_ranks(recipe, monkeypatch):

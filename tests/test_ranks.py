@@ -154,3 +154,16 @@ def test_eight_ranks_are_one_through_stages_and_untying(recipe, folder, monkeypa
         assert_alike(one, alone)
         assert all(torch.equal(one["model"][name], ranks[0]["model"][name]) for name in alone["model"])
     assert_worth_comparing(alone, "recipe")
+
+
+def test_rounded_steps_reach_all_ranks(recipe, folder, monkeypatch):
+    """Float32 weights whose steps travel in bfloat16: the ranks stay equal, with one rank's losses."""
+    root, world_size = folder("recipe", 2), 2
+    alone = gradients_and_steps(root, 0, 1, torch.bfloat16)
+    with monkeypatch.context() as patch:
+        ranks = Threads(world_size, patch).run(
+            lambda rank: gradients_and_steps(root, rank, world_size, torch.bfloat16))
+    for name in alone["model"]:
+        assert torch.equal(ranks[0]["model"][name], ranks[1]["model"][name]), name
+    assert ranks[0]["losses"] == pytest.approx(alone["losses"], abs=0.02)
+    assert ranks[0]["val_loss"] == pytest.approx(alone["val_loss"], abs=0.02)
