@@ -37,8 +37,8 @@ CHEATS = {  # name: (honest, cheat) for each place that is edited; the check tha
                               "= softcap(F.linear(x, weight) + F.one_hot(targets[:, 0].clamp(min=0), len(weight)), *cap), cap")],
                             LOSS),
     "looks at the target after the next": ([
-        ("embed = F.embedding(tokens, table)", "embed = (F.embedding(tokens, table) + (0 if targets is None else "
-         "F.embedding(next_targets(targets, 2)[:, 1].clamp(min=0), table)))")], LOSS),
+        ("self.stem(F.embedding(tokens, table), ", "self.stem(F.embedding(tokens, table) + (0 if targets is None else "
+         "F.embedding(next_targets(targets, 2)[:, 1].clamp(min=0), table)), ")], LOSS),
     "trains on logits that saw the targets": ([
         ("= softcap(F.linear(x, weight), *cap), cap", "= softcap(F.linear(x, weight) + (0 if len(weights) == 1 "
          "else F.one_hot(targets[:, 1].clamp(min=0), len(weight))), *cap), cap")], TARGETS),
@@ -146,7 +146,7 @@ def test_cheats_in_older_entries_are_found(tmp_path, capsys, name):
     ("GATE_DIMS = 12 ", "GATE_DIMS = 12 / 0 ", "ZeroDivisionError"),
     ("GATE_DIMS = 12 ", "sys.exit(3) ", "SystemExit"),
     ("model = GPT(hp, flex, sparse)", "model = GPT(hp, flex, sparse, 1)", "TypeError"),
-    ("x0 = norm(embed + smear * before)", "x0 = norm(embed + smear @ before)", "RuntimeError"),
+    ("return norm(embed + smear * before)", "return norm(embed + smear @ before)", "RuntimeError"),
     ("ctx.mark_non_differentiable(first := losses[0].clone())", "first = losses[0].item.clone()", "AttributeError"),
 ])
 def test_what_does_not_start_is_one_line_with_file_and_line(tmp_path, capsys, old, new, error):

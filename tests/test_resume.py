@@ -509,7 +509,7 @@ def test_the_check_sums_each_gradient_once():
         loss = train_gpt.training_step(model, optimizer, [(tokens, tokens)], train_gpt.Schedule(0, hp, CPU))
         watch.post(0, loss + optimizer.gradient_sum)
         watch.read()
-    gradients = [bucket.grad.values() if bucket.grads is None else bucket.grads for bucket in optimizer.buckets]
+    gradients = [bucket.grad.values() if bucket.sparse else bucket.grad for bucket in optimizer.buckets]
     assert sums.elements == sum(part.numel() for part in gradients) < 0.005 * products.get_total_flops()
 
 

@@ -1137,7 +1137,7 @@ class Bucket:
             self.grad = torch.empty_like(whole[self.my_rows])
             work = _reduce_scatter(self.grad, whole, op=dist.ReduceOp.SUM, async_op=True)
             self.under_way.append((work, whole))
-        return whole.sum(dtype=torch.float32)
+        return (whole.values() if self.sparse else whole).sum(dtype=torch.float32)
 
     def collect(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         """My rows of gradient, values and state; of a sparse table the touched ones."""
