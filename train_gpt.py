@@ -155,7 +155,7 @@ class Hyperparameters:
     val_length: int = knob(262_144, "tokens of a sequence of the validation", least=128)
     # model
     num_heads: int = knob(6, "attention heads", least=1)
-    model_dim: int = knob(768, "width of the residual stream", least=1, most=2**16)
+    model_dim: int = knob(768, "width of the residual stream", least=12, most=2**16)
     ngrams: int = knob(2, "longest n: attention layers add 2- to n-gram embeddings", None, 2, 6)
     ngram_rows: int = knob(251_520, "rows of each n's table of n-grams", least=2, most=2**31)
     attention_scale: float = knob(0.1, "factor of the attention's scores at the first window")
@@ -413,8 +413,8 @@ class Attention(nn.Module):
         """x, value_embed, result: (N, D); begins: (N,), is it a document's first token? mudd: gates
         of the value embeddings, (2, N, 1), one for half of the heads; what V gets more, (N, D)."""
         N, H, half, P = len(x), self.num_heads, GATE_DIMS // 2, 1 + (self.kind == "paired")
-        # Paired heads (2026-01-07): heads i, i + H / 2 of a token are two positions of one. It has
-        # a matrix of Muon's: the rows of the weight are reordered here, and no activations.
+        # Paired heads (2026-01-07): heads i, i + H / 2 of a token are two positions of one head. To
+        # them go the rows of matrix i of Q's or K's: weights are reordered, and no activations.
         qk = self.qk.matrix().view(2, H // P, P, -1, x.size(1)).transpose(1, 2).flatten(0, 3)
         weight = torch.cat([qk, self.v.matrix()]).to(x.dtype)
         q, k, v = F.linear(x, weight).view(N, 3, H, -1).unbind(1)  # (N, H, d)
@@ -449,12 +449,12 @@ class MLP(nn.Module):
         return self.proj(F.relu(self.fc(x)).square())
 
 class Stem(nn.Module):
-    """What the first layer gets. Smear: a gated part of the token before (record 2025-09-18)."""
+    """The embedding that all layers see. Smear: a gated part of the token before (2025-09-18)."""
     def __init__(self):
         super().__init__()
         self.smear_gate = nn.Parameter(torch.zeros(1, GATE_DIMS))
         self.smear_scale = nn.Parameter(torch.tensor(0.0))
-        self.ngram_scale = nn.Parameter(torch.tensor(0.05))
+        self.ngram_scale = nn.Parameter(torch.tensor(0.05))  # of n-grams in the first layer's input
 
     def forward(self, embed: Tensor, begins: Tensor, dtype: torch.dtype) -> Tensor:
         """Of embed (N, D), float32: x0, (N, D), of dtype, which all layers see."""
@@ -753,13 +753,13 @@ def change(direction: Callable, group: Group, grad: Tensor, values: Tensor, stat
     return (lr * step).to(group.travel_dtype)
 
 class Optimizer:
-    """Each rank keeps the state of its rows only (ZeRO-1). Gradients are reduce-scattered, changes
+    """Each rank keeps the state of its rows (ZeRO-1). Gradients are reduce-scattered, rows or steps
     all-gathered, while other buckets are computed. Adam: adam_every steps' sum (2025-09-30)."""
     def __init__(self, model: GPT, hp: Hyperparameters, dtype: torch.dtype, rank: int = 0,
                  world_size: int = 1):
         """Raises UserError where a parameter is in no group or in two, or a rule is unknown."""
         self.changes, self.num_updates = dict.fromkeys(RULES, change), 0
-        self.adam_every, self.gradient_sum = hp.adam_every, torch.zeros(())  # of this rank's own
+        self.adam_every, self.gradient_sum = hp.adam_every, torch.zeros(())  # for the check
         sparse = {id(module.weight) for module in model.modules()
                   if isinstance(module, nn.Embedding) and module.sparse}
         groups, buckets = optimizer_groups(hp, dtype), {}
@@ -1341,7 +1341,7 @@ def supervised(watch: Watch, log: "Log", progress: "Progress"):
 # --- Compilation ---------------------------------------------------------------------------------
 
 def compile_parts(model: GPT, optimizer: Optimizer, device: torch.device, compiled=True) -> None:
-    """torch.compile: on CUDA all from the stem on, for the host has less to do and gradients are
+    """torch.compile: on CUDA the stem, and as one what follows: the host does less, gradients are
     summed in kernels; on a CPU each block, stem and head: one compilation serves all blocks of a
     kind. --profile: attention, MLP, head, if compiled, each alone, with a name in the trace."""
     torch._dynamo.config.recompile_limit = 128  # kinds of blocks, batches; with, without gradients
