@@ -272,7 +272,7 @@ def moments_of(optimizer, model):
 
 
 def test_ten_steps_of_the_recipe_are_the_written_out_ones(recipe, recipe_model):
-    """All groups through all stages but the one that changes the softmax alone, with scheduled rates and momenta, tied and untied."""
+    """All groups through the stages, but for that of the softmax alone: scheduled rates and momenta, tied and untied."""
     ours, slow = Optimizer(recipe_model, recipe, torch.float32), slow_optimizer.SlowOptimizer(recipe_model)
     embed_at_first = recipe_model.embed.weight.detach().clone()
     for step in (0, 1, 4, 5, 8, 9, 12, 13):  # two of each stage; so momentum and rates differ from step to step
