@@ -57,7 +57,7 @@ run() {  # seconds, name, script (or -m and a module), flags: a run, or a simula
     shift 3
     echo "== $name: $script $*"
     if [[ -n "${SIMULATE:-}" ]]; then
-        "$python" -m tests.simulate "$script" --gpus 1 "$@" || failed=1
+        "$python" -m tools.simulate "$script" --gpus 1 "$@" || failed=1
     else
         timeout "$limit" "$python" $script "$@" > "$logs/$name.txt" 2>&1 || { echo "exit code $?"; failed=1; }
         grep -E "compil|step_avg|tokens_per_second|^error|Error" "$logs/$name.txt" | tail -n 5 || true
@@ -72,12 +72,12 @@ case $what in
 checks)
     ab="--track fineweb --val_every 100 --log_every 10 --entry $entry"
     if [[ -n "${SIMULATE:-}" ]]; then
-        "$python" -m tests.simulate --tests || failed=1
+        "$python" -m tools.simulate --tests || failed=1
         run 0 today train_gpt.py $today
     else
         # Together what is not timed: it compiles, on its own cores, what the runs below then find in the caches.
         begun=$SECONDS
-        (timeout 220 "$python" -m pytest -q --show-capture=no tests/test_cuda.py || echo "exit code $?") > "$logs/test_cuda.txt" 2>&1 &
+        (timeout 220 "$python" -m pytest -q --show-capture=no tests/runs/test_cuda.py || echo "exit code $?") > "$logs/test_cuda.txt" 2>&1 &
         pids=$!  # a bare wait would wait for the tee above, too
         (run 270 today_compiles train_gpt.py $today --num_steps 8 --extension_steps 1) > "$logs/1.out" 2>&1 &
         pids+=" $!"
@@ -93,7 +93,7 @@ checks)
         ! grep -q "exit code" "$logs"/test_cuda.txt "$logs"/[123].out || failed=1
         echo "== compiled after $((SECONDS - begun)) s"
         # What one of 8 GPUs does, 16,384, 32,768 and 49,152 tokens a step: ms, MFU, peak memory, kernels
-        run 120 today "-m tests.simulate.trace $logs" $today
+        run 120 today "-m tools.simulate.trace $logs" $today
     fi
     # Loss at equal tokens, 13.1 M: ValueEmbed's 65,536 a step, today's 32,768 to 98,304
     run 120 ab_today train_gpt.py $ab --num_steps 200 --extension_steps 5 --batch_size 2 \

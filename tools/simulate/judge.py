@@ -2,8 +2,8 @@
 import collections
 from typing import NamedTuple
 
-from tests.simulate import stages
-from tests.simulate.model import (
+from tools.simulate import stages
+from tools.simulate.model import (
     ERROR,
     FITTED_TOKENS,
     GIB,

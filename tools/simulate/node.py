@@ -1,6 +1,6 @@
 """One rank of a training script on GPUs that are not there: what it compiles, allocates, sends and waits for.
 
-    python -m tests.simulate.node REQUEST      # JSON; run by __main__.py, in a process of its own, over fakecudart.cpp
+    python -m tools.simulate.node REQUEST      # JSON; run by __main__.py, in a process of its own, over fakecudart.cpp
 
 Real are the script from its first line to its last, dynamo with its guards, inductor's code, Triton and ptxas for the
 card, autograd, the allocations of the generated code, the order of the collectives. No kernel runs and no number is
@@ -43,8 +43,8 @@ from torch.utils.flop_counter import flop_registry
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 
-from tests.simulate import stages
-from tests.simulate.model import CARDS, Card
+from tools.simulate import stages
+from tools.simulate.model import CARDS, Card
 
 VAL_TOKENS = 2**20  # a validation of the simulated run, instead of the track's
 PHASES = ("warm_up", "training_step", "validate", "write_sample", "save_checkpoint")
@@ -639,13 +639,13 @@ def run_copy(copy: Path, flags: list[str], phases: list[dict]) -> int:
 
 
 def run_tests(request: dict) -> dict:
-    """The functions of tests/test_cuda.py, each as it stands; a comparison of numbers counts as true."""
+    """The functions of tests/runs/test_cuda.py, each as it stands; a comparison of numbers counts as true."""
     project = Path(request["project"])
     enter(CARDS[request["card"]], 1, 0, True)
     fake_process_group(1, 0)
     sys.modules["pytest"] = types.SimpleNamespace(mark=types.SimpleNamespace(skipif=lambda *args, **kwargs: None))
     sys.path.insert(0, str(project))
-    tests = load(project / "tests/test_cuda.py", "test_cuda")
+    tests = load(project / "tests/runs/test_cuda.py", "test_cuda")
     SCRIPT_FILES.add(str(project / "train_gpt.py"))
     torch.testing.assert_close = lambda *args, **kwargs: None
     TRUTH[0] = True

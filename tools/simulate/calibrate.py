@@ -1,8 +1,8 @@
 """What a GPU measured beside what the simulation had predicted for it: a table.
 
-    python -m tests.simulate train_gpt.py --gpus 1 --json [flags] > report.json
-    python -m tests.simulate.trace FOLDER [flags] > log.txt
-    python -m tests.simulate.calibrate report.json log.txt FOLDER/*.trace.json[.gz]
+    python -m tools.simulate train_gpt.py --gpus 1 --json [flags] > report.json
+    python -m tools.simulate.trace FOLDER [flags] > log.txt
+    python -m tools.simulate.calibrate report.json log.txt FOLDER/*.trace.json[.gz]
 """
 import collections
 import gzip

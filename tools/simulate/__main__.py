@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.simulate.judge import (
+from tools.simulate.judge import (
     Finding,
     ends,
     fits,
@@ -37,7 +37,7 @@ from tests.simulate.judge import (
     timed,
     whole,
 )
-from tests.simulate.model import CARDS, ERROR, FITTED_TOKENS, PUBLISHED, left_out_error
+from tools.simulate.model import CARDS, ERROR, FITTED_TOKENS, PUBLISHED, left_out_error
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -120,7 +120,7 @@ class Node:
         words = dict(request, card=card_name, work=str(work), out=str(out))
         with open(self.folder / f"{name}.txt", "w") as log:
             # In a session of its own, or Ctrl-C would reach the script too, which would go on to the end of its step.
-            job = subprocess.Popen([self.python, "-m", "tests.simulate.node", json.dumps(words)], cwd=ROOT, stdout=log,
+            job = subprocess.Popen([self.python, "-m", "tools.simulate.node", json.dumps(words)], cwd=ROOT, stdout=log,
                                    stderr=subprocess.STDOUT, env=environment, start_new_session=True)
             self.running.add(job)
             try:
@@ -224,14 +224,14 @@ def what_fits(node: Node, request: dict, card_name: str, record: dict, name: str
 
 
 def simulate_tests(node: Node, card_name: str) -> dict:
-    """tests/test_cuda.py on the card: does it run and compile? Returns a report."""
+    """tests/runs/test_cuda.py on the card: does it run and compile? Returns a report."""
     try:
         found = node.run("test_cuda", card_name, project=str(ROOT))["tests"]
         last = {name: (error.strip().splitlines() or ["numbers not compared"])[-1] for name, error in found.items()}
         findings = [Finding(name, "FAIL" if error else "ok", last[name]) for name, error in found.items()]
     except CannotRun as error:
-        findings = [Finding("tests/test_cuda.py", "not run", str(error))]
-    return dict(script=str(ROOT / "tests/test_cuda.py"), card=CARDS[card_name].name, gpus=1, flags=[],
+        findings = [Finding("tests/runs/test_cuda.py", "not run", str(error))]
+    return dict(script=str(ROOT / "tests/runs/test_cuda.py"), card=CARDS[card_name].name, gpus=1, flags=[],
                 findings=findings)
 
 
@@ -275,8 +275,8 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--gpus", type=int, default=8, help="ranks, one a GPU (8)")
     parser.add_argument("--gpu", default="H100", choices=CARDS, help="the card (H100)")
     parser.add_argument("--price", type=float, help="of an hour of the node, in any currency")
-    parser.add_argument("--all", action="store_true", help="1, 8 and 16 GPUs, every entry, tests/test_cuda.py")
-    parser.add_argument("--tests", action="store_true", help="tests/test_cuda.py alone")
+    parser.add_argument("--all", action="store_true", help="1, 8 and 16 GPUs, every entry, tests/runs/test_cuda.py")
+    parser.add_argument("--tests", action="store_true", help="tests/runs/test_cuda.py alone")
     parser.add_argument("--json", action="store_true", help="the report as JSON instead of text")
     parser.add_argument("--folder", type=Path, help="a new folder, to keep all that was recorded")
     given, flags = parser.parse_known_args(words)

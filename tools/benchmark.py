@@ -1,7 +1,7 @@
 """Time to a loss on the laptop corpus: train_gpt.py against nanoGPT's published CPU configuration, interleaved.
 
-    python tests/benchmark.py --runs 3                      # A B A B A B, about 10 minutes on 2 cores
-    python tests/benchmark.py --runs 3 --out records/studies/2026-11-22_LaptopBenchmark    # and keep the logs there
+    python -m tools.benchmark --runs 3                      # A B A B A B, about 10 minutes on 2 cores
+    python -m tools.benchmark --runs 3 --out records/studies/2026-11-22_LaptopBenchmark    # and keep the logs there
 
 A is a GPT-2 as nanoGPT's README trains it on a CPU (shakespeare_char, "I only have a macbook"): 4 layers, 4 heads,
 width 128, context 64, batch 12, 2,000 steps, AdamW, float32, not compiled; written anew here from its description.

@@ -1,8 +1,8 @@
-"""tests/fair_play.py passes the script as it is, and finds each sort of cheating."""
+"""tools/fair_play.py passes the script as it is, and finds each sort of cheating."""
 import subprocess
 import sys
 
-import fair_play
+from tools import fair_play
 import pytest
 from conftest import REPOSITORY
 
@@ -117,7 +117,7 @@ def assert_found(path, found, capsys):
 
 
 def test_the_script_is_fair():
-    done = subprocess.run([sys.executable, "-m", "tests.fair_play", "train_gpt.py"], cwd=REPOSITORY, text=True,
+    done = subprocess.run([sys.executable, "-m", "tools.fair_play", "train_gpt.py"], cwd=REPOSITORY, text=True,
                           capture_output=True)
     assert done.returncode == 0 and done.stdout.count("pass") == len(fair_play.CHECKS) == 6, done.stdout + done.stderr
 

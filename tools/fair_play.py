@@ -1,6 +1,6 @@
 """Is an edited script still a fair entry: a probability model of the next token, judged on the track's own tokens?
 
-    python -m tests.fair_play my_idea.py      # under a minute on a CPU; exit code 0, or 1 with what is wrong
+    python -m tools.fair_play my_idea.py      # under a minute on a CPU; exit code 0, or 1 with what is wrong
 
 It prints a line for each check: pass; FAIL and why; none where the script does not have what is checked. A script that
 can't be imported, or whose model can't be built and run once, is one line with file and line, and exit code 2.

@@ -15,10 +15,10 @@ import pytest
 from conftest import REPOSITORY
 
 import train_gpt
-from tests.simulate import calibrate, judge, model, stages
-from tests.simulate.__main__ import CannotRun, Node, cuda_python, divided, has_cuda_build, main, simulate, summary
-from tests.simulate.model import CARDS, Shape, predict
-from tests.simulate.stages import Step
+from tools.simulate import calibrate, judge, model, stages
+from tools.simulate.__main__ import CannotRun, Node, cuda_python, divided, has_cuda_build, main, simulate, summary
+from tools.simulate.model import CARDS, Shape, predict
+from tools.simulate.stages import Step
 
 H100 = CARDS["H100"]
 SHAPE = Shape(tokens=65_536, model_dim=768, vocab_size=50_304, keys=549)
@@ -173,7 +173,7 @@ def test_steps_that_the_short_run_lacks_are_named():
 
 
 def test_the_error_is_that_of_the_table():
-    page = (REPOSITORY / "tests/simulate/README.md").read_text()
+    page = (REPOSITORY / "tools/simulate/README.md").read_text()
     for row in model.PUBLISHED:
         left_out = "" if row.left_out is None else f" {100 * row.left_out:+.1f} %"
         numbers = re.escape(f" | {row.published_ms} | {row.predicted_ms} |{left_out} |")

@@ -1,6 +1,6 @@
 """train_gpt.py's run, with a trace of three steps in each of its stages: for calibrate.py, on a real GPU.
 
-    python -m tests.simulate.trace FOLDER [train_gpt.py's flags]      writes FOLDER/stage1.trace.json, stage2...
+    python -m tools.simulate.trace FOLDER [train_gpt.py's flags]      writes FOLDER/stage1.trace.json, stage2...
 """
 import sys
 from pathlib import Path
