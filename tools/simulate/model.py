@@ -1,40 +1,44 @@
-"""How long a step would take: a model of what a simulated rank recorded, never a measurement.
+"""A performance model: how long a step that a simulated rank recorded would take. No torch here.
 
-Each kernel takes the longest of what it computes, moves and issues; kernels run one after the other on the GPU,
-collectives one after the other beside them, until the script waits for one. Pure Python: no torch here.
+The time of a kernel is the largest of three: its arithmetic, its memory traffic and its
+instructions, each at a fixed share of the card's rate. Kernels run one after the other. Collectives
+run one after the other beside the kernels, until the script waits for one. These are predictions,
+never measurements.
 """
 import collections
 import math
 from typing import NamedTuple
 
-# The constants, fitted on public records on 8 H100s (PUBLISHED): the share of the data sheet's figure that is reached,
-# and a time.
-MATMUL = 0.690     # of the matrix rate by cuBLAS in bfloat16
-FLEX = 0.318       # of the matrix rate by FlexAttention, forward and backward together
-SDPA = 0.45        # of the matrix rate by scaled_dot_product_attention; no fitted script has it
-MEMORY = 0.863     # of the memory's rate by any kernel
-ISSUE = 0.813      # of one instruction a cycle for each of a multiprocessor's 4 schedulers, by the largest kernels
-LAUNCH = 2.4e-6    # seconds a kernel takes besides
+# Constants fitted on records of modded-nanogpt on 8 H100s (PUBLISHED): the share of the data
+# sheet's rate that kernels reach, and one time.
+MATMUL = 0.690     # of the matrix rate: cuBLAS in bfloat16
+FLEX = 0.318       # of the matrix rate: FlexAttention, forward and backward together
+SDPA = 0.45        # of the matrix rate: scaled_dot_product_attention; no fitted script uses it
+MEMORY = 0.863     # of the memory bandwidth: any kernel
+ISSUE = 0.813      # of one instruction a cycle on each of a multiprocessor's 4 schedulers
+LAUNCH = 2.4e-6    # seconds that each kernel takes in addition
 
-ERROR = 0.07  # of a prediction for 8 H100s, either way: what was found on two scripts that nothing was fitted on
-FITTED_TOKENS = 49_152  # the fewest that a GPU takes in a step of a fitted record; below, the error is unknown
-# Mean tokens of a document, such that ValueEmbed's windows, which grow from 64 to 1,792 in steps of 64, show a query
-# 549 keys on average, as in 25,000 documents of the web.
+# Relative error of a prediction for 8 H100s: the error on two scripts that nothing was fitted on.
+ERROR = 0.07
+# The fewest tokens a GPU in a step of a fitted record. Below that, the error is unknown.
+FITTED_TOKENS = 49_152
+# Mean tokens of a document. With it, the windows of ValueEmbed, which grow from 64 to 1,792 in
+# steps of 64, show a query 549 keys on average, as they do in 25,000 documents of the web.
 DOCUMENT = 1044
 
 
 class Card(NamedTuple):
-    """A GPU, from its data sheet. Rates a second; links: what a GPU sends to the others of its node, one way."""
+    """A GPU, from its data sheet. Rates are per second; link: one way to the GPUs of its node."""
     name: str
     capability: tuple[int, int]
     multiprocessors: int
-    shared: int          # bytes of shared memory that a block may have
+    shared: int          # largest shared memory of a block, bytes
     memory: int          # bytes
-    flops: float         # bfloat16, dense, float32 sums
-    bytes: float
-    clock: float         # Hz, the highest
+    flops: float         # bfloat16, dense, accumulated in float32
+    bytes: float         # of memory traffic
+    clock: float         # highest, Hz
     link: float          # bytes
-    link_latency: float  # seconds a collective takes besides
+    link_latency: float  # seconds that each collective takes in addition
 
 
 GIB = 2**30
@@ -57,12 +61,12 @@ CARDS = {
 
 
 class Published(NamedTuple):
-    """A public record on 8 H100s beside the model. left_out: the relative error with constants fitted on the others;
-    None: never fitted on."""
+    """A record of modded-nanogpt on 8 H100s: its published time of a step, and the model's."""
     record: str
     published_ms: float
     predicted_ms: float
-    left_out: float | None
+    left_out: float | None  # relative error with constants fitted on the other records; None: the
+    #                         constants were never fitted on this one
 
 
 PUBLISHED = [
@@ -79,21 +83,22 @@ PUBLISHED = [
 
 class Shape(NamedTuple):
     """What the model must know of a step."""
-    tokens: int     # of a forward pass
+    tokens: int            # of a forward pass
     model_dim: int
-    vocab_size: int  # padded
-    keys: float     # that a query sees, on average; FlexAttention computes the block of 128 around them too
-    sampled: int = 0  # logits of a sequence where its softmax does not go over all words
+    vocab_size: int        # padded
+    keys: float            # mean number of keys that a query sees
+    sampled_logits: int = 0  # logits of a sequence with a sampled softmax; 0: the full softmax
 
 
 class Prediction(NamedTuple):
-    """Of one step on one rank."""
-    ms: dict[str, float]     # by part, without what waits for collectives
-    collectives: float       # ms they take
+    """One step on one rank."""
+    ms: dict[str, float]     # by part, without waiting for collectives
+    collectives: float       # ms that collectives take
     exposed: float           # ms of it in which the GPU computes nothing
     flops: float             # of matrix products and attention
     sent: int                # bytes handed to collectives
-    kernels: list[tuple[str, str, float, float]]  # (part, name, ms, launches), dearest first
+    # (part, name, ms, launches), the most expensive first
+    kernels: list[tuple[str, str, float, float]]
 
     @property
     def total(self) -> float:
@@ -102,65 +107,92 @@ class Prediction(NamedTuple):
 
 
 def visible_keys(windows: list[int], sequence_length: int) -> float:
-    """Mean number of keys that a query sees through windows, cut where documents begin."""
-    def mean(window: int) -> float:  # documents' lengths are exponential, so that a token's place in one is too
-        return DOCUMENT * (1 - math.exp(-min(window, sequence_length) / DOCUMENT))
-    return sum(map(mean, windows)) / max(len(windows), 1)
+    """Mean number of keys that a query sees through the windows, within its document.
+
+    The lengths of documents are taken to be exponential, so a token's position in its document is
+    exponential too.
+    """
+    total = 0.0
+    for window in windows:
+        limit = min(window, sequence_length)
+        total += DOCUMENT * (1 - math.exp(-limit / DOCUMENT))
+    return total / max(len(windows), 1)
 
 
-def instructions_an_element(kernel: dict) -> float:
-    """Instructions that a thread executes for each element, of a generated kernel; 0 where they were not counted."""
+def instructions_per_element(kernel: dict) -> float:
+    """Instructions of a thread for each element of a generated kernel; 0 if they are unknown."""
     constants, instructions = kernel.get("constants", {}), kernel.get("instructions")
     if not instructions or not kernel["name"].startswith(("triton_poi", "triton_red")):
         return 0.0
-    loops, whole = instructions
+    loops, all_instructions = instructions
     tile = math.prod(constants.get(name, 1) for name in ("XBLOCK", "YBLOCK", "R0_BLOCK"))
-    return (sum(loops) if loops else whole) * 32 * kernel["warps"] / tile
+    return (sum(loops) if loops else all_instructions) * 32 * kernel["warps"] / tile
 
 
 def instructions(kernels: list[dict]) -> dict[str, float]:
-    """An element, by the hash of a kernel's source; of several configurations the autotuner takes the best."""
-    found = collections.defaultdict(list)
+    """Instructions for each element, by the hash of a kernel's source.
+
+    A kernel may have several configurations; the autotuner takes the best.
+    """
+    found = {}
     for kernel in kernels:
-        if count := instructions_an_element(kernel):
-            found[kernel["code"]].append(count)
-    return {code: min(counts) for code, counts in found.items()}
+        count = instructions_per_element(kernel)
+        if count:
+            code = kernel["code"]
+            found[code] = min(count, found.get(code, count))
+    return found
 
 
-def bytes_read(event: dict, shape: Shape) -> float:
-    """Bytes a generated kernel moves: of those of its arguments (`counted` elements of each), some it reads in part."""
-    name, moved = event["name"], event["moved"]
-    if "tem" in name:
+def bytes_moved(event: dict, shape: Shape) -> float:
+    """Bytes that a generated kernel moves. It may read only a part of an argument.
+
+    event["counted"] has the elements of each argument that its source reads or writes.
+    """
+    moved = event["moved"]
+    if "tem" in event["name"]:
         return moved
-    for dims, counted in zip(event["tensors"], event.get("counted", map(math.prod, event["tensors"])), strict=True):
-        if math.prod(dims) == 3 * shape.tokens * shape.model_dim:  # q, k, v in one: who norms reads two, others one
-            moved -= 2 * max(counted - math.prod(dims) * (2 / 3 if "rms_norm" in name else 1 / 3), 0)
-        elif len(dims) == 2 and dims[1] <= 128 and dims[0] > shape.tokens:  # rotary table for longer sequences
-            moved -= 4 * max(counted - math.prod(dims) * shape.tokens / dims[0], 0)
+    tensors = event["tensors"]
+    counts = event.get("counted", [math.prod(dims) for dims in tensors])
+    for dims, counted in zip(tensors, counts, strict=True):
+        elements = math.prod(dims)
+        if elements == 3 * shape.tokens * shape.model_dim:  # Q, K and V in one tensor
+            share = 2 / 3 if "rms_norm" in event["name"] else 1 / 3  # the norm reads Q and K
+            moved -= 2 * max(counted - elements * share, 0)
+        elif len(dims) == 2 and dims[1] <= 128 and dims[0] > shape.tokens:
+            # a rotary table for longer sequences
+            moved -= 4 * max(counted - elements * shape.tokens / dims[0], 0)
     return max(moved, 0)
 
 
-def kernel_time(event: dict, counted: dict[str, float], shape: Shape, card: Card) -> tuple[str, float, float]:
+def kernel_time(event: dict, counted: dict[str, float], shape: Shape,
+                card: Card) -> tuple[str, float, float]:
     """(part of the step, seconds, FLOP) of one kernel."""
-    name, generated, flops = event["name"], event["kind"] == "triton", max(event["flops"], 0)
-    moved = bytes_read(event, shape) if generated else event["moved"]
-    logits = 2 * shape.tokens * shape.vocab_size  # bytes of them in bfloat16
-    seconds, compute, part = moved / (MEMORY * card.bytes), 0.0, "generated" if generated else "eager"
-    if generated and (moved > 0.95 * logits or event["elements"] == shape.sampled > 0):
-        part = "head and loss"
+    name, flops = event["name"], max(event["flops"], 0)
+    generated = event["kind"] == "triton"
+    moved = bytes_moved(event, shape) if generated else event["moved"]
+    part = "generated" if generated else "eager"
+    compute = 0.0  # seconds of arithmetic or of instructions
     if generated:
+        logit_bytes = 2 * shape.tokens * shape.vocab_size  # in bfloat16
+        if moved > 0.95 * logit_bytes or event["elements"] == shape.sampled_logits > 0:
+            part = "head and loss"
         issued = event["elements"] * counted.get(event["code"], 0) / 32
         compute = issued / (4 * card.multiprocessors * ISSUE * card.clock)
-    flex = 4 * shape.tokens * (shape.keys + 128) * shape.model_dim
     if generated and "flex_attention" in name and "tem" in name:
-        part, flops = "attention", (2.5 if "backward" in name else 1) * flex
+        # FlexAttention also computes the block of 128 keys at the end of what a query sees.
+        forward_flops = 4 * shape.tokens * (shape.keys + 128) * shape.model_dim
+        part = "attention"
+        flops = (2.5 if "backward" in name else 1) * forward_flops
         compute = flops / (FLEX * card.flops)
     elif not generated and "attention" in name:
-        part, flops = "attention", flops / 2  # causal: half of what is counted
+        part = "attention"
+        flops = flops / 2  # causal: half of what is counted
         compute = flops / (SDPA * card.flops)
     elif flops:
-        part, compute = "matrix products", flops / (MATMUL * card.flops)
-    return part, max(seconds, compute) + LAUNCH, flops
+        part = "matrix products"
+        compute = flops / (MATMUL * card.flops)
+    seconds = max(moved / (MEMORY * card.bytes), compute) + LAUNCH
+    return part, seconds, flops
 
 
 def collective_time(event: dict, world_size: int, card: Card) -> float:
@@ -169,54 +201,66 @@ def collective_time(event: dict, world_size: int, card: Card) -> float:
     return times * (world_size - 1) / world_size * event["moved"] / card.link + card.link_latency
 
 
-def predict(events: list[dict], kernels: list[dict], shape: Shape, card: Card, world_size: int) -> Prediction:
-    """A step from its events in order: kernels, collectives, and where the GPU waits for which collective."""
+def predict(events: list[dict], kernels: list[dict], shape: Shape, card: Card,
+            world_size: int) -> Prediction:
+    """A step, from its events in order: kernels, collectives, and waits for collectives."""
     counted = instructions(kernels)
     ms, detail, launches = collections.Counter(), collections.Counter(), collections.Counter()
-    now = network = busy = total_flops = sent = 0.0
-    ends: dict[int, float] = {}
+    now = 0.0      # seconds, of the kernels
+    network = 0.0  # seconds, when the last collective ends
+    collective_seconds = total_flops = sent = 0.0
+    ends: dict[int, float] = {}  # when each collective ends
     for event in events:
         if event["kind"] == "wait":
             now = max(now, ends.get(event["of"], 0.0))
         elif event["kind"] == "collective":
             seconds = collective_time(event, world_size, card)
             network = max(now, network) + seconds
-            busy, sent, ends[event["number"]] = busy + seconds, sent + event["moved"], network
-            now = network if event["blocking"] else now
+            ends[event["number"]] = network
+            collective_seconds += seconds
+            sent += event["moved"]
+            if event["blocking"]:
+                now = network
         else:
             part, seconds, flops = kernel_time(event, counted, shape, card)
-            now, total_flops = now + seconds, total_flops + flops
+            now += seconds
+            total_flops += flops
             ms[part] += 1e3 * seconds
-            key = part, event["name"]
-            detail[key] += 1e3 * seconds
-            launches[key] += 1
+            detail[part, event["name"]] += 1e3 * seconds
+            launches[part, event["name"]] += 1
     exposed = 1e3 * max(now, network) - sum(ms.values())
-    kernels_by_time = [(*key, value, launches[key]) for key, value in detail.most_common(40)]
-    return Prediction(dict(ms), 1e3 * busy, exposed, total_flops, int(sent), kernels_by_time)
+    expensive = [(*key, value, launches[key]) for key, value in detail.most_common(40)]
+    return Prediction(ms=dict(ms), collectives=1e3 * collective_seconds, exposed=exposed,
+                      flops=total_flops, sent=int(sent), kernels=expensive)
 
 
 def mean(predictions: list[tuple[int, Prediction]]) -> Prediction:
-    """Of steps that occur so often, (times, Prediction)."""
-    ms, detail, launches, numbers = (collections.Counter() for _ in range(4))
+    """The mean of predictions, each given with the number of steps that it stands for."""
+    ms, detail, launches = collections.Counter(), collections.Counter(), collections.Counter()
+    collective_ms = exposed = flops = sent = 0.0
     total = sum(times for times, _ in predictions)
-    for times, p in predictions:
+    for times, prediction in predictions:
         weight = times / total
-        numbers.update(collectives=weight * p.collectives, exposed=weight * p.exposed, flops=weight * p.flops,
-                       sent=weight * p.sent)
-        ms.update({part: weight * value for part, value in p.ms.items()})
-        detail.update({(part, name): weight * value for part, name, value, _ in p.kernels})
-        launches.update({(part, name): weight * count for part, name, _, count in p.kernels})
+        collective_ms += weight * prediction.collectives
+        exposed += weight * prediction.exposed
+        flops += weight * prediction.flops
+        sent += weight * prediction.sent
+        for part, value in prediction.ms.items():
+            ms[part] += weight * value
+        for part, name, value, count in prediction.kernels:
+            detail[part, name] += weight * value
+            launches[part, name] += weight * count
     kernels = [(*key, value, launches[key]) for key, value in detail.most_common()]
-    return Prediction(dict(ms), numbers["collectives"], numbers["exposed"], numbers["flops"], round(numbers["sent"]),
-                      kernels)
+    return Prediction(ms=dict(ms), collectives=collective_ms, exposed=exposed, flops=flops,
+                      sent=round(sent), kernels=kernels)
 
 
 def left_out_error() -> float:
-    """Root mean square of the relative errors of scripts that the constants were not fitted on."""
+    """Root mean square of the relative errors on scripts left out of the fit."""
     errors = [row.left_out for row in PUBLISHED if row.left_out is not None]
-    return math.sqrt(sum(e * e for e in errors) / len(errors))
+    return math.sqrt(sum(error * error for error in errors) / len(errors))
 
 
-def utilisation(prediction: Prediction, card: Card) -> float:
-    """MFU: FLOP of matrix products and attention, a second of the whole step, of the card's matrix rate."""
+def utilization(prediction: Prediction, card: Card) -> float:
+    """MFU: the FLOP/s of matrix products and attention over a step, as a share of the card's."""
     return prediction.flops / (1e-3 * prediction.total) / card.flops
