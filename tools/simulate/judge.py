@@ -1,4 +1,4 @@
-"""What a simulated rank's record means: findings that are ok, slow, FAIL, or predicted. Pure Python: no torch here."""
+"""Findings about a simulated rank: ok, slow, FAIL, predicted or not run. No torch here."""
 import collections
 from typing import NamedTuple
 
@@ -13,13 +13,15 @@ from tools.simulate.model import (
     instructions,
     mean,
     predict,
-    utilisation,
+    utilization,
     visible_keys,
 )
 
-USABLE = 0.9  # of a card's memory; CUDA, cuBLAS, NCCL and fragmentation take what is left
+USABLE = 0.9      # of a card's memory; the rest is for CUDA, cuBLAS, NCCL and fragmentation
 MOST_STACK = 256  # bytes of spilled registers that an attention kernel may have
-MOST_INSTRUCTIONS = 75  # a logit, over all kernels of the loss; to read it twice and write it takes an H100 as long as 56
+# Instructions for each logit, over all kernels of the loss. Reading a logit twice and writing it
+# takes an H100 as long as 56 instructions.
+MOST_INSTRUCTIONS = 75
 
 
 class Finding(NamedTuple):
@@ -29,147 +31,231 @@ class Finding(NamedTuple):
     why: str = ""
 
 
+def in_one_line(text: str) -> str:
+    """The first 300 characters of a message, without line breaks."""
+    return " ".join(text.split())[:300]
+
+
+# --- Phases of a record ---------------------------------------------------------------------------
+
 def steps(record: dict) -> list[dict]:
+    """All training steps, also those of the warm-up."""
     return [phase for phase in record["phases"] if phase["name"] == "training_step"]
 
 
 def steps_of_the_run(record: dict) -> list[dict]:
-    """The steps but those of a warm-up, which come first."""
-    return steps(record)[-len(stages.unpacked(record["short"])):]
+    """The training steps after those of the warm-up."""
+    count = len(stages.unpacked(record["short"]))
+    return steps(record)[-count:]
+
+
+def has_warm_up(record: dict) -> bool:
+    """Older scripts have no function warm_up; their first steps are not timed."""
+    return any(phase["name"] == "warm_up" for phase in record["phases"])
 
 
 def timed(record: dict) -> list[dict]:
-    """The phases after the warm-up; of a script without one (the entries) those after its first steps."""
-    phases = record["phases"]
-    warm = max((i for i, phase in enumerate(phases) if phase["name"] == "warm_up"), default=5)
-    return phases[warm + 1:]
+    """The phases after the warm-up, or after the first steps of a script without one."""
+    names = [phase["name"] for phase in record["phases"]]
+    last_untimed = 5
+    if has_warm_up(record):
+        last_untimed = max(i for i, name in enumerate(names) if name == "warm_up")
+    return record["phases"][last_untimed + 1:]
 
+
+def peaks(record: dict) -> dict[str, int]:
+    """The most bytes that tensors held, by phase."""
+    found = {}
+    for phase in record["phases"]:
+        found[phase["name"]] = max(phase["peak"], found.get(phase["name"], 0))
+    return found
+
+
+# --- Checks ---------------------------------------------------------------------------------------
 
 def ends(record: dict) -> Finding:
     """Does the script run to its end?"""
-    last = (record["error"].strip().splitlines() or [""])[-1]
-    return Finding("runs to its end", "FAIL" if record["code"] or record["error"] else "ok", last[:400])
+    lines = record["error"].strip().splitlines()
+    verdict = "FAIL" if record["code"] or record["error"] else "ok"
+    return Finding("runs to its end", verdict, lines[-1][:400] if lines else "")
 
 
 def compiles(record: dict) -> Finding:
     """Is everything compiled before the clock runs?"""
-    late = [phase for phase in timed(record) if phase["compiled"]]
-    reasons = [" ".join(m.split())[:300] for m in record["messages"] if "ecompil" in m][-2:]
+    check = "compiles nothing in the timed part"
     why = f"{record['compilations']} compilations"
-    gave_up = [" ".join(m.split())[:300] for m in record["messages"] if "hit config." in m]
-    if gave_up:  # the rest of the kinds of graph then runs uncompiled, without a word
-        return Finding("compiles nothing in the timed part", "FAIL", f"{why}; {gave_up[0]}")
-    if late:
-        why += f", {sum(p['compiled'] for p in late)} of them late, in {', '.join(sorted({p['name'] for p in late}))}: "
-        why += " | ".join(reasons)
-    return Finding("compiles nothing in the timed part", "FAIL" if late else "ok", why)
+    for message in record["messages"]:
+        if "hit config." in message:  # other graphs of this function then run uncompiled
+            return Finding(check, "FAIL", f"{why}; {in_one_line(message)}")
+    late = [phase for phase in timed(record) if phase["compiled"]]
+    if not late:
+        return Finding(check, "ok", why)
+    reasons = [in_one_line(message) for message in record["messages"] if "ecompil" in message]
+    names = ", ".join(sorted({phase["name"] for phase in late}))
+    count = sum(phase["compiled"] for phase in late)
+    why += f", {count} of them late, in {names}: {' | '.join(reasons[-2:])}"
+    return Finding(check, "FAIL", why)
 
 
 def waits(record: dict) -> Finding:
     """Does the host wait for the GPU inside a step?"""
-    warmed = any(phase["name"] == "warm_up" for phase in record["phases"])
-    found = steps_of_the_run(record)[0 if warmed else 2:]
-    inside = collections.Counter(sync for phase in found for sync in phase["syncs"])
-    between = collections.Counter(sync for phase in found for sync in set(phase["after"]["syncs"]))
-    inside += {sync: n for sync, n in between.items() if n == len(found) > 1}  # lines are logged every second step
-    between -= inside
-    why = "; ".join(f"{sync}, {n / len(found):.1f} times a step" for sync, n in inside.items())
-    if not why:
-        why = f"never; between steps, when a line is logged: {', '.join(between)}" if between else "never"
-    return Finding("host waits for the GPU inside a step", "FAIL" if inside else "ok", why)
-
-
-def peaks(record: dict) -> dict[str, int]:
-    """Most bytes that tensors held, by phase."""
-    return {name: max(p["peak"] for p in record["phases"] if p["name"] == name)
-            for name in dict.fromkeys(phase["name"] for phase in record["phases"])}
+    check = "host waits for the GPU inside a step"
+    # Without a warm-up, the first two steps are not timed.
+    found = steps_of_the_run(record)[0 if has_warm_up(record) else 2:]
+    inside, between = collections.Counter(), collections.Counter()
+    for phase in found:
+        inside.update(phase["syncs"])
+        between.update(set(phase["after"]["syncs"]))
+    # A line is logged every second step, so a wait after every step belongs to the step.
+    after_each = {sync: n for sync, n in between.items() if n == len(found) > 1}
+    inside.update(after_each)
+    only_between = [sync for sync in between if sync not in inside]
+    if inside:
+        counts = [f"{sync}, {n / len(found):.1f} times a step" for sync, n in inside.items()]
+        return Finding(check, "FAIL", "; ".join(counts))
+    if only_between:
+        why = f"never; between steps, when a line is logged: {', '.join(only_between)}"
+        return Finding(check, "ok", why)
+    return Finding(check, "ok", "never")
 
 
 def fits(record: dict, card: Card) -> Finding:
-    """Does the card hold it?"""
-    most = max(record["phases"], key=lambda phase: phase["peak"])
+    """Does the card's memory suffice?"""
+    largest = max(record["phases"], key=lambda phase: phase["peak"])
     usable = USABLE * card.memory
-    why = f"GiB, {usable / GIB:.1f} usable of {card.memory / GIB:.1f}: "
-    why += ", ".join(f"{name} {peak / GIB:.1f}" for name, peak in peaks(record).items())
-    if most["peak"] > usable:
-        why += "; largest: " + ", ".join(f"{size / GIB:.1f} GiB {what}" for what, size in most["peak_tensors"][:3])
-    return Finding(f"fits into {card.name}", "FAIL" if most["peak"] > usable else "ok", why)
+    by_phase = ", ".join(f"{name} {peak / GIB:.1f}" for name, peak in peaks(record).items())
+    why = f"GiB, {usable / GIB:.1f} usable of {card.memory / GIB:.1f}: {by_phase}"
+    if largest["peak"] <= usable:
+        return Finding(f"fits into {card.name}", "ok", why)
+    tensors = [f"{size / GIB:.1f} GiB {what}" for what, size in largest["peak_tensors"][:3]]
+    return Finding(f"fits into {card.name}", "FAIL", f"{why}; largest: {', '.join(tensors)}")
 
 
 def compiled_kernels(record: dict, card: Card) -> list[Finding]:
-    """Do the kernels exist, do they spill, how often do they pass over the logits?"""
-    kernels, (major, minor) = record["kernels"], card.capability
-    def fails(k):
-        return bool(k["error"]) or k["shared"] > card.shared
-    good = {k["code"] for k in kernels if not fails(k)}  # of several configurations of a kernel one is enough
-    broken = [f"{k['name']} wants {k['shared']:,} B of shared memory {k['error']}" for k in kernels
-              if fails(k) and k["code"] not in good]
-    kernels = [k for k in kernels if not fails(k)]
-    most = max((k["shared"] for k in kernels), default=0)
-    why = f"{len(kernels)}, largest shared memory {most:,} of {card.shared:,} B, most registers "
-    why += f"{max((k['registers'] for k in kernels), default=0)}, spilling: {sum(k['spilled'] > 0 for k in kernels)}"
-    found = [Finding(f"kernels compile for sm_{major}{minor}", "FAIL" if broken else "ok" if kernels else "slow",
-                     "; ".join(broken) or (why if kernels else "nothing is compiled"))]
-    for kind in ("forward", "backward"):
-        of_kind = [k for k in kernels if "tem_fused" in k["name"] and ("backward" in k["name"]) == (kind == "backward")]
-        if of_kind:
-            slow = any(k["spilled"] >= MOST_STACK or (major == 9 and not k["wgmma"]) for k in of_kind)
-            why = f"{span(of_kind, 'shared')} B shared, {span(of_kind, 'registers')} registers, "
-            why += f"{span(of_kind, 'spilled')} B spilled, {span(of_kind, 'warps')} warps"
-            why += f", {span(of_kind, 'wgmma')} wgmma" * (major == 9)
-            found.append(Finding(f"FlexAttention {kind}", "slow" if slow else "ok", why))
-    counts = instructions(kernels)
-    of_kinds = [{name: counts[code] for code, name in kernels.items() if code in counts}
-                for kernels in logit_kernels(record)]
-    if counted := max(of_kinds, key=lambda counted: sum(counted.values()), default={}):
-        each = ", ".join(f"{n:.0f} in {name[:40]}" for name, n in counted.items())
-        slow = sum(counted.values()) > MOST_INSTRUCTIONS
-        each += f" (slow from {MOST_INSTRUCTIONS} on in all)"
-        found.append(Finding("instructions a logit", "slow" if slow else "ok", each))
+    """Do the kernels compile, do they spill registers, how much work is a logit?"""
+    def fails(kernel):
+        return bool(kernel["error"]) or kernel["shared"] > card.shared
+
+    compiled = [kernel for kernel in record["kernels"] if not fails(kernel)]
+    # One configuration of a kernel that compiles is enough.
+    good = {kernel["code"] for kernel in compiled}
+    broken = [f"{kernel['name']} wants {kernel['shared']:,} B of shared memory {kernel['error']}"
+              for kernel in record["kernels"] if fails(kernel) and kernel["code"] not in good]
+    found = [compiles_for(card, compiled, broken)]
+    attention = [kernel for kernel in compiled if "tem_fused" in kernel["name"]]
+    for direction in ("forward", "backward"):
+        of_direction = [kernel for kernel in attention
+                        if ("backward" in kernel["name"]) == (direction == "backward")]
+        if of_direction:
+            found.append(attention_kernels(direction, of_direction, card))
+    found += instructions_of_a_logit(record, compiled)
     return found
 
 
+def compiles_for(card: Card, compiled: list[dict], broken: list[str]) -> Finding:
+    """The finding about all kernels."""
+    major, minor = card.capability
+    check = f"kernels compile for sm_{major}{minor}"
+    if broken:
+        return Finding(check, "FAIL", "; ".join(broken))
+    if not compiled:
+        return Finding(check, "slow", "nothing is compiled")
+    most_shared = max(kernel["shared"] for kernel in compiled)
+    most_registers = max(kernel["registers"] for kernel in compiled)
+    spilling = sum(kernel["spilled"] > 0 for kernel in compiled)
+    return Finding(check, "ok", f"{len(compiled)}, largest shared memory {most_shared:,} of "
+                   f"{card.shared:,} B, most registers {most_registers}, spilling: {spilling}")
+
+
+def attention_kernels(direction: str, kernels: list[dict], card: Card) -> Finding:
+    """The finding about FlexAttention's kernels of one direction."""
+    hopper = card.capability[0] == 9  # wgmma is Hopper's instruction for its tensor cores
+    slow = any(kernel["spilled"] >= MOST_STACK or (hopper and not kernel["wgmma"])
+               for kernel in kernels)
+    why = (f"{span(kernels, 'shared')} B shared, {span(kernels, 'registers')} registers, "
+           f"{span(kernels, 'spilled')} B spilled, {span(kernels, 'warps')} warps")
+    if hopper:
+        why += f", {span(kernels, 'wgmma')} wgmma"
+    return Finding(f"FlexAttention {direction}", "slow" if slow else "ok", why)
+
+
+def instructions_of_a_logit(record: dict, compiled: list[dict]) -> list[Finding]:
+    """The finding about the kernels of the loss, in the stage with the most instructions."""
+    counts = instructions(compiled)
+    most: dict[str, float] = {}
+    for kernels in logit_kernels(record):
+        counted = {name: counts[code] for code, name in kernels.items() if code in counts}
+        if sum(counted.values()) > sum(most.values()):
+            most = counted
+    if not most:
+        return []
+    each = ", ".join(f"{count:.0f} in {name[:40]}" for name, count in most.items())
+    slow = sum(most.values()) > MOST_INSTRUCTIONS
+    return [Finding("instructions a logit", "slow" if slow else "ok",
+                    f"{each} (slow from {MOST_INSTRUCTIONS} on in all)")]
+
+
 def span(kernels: list[dict], what: str) -> str:
-    """From the least to the most of several kernels."""
-    least, most = min(k[what] for k in kernels), max(k[what] for k in kernels)
+    """The range of a number over several kernels."""
+    values = [kernel[what] for kernel in kernels]
+    least, most = min(values), max(values)
     return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def logit_kernels(record: dict) -> list[dict[str, str]]:
-    """Generated kernels that go over all logits of a step, or of a sequence where its softmax is over some words, in
-    the last step of each kind: hash of the source -> name."""
+    """The generated kernels that go over all logits, for each kind of step: hash -> name.
+
+    All logits are those of a step, or of one sequence if the softmax is sampled.
+    """
     kinds = {}
-    for phase, step in zip(steps_of_the_run(record), stages.unpacked(record["short"]), strict=False):
-        logits = record["sequence_length"] * step.words or phase["tokens"] * record["vocab_size"]
-        kinds[step.tokens, step.words] = {event["code"]: event["name"] for event in phase["events"]
-                                          if event["kind"] == "triton" and event["elements"] == logits > 0}
+    for phase, step in zip(steps_of_the_run(record), stages.unpacked(record["short"]),
+                           strict=False):
+        logits = record["sequence_length"] * step.softmax_size
+        if not logits:
+            logits = phase["tokens"] * record["vocab_size"]
+        kinds[step.tokens, step.softmax_size] = {
+            event["code"]: event["name"] for event in phase["events"]
+            if event["kind"] == "triton" and event["elements"] == logits > 0}
     return list(kinds.values())
 
 
-def calls(record: dict) -> list[tuple[str, list]]:
-    """The collectives from the warm-up to the last validation, (name, tensors), in order."""
-    return [(event["name"], event["tensors"]) for phase in record["phases"] if phase["name"] != "write_sample"
-            for event in [*phase["events"], *phase["after"]["events"]] if event["kind"] == "collective"]
+def collectives(record: dict) -> list[tuple[str, list]]:
+    """(name, tensors) of the collectives from the warm-up to the last validation, in order."""
+    found = []
+    for phase in record["phases"]:
+        if phase["name"] == "write_sample":  # of rank 0 alone
+            continue
+        for event in [*phase["events"], *phase["after"]["events"]]:
+            if event["kind"] == "collective":
+                found.append((event["name"], event["tensors"]))
+    return found
 
 
 def same_collectives(first: dict, last: dict) -> Finding:
     """Do two ranks call the same collectives? A difference is a deadlock on a real node."""
     check = "first and last rank call the same collectives"
-    a, b = calls(first), calls(last)
     if last["error"] and not first["error"]:
         return Finding(check, "FAIL", f"the last rank ends early: {ends(last).why}")
-    differs = next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), None)
-    if differs is None and len(a) == len(b):
+    a, b = collectives(first), collectives(last)
+    common = min(len(a), len(b))
+    differs = [i for i in range(common) if a[i] != b[i]]
+    if not differs and len(a) == len(b):
         return Finding(check, "ok", f"{len(a)} calls")
-    at = min(len(a), len(b)) if differs is None else differs
-    one, other = (f"{c[at][0]} of {c[at][1]}" if at < len(c) else "no call" for c in (a, b))
-    return Finding(check, "FAIL", f"call {at} of {len(a)} and {len(b)}: {one}; the last rank: {other}")
+    at = differs[0] if differs else common
 
+    def call(calls):
+        return f"{calls[at][0]} of {calls[at][1]}" if at < len(calls) else "no call"
+
+    return Finding(check, "FAIL", f"call {at} of {len(a)} and {len(b)}: {call(a)}; the last rank: "
+                   f"{call(b)}")
+
+
+# --- Predictions ----------------------------------------------------------------------------------
 
 class Stage(NamedTuple):
-    """Real steps with equally many tokens and words, one after the other."""
+    """Consecutive real steps with the same tokens and the same size of the softmax."""
     tokens: int        # a step, over all ranks
-    words: int         # over which the softmax goes; 0: all
+    softmax_size: int  # 0: the whole vocabulary
     steps: int
     mean: Prediction   # of a step
     fastest: float     # ms of a step
@@ -178,85 +264,137 @@ class Stage(NamedTuple):
 
 
 def predictions(record: dict, card: Card, world_size: int) -> list[Stage]:
-    """The stages of the real run, from the steps of the short one. Raises LookupError where it lacks some."""
+    """The stages of the real run. Raises LookupError if the short run lacks a kind of step."""
     short = stages.unpacked(record["short"])
     real = stages.stand_for(stages.unpacked(record["real"]), short)
     if len(steps(record)) < len(short):
-        raise LookupError(f"training_step was called {len(steps(record))} times in a run of {len(short)} steps")
-    work = [(step.tokens, step.words) for step in short]
-    found = [(i, [], []) for i, mine in enumerate(work) if i == 0 or mine != work[i - 1]]
-    for i, (phase, meant) in enumerate(zip(steps_of_the_run(record), real, strict=True)):
-        windows = [window for step in meant for window in step.windows]
-        keys = visible_keys(windows, record["sequence_length"])
-        shape = Shape(phase["tokens"] or short[i].tokens // world_size, record["model_dim"], record["vocab_size"], keys,
-                      record["sequence_length"] * short[i].words)
-        _, timed_steps, phases = [stage for stage in found if stage[0] <= i][-1]
+        raise LookupError(f"training_step was called {len(steps(record))} times in a run of "
+                          f"{len(short)} steps")
+    found: list[Stage] = []
+    timings: list[tuple[int, Prediction]] = []  # of the present stage
+    phases: list[dict] = []
+    phases_of_steps = steps_of_the_run(record)
+    for i, step in enumerate(short):
+        phase = phases_of_steps[i]
         phases.append(phase)
-        if meant:
-            timed_steps.append((len(meant), predict(phase["events"], record["kernels"], shape, card, world_size)))
-    return [Stage(*work[i], sum(times for times, _ in each), mean(each), min(p.total for _, p in each),
-                  max(p.total for _, p in each), max(phase["peak"] for phase in phases))
-            for i, each, phases in found if each]
+        if real[i]:
+            shape = shape_of(record, phase, step, real[i], world_size)
+            prediction = predict(phase["events"], record["kernels"], shape, card, world_size)
+            timings.append((len(real[i]), prediction))
+        work = (step.tokens, step.softmax_size)
+        last_of_stage = i + 1 == len(short) or work != (short[i + 1].tokens,
+                                                        short[i + 1].softmax_size)
+        if last_of_stage:
+            if timings:
+                found.append(stage_of(step, timings, phases))
+            timings, phases = [], []
+    return found
 
 
-def whole(found: list[Stage]) -> Prediction:
-    """Of the mean step of the run."""
+def shape_of(record: dict, phase: dict, step: stages.Step, real: list[stages.Step],
+             world_size: int) -> Shape:
+    """The shape of a simulated step that stands for these real ones."""
+    windows = [window for real_step in real for window in real_step.windows]
+    return Shape(
+        tokens=phase["tokens"] or step.tokens // world_size, model_dim=record["model_dim"],
+        vocab_size=record["vocab_size"], keys=visible_keys(windows, record["sequence_length"]),
+        sampled_logits=record["sequence_length"] * step.softmax_size)
+
+
+def stage_of(step: stages.Step, timings: list[tuple[int, Prediction]],
+             phases: list[dict]) -> Stage:
+    """A stage from one of its steps, its predictions with their numbers of steps, its phases."""
+    totals = [prediction.total for _, prediction in timings]
+    return Stage(tokens=step.tokens, softmax_size=step.softmax_size,
+                 steps=sum(count for count, _ in timings), mean=mean(timings),
+                 fastest=min(totals), slowest=max(totals),
+                 peak=max(phase["peak"] for phase in phases))
+
+
+def mean_step(found: list[Stage]) -> Prediction:
+    """The mean step of the run."""
     return mean([(stage.steps, stage.mean) for stage in found])
 
 
 def error_of(record: dict, card: Card, world_size: int, tokens: int) -> str:
-    """How far off a prediction may be, as far as anything supports that. tokens: of the shortest step."""
-    _, (_, windows, *_) = record["real"][0]  # of the first steps; FlexAttention has some
-    known = card.name.startswith("NVIDIA H100") and windows and world_size <= 8 and tokens >= FITTED_TOKENS * world_size
+    """How far off a prediction may be, if anything supports a number.
+
+    tokens: of the step with the fewest.
+    """
+    _, (_, windows, *_) = record["real"][0]  # of the first steps; FlexAttention has windows
+    known = (card.name.startswith("NVIDIA H100") and windows and world_size <= 8
+             and tokens >= FITTED_TOKENS * world_size)
     return f"± {100 * ERROR:.0f} %" if known else "error unknown"
 
 
+def predicted_step(stage: Stage, error: str, card: Card, world_size: int) -> str:
+    """The time of a stage's step and its parts, in words."""
+    step = stage.mean
+    why = f"{step.total:.0f} ms ({error}"
+    if stage.slowest > 1.02 * stage.fastest:
+        why += f"; from {stage.fastest:.0f} to {stage.slowest:.0f}"
+    return f"{why}), MFU {utilization(step, card):.2f}"
+
+
+def parts_of(step: Prediction, world_size: int) -> str:
+    """The parts of a step, the most expensive first, in words."""
+    parts = sorted(step.ms.items(), key=lambda item: -item[1])
+    text = ", ".join(f"{part} {ms:.1f}" for part, ms in parts)
+    if world_size > 1:
+        text += (f", exposed collectives {step.exposed:.1f} of {step.collectives:.1f} ms, "
+                 f"{step.sent / 1e6:.0f} MB")
+    return text
+
+
 def predicted(record: dict, card: Card, world_size: int, price: float | None) -> list[Finding]:
-    """The model's lines. Every time among them is said to be predicted, with the model's error."""
+    """The model's lines. Each of them says that it is predicted, and with what error."""
     try:
         found = predictions(record, card, world_size)
-    except LookupError as lacks:
-        return [Finding("a step", "not run", str(lacks))]
-    findings, count = [], sum(stage.steps for stage in found)
+    except LookupError as error:
+        return [Finding("a step", "not run", str(error))]
+    findings, num_steps = [], sum(stage.steps for stage in found)
     for stage in found:
-        p, name = stage.mean, "a step"
-        why = f"{stage.mean.total:.0f} ms ({error_of(record, card, world_size, stage.tokens)}"
-        if stage.slowest > 1.02 * stage.fastest:
-            why += f"; from {stage.fastest:.0f} to {stage.slowest:.0f}"
-        why += f"), MFU {utilisation(p, card):.2f}"
+        error = error_of(record, card, world_size, stage.tokens)
+        name, why = "a step", predicted_step(stage, error, card, world_size)
         if len(found) > 1:
-            name = f"a step of {stage.tokens:,} tokens" + (f", {stage.words:,} words" if stage.words else "")
-            why += f", peak {stage.peak / GIB:.1f} GiB, {stage.steps:,} of {count:,} steps"
-        why += ": " + ", ".join(f"{part} {ms:.1f}" for part, ms in sorted(p.ms.items(), key=lambda item: -item[1]))
-        if world_size > 1:
-            why += f", exposed collectives {p.exposed:.1f} of {p.collectives:.1f} ms, {p.sent / 1e6:.0f} MB"
-        findings.append(Finding(name, "predicted", why))
+            name += f" of {stage.tokens:,} tokens"
+            if stage.softmax_size:
+                name += f", {stage.softmax_size:,} classes"
+            why += f", peak {stage.peak / GIB:.1f} GiB, {stage.steps:,} of {num_steps:,} steps"
+        findings.append(Finding(name, "predicted", f"{why}: {parts_of(stage.mean, world_size)}"))
     error = error_of(record, card, world_size, min(stage.tokens for stage in found))
     minutes = sum(stage.steps * stage.mean.total for stage in found) / 60_000
     tokens = sum(stage.steps * stage.tokens for stage in found)
-    each = f"steps of {found[0].tokens:,} tokens" if len(found) == 1 else f"steps, {tokens:,} tokens"
-    findings.append(Finding("the whole run", "predicted", f"{minutes:.2f} minutes ({error}): {count:,} {each}, without "
-                            "compilation and validation"))
+    each = f"steps, {tokens:,} tokens"
+    if len(found) == 1:
+        each = f"steps of {found[0].tokens:,} tokens"
+    findings.append(Finding("the whole run", "predicted", f"{minutes:.2f} minutes ({error}): "
+                            f"{num_steps:,} {each}, without compilation and validation"))
     if price is not None:
-        findings.append(Finding("its price", "predicted", f"{price * minutes / 60:.2f} at {price:g} an hour ({error})"))
+        findings.append(Finding("its price", "predicted",
+                                f"{price * minutes / 60:.2f} at {price:g} an hour ({error})"))
     return findings
 
+
+# --- All findings ---------------------------------------------------------------------------------
 
 def judge(record: dict, card: Card, world_size: int, price: float | None = None) -> list[Finding]:
     """All findings about one rank."""
     if not steps(record):
-        missing = Finding("all else", "not run", "no training_step was called: is the script like train_gpt.py?")
+        missing = Finding("all else", "not run",
+                          "training_step was not called: is the script like train_gpt.py?")
         return [ends(record), missing]
-    found = [ends(record), compiles(record), waits(record), fits(record, card), *compiled_kernels(record, card)]
-    if ends(record).verdict == "FAIL":  # the last step may have stopped half-way
+    found = [ends(record), compiles(record), waits(record), fits(record, card)]
+    found += compiled_kernels(record, card)
+    if ends(record).verdict == "FAIL":  # the last step may be incomplete
         return found
     return found + predicted(record, card, world_size, price)
 
 
 def smaller(record: dict, card: Card) -> list[str] | None:
-    """Flags with which the same tokens a step may fit; None where none can.
+    """Flags with which a step of the same tokens may fit, or None if none can.
 
-    What does not depend on the tokens of a forward pass is what is left after a step.
+    What is left after a step does not depend on the tokens of a forward pass; the rest does.
     """
     peak = max(peaks(record).values())
     fixed = min(phase["live"] for phase in steps(record))
@@ -267,9 +405,13 @@ def smaller(record: dict, card: Card) -> list[str] | None:
         if micro_batch > 1:
             micro_batch //= 2
         else:
-            length, batch_size = length // 2, batch_size * 2
+            length //= 2
+            batch_size *= 2
         if fixed + (peak - fixed) * micro_batch * length / tokens <= USABLE * card.memory:
-            shorter = [f"--sequence_length={length}", f"--batch_size={batch_size}"]
-            return [f"--micro_batch={micro_batch}"] * (tokens > record["sequence_length"]) + shorter * (
-                length < record["sequence_length"])
+            flags = []
+            if tokens > record["sequence_length"]:
+                flags.append(f"--micro_batch={micro_batch}")
+            if length < record["sequence_length"]:
+                flags += [f"--sequence_length={length}", f"--batch_size={batch_size}"]
+            return flags
     return None
