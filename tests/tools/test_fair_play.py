@@ -121,8 +121,8 @@ def ngrams_of_later_tokens(module, monkeypatch):
 
 
 def reports_less(module, monkeypatch):
-    def forward(original, self, x, sources, targets=None, weights=None):
-        result = original(self, x, sources, targets, weights)
+    def forward(original, self, x, sources, class_ids=None, targets=None, weights=None):
+        result = original(self, x, sources, class_ids, targets, weights)
         return result if targets is None else (result[0], 0.99 * result[1])
     wrap(monkeypatch, module.Head, "forward", forward)
 
@@ -135,26 +135,26 @@ def drops_tokens(module, monkeypatch):
 
 
 def looks_at_the_target(module, monkeypatch):
-    def forward(original, self, x, sources, targets=None, weights=None):
+    def forward(original, self, x, sources, class_ids=None, targets=None, weights=None):
         if targets is not None:
-            next_token = targets[1][:, 0].clamp(min=0)
+            next_token = targets[:, 0].clamp(min=0)
             x = x + self.linear.matrix()[next_token]
-        return original(self, x, sources, targets, weights)
+        return original(self, x, sources, class_ids, targets, weights)
     wrap(monkeypatch, module.Head, "forward", forward)
 
 
 def training_looks_at_a_later_target(module, monkeypatch):
-    def forward(original, self, x, sources, targets=None, weights=None):
+    def forward(original, self, x, sources, class_ids=None, targets=None, weights=None):
         if weights is not None and len(weights) > 1:
-            second_next = targets[1][:, 1].clamp(min=0)
+            second_next = targets[:, 1].clamp(min=0)
             x = x + self.linear.matrix()[second_next]
-        return original(self, x, sources, targets, weights)
+        return original(self, x, sources, class_ids, targets, weights)
     wrap(monkeypatch, module.Head, "forward", forward)
 
 
 def weighs_the_next_token(module, monkeypatch):
-    def forward(original, self, x, sources, targets=None, weights=None):
-        result = original(self, x, sources, targets, weights)
+    def forward(original, self, x, sources, class_ids=None, targets=None, weights=None):
+        result = original(self, x, sources, class_ids, targets, weights)
         return result if targets is None else (result[0], result[1] * weights[0])
     wrap(monkeypatch, module.Head, "forward", forward)
 

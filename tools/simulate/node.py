@@ -638,7 +638,8 @@ def shortened(hp, num_steps: int) -> dict:
                  extension=2 / num_steps, momentum_warmup=3 / num_steps)
     older = dict(cooldown_steps=3, warmup_steps=1, momentum_warmup_steps=3, extension_steps=2,
                  sample_tokens=2)
-    return {name: value for name, value in {**short, **older}.items() if hasattr(hp, name)}
+    fields = {field.name for field in dataclasses.fields(hp)}
+    return {name: value for name, value in {**short, **older}.items() if name in fields}
 
 
 def about(module: types.ModuleType, hp) -> tuple[dict, dict]:
@@ -722,8 +723,9 @@ def run_copy(copy: Path, flags: list[str], phases: list[dict]) -> int:
     for name in PHASES:
         if hasattr(module, name):
             watch(module, name, phases)
-    # The main function of older scripts ends the process after a mistake; their run does not.
-    start = module.run if hasattr(module, "run") else module.main
+    # After a mistake, main ends the process at once, because other ranks may still compute.
+    os._exit = sys.exit
+    start = module.run if hasattr(module, "run") else module.main  # older scripts have a run
     start_modes()
     return start(flags) or 0
 
