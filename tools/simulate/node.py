@@ -530,7 +530,8 @@ def apply(self, function, recurse=True):
 
 def enter(card: Card, world_size: int, rank: int, compiling: bool) -> None:
     """From here on this process has the card, and is this rank of world_size ranks."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank % 8), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank % 8), "WORLD_SIZE": str(world_size),
+                   "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # nothing connects to it
     fake_triton(card)
     if compiling:
         fake_inductor()
