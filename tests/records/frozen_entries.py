@@ -14,7 +14,8 @@ PORTS = ["2024-06-06_AdamW", "2024-10-14_ModernArch", "2024-11-03_UntieEmbed",
          "2024-12-04_ValueEmbed"]
 ADAMW, MODERN, UNTIE, VALUE = PORTS
 # Every entry, as a folder below records/.
-ENTRIES = sorted(str(path.parent.relative_to(RECORDS)) for folder in ("published", "laptop", "candidates")
+ENTRIES = sorted(str(path.parent.relative_to(RECORDS))
+                 for folder in ("published", "laptop", "candidates")
                  for path in (RECORDS / folder).glob("*/train_gpt.py"))
 CPU = torch.device("cpu")
 SMALL = ["--track=laptop", "--num_layers=4", "--num_heads=2", "--model_dim=32", "--batch_size=2",
@@ -88,8 +89,9 @@ class Sandbox:
         self.script.parent.mkdir(parents=True)
         shutil.copy(RECORDS / entry / "train_gpt.py", self.script)
         (folder / "run.sh").touch()  # marks the root of a repository
-        write_shard(folder / "data/laptop/laptop_val_000000.bin", words(self.val_tokens + 1, seed=1))
-        write_shard(folder / "data/laptop/laptop_train_000001.bin", words(20_000, seed=2))
+        data = folder / "data" / "laptop"
+        write_shard(data / "laptop_val_000000.bin", words(self.val_tokens + 1, seed=1))
+        write_shard(data / "laptop_train_000001.bin", words(20_000, seed=2))
         # The script sets this variable. monkeypatch puts it back.
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "cache"))
         name = "sandbox_" + entry.split("_")[-1]

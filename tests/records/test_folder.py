@@ -41,8 +41,8 @@ def test_links_lead_somewhere():
             assert target.exists(), f"{page}: {link}"
             if heading:
                 titles = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
-                anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
-                assert heading in anchors, f"{page}: {link}"
+                letters = [re.sub(r"[^\w\- ]", "", title.lower()) for title in titles]
+                assert heading in [title.replace(" ", "-") for title in letters], f"{page}: {link}"
 
 
 @pytest.mark.parametrize("folder", ENTRIES + STUDIES)

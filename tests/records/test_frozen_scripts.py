@@ -2,16 +2,17 @@
 import dataclasses
 
 import pytest
-import train_gpt
 from frozen_entries import ADAMW, ENTRIES, MODERN, UNTIE, Sandbox
+
+import train_gpt
 
 pytestmark = pytest.mark.slow
 
 TINY = ("--device=cpu --dtype=float32 --compile=off --num_steps=14 --batch_size=2 --micro_batch=2 "
         "--sequence_length=256 --num_heads=2 --model_dim=32 --val_every=3 --log_every=1").split()
 # Flags that only some scripts have.
-OPTIONAL = {"num_layers": "2", "ngram_rows": "1021", "ngrams": "3", "val_length": "2048", "sample_tokens": "0",
-            "cooldown_steps": "3", "cooldown": "0.5", "window_end": "128"}
+OPTIONAL = {"num_layers": 2, "ngram_rows": 1021, "ngrams": 3, "val_length": 2048,
+            "sample_tokens": 0, "cooldown_steps": 3, "cooldown": 0.5, "window_end": 128}
 
 
 def tiny(module) -> list[str]:
