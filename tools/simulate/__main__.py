@@ -66,20 +66,20 @@ def cuda_python() -> str:
         raise CannotRun("the simulation needs g++; on Debian and Ubuntu: apt install g++")
     given = os.environ.get("CUDA_PYTHON")
     for python in [given] if given else [sys.executable, str(ENVIRONMENT / "bin/python")]:
-        if has_cuda_build(python):
+        if can_import_cuda_torch(python):
             return python
     if given:
-        raise CannotRun(f"CUDA_PYTHON is {given}, which has no CUDA build of torch; unset it to "
-                        "have .venv.cuda set up")
+        raise CannotRun(f"CUDA_PYTHON is {given}, which lacks tqdm or a CUDA build of torch; unset "
+                        "it to have .venv.cuda set up")
     if os.environ.get("SIMULATE_INSTALLS") == "no":
         raise CannotRun("PYTHON is given, so nothing is installed, and its torch is not a CUDA "
                         "build; unset PYTHON, or name a Python that has one in CUDA_PYTHON")
     return set_up_environment()
 
 
-def has_cuda_build(python: str) -> bool:
-    """Has this Python a torch that is built for CUDA, and Triton?"""
-    command = [python, "-c", "import torch, triton; print(torch.version.cuda)"]
+def can_import_cuda_torch(python: str) -> bool:
+    """Whether this Python has what a script needs, and a torch that is built for CUDA."""
+    command = [python, "-c", "import torch, tqdm, triton; print(torch.version.cuda)"]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError:
@@ -88,20 +88,20 @@ def has_cuda_build(python: str) -> bool:
 
 
 def set_up_environment() -> str:
-    """Install requirements.txt with a CUDA build of torch into .venv.cuda. Raises CannotRun."""
+    """Install a CUDA build of torch, numpy and tqdm into .venv.cuda. Raises CannotRun."""
     print("the torch of this Python is not a CUDA build: setting up .venv.cuda with one (once; "
           "about 5 GB) ...", file=sys.stderr, flush=True)
-    shutil.rmtree(ENVIRONMENT, ignore_errors=True)
     python = str(ENVIRONMENT / "bin/python")
-    # What a training script imports. "===" asks for the build without a suffix, which is the CUDA
-    # build, where "==" would prefer an installed or cached +cpu wheel.
     pins = re.findall(r"^(?:torch|numpy|tqdm)==.+", (ROOT / "requirements.txt").read_text(), re.M)
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
-               *(pin.replace("==", "===", 1) for pin in pins)]
-    for command in ([sys.executable, "-m", "venv", str(ENVIRONMENT)], install):
+    # "===" asks for the build without a suffix, which is the CUDA build; "==" would prefer a +cpu
+    # wheel if there is one.
+    exact = [pin.replace("==", "===", 1) for pin in pins]
+    for command in ([sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)],
+                    [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+                     *exact]):
         if subprocess.run(command, stdout=sys.stderr).returncode != 0:
             break
-    if not has_cuda_build(python):
+    if not can_import_cuda_torch(python):
         raise CannotRun("pip could not install a CUDA build of torch into .venv.cuda (see above); "
                         "try again, or name a Python that has one in CUDA_PYTHON")
     return python
