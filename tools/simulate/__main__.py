@@ -71,7 +71,7 @@ def cuda_python() -> str:
     if given:
         raise CannotRun(f"CUDA_PYTHON is {given}, which lacks tqdm or a CUDA build of torch; unset "
                         "it to have .venv.cuda set up")
-    if os.environ.get("SIMULATE_INSTALLS") == "no":
+    if os.environ.get("PYTHON"):  # ./run.sh then installs nothing
         raise CannotRun("PYTHON is given, so nothing is installed, and its torch is not a CUDA "
                         "build; unset PYTHON, or name a Python that has one in CUDA_PYTHON")
     return set_up_environment()
