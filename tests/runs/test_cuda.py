@@ -95,9 +95,9 @@ def test_compiled_model_agrees_with_the_chunked_path_in_each_stage_and_compiles_
         schedule = train_gpt.Schedule(step, hp, CUDA)
         flex(tokens, tokens, schedule)[0].backward()  # compiles for this number of targets
         for long, other in ((64, 64), (128, 100), (384, 128), (1000, 384), (1664, 768)):
-            for kind in schedule.windows:
-                window = long if kind == "long" else other
-                schedule.windows[kind] = torch.full((), window, device=CUDA)
+            long_window = torch.full((), long, device=CUDA)
+            other_window = torch.full((), other, device=CUDA)
+            schedule.windows = {"long": long_window, "short": other_window, "paired": other_window}
             gradients, losses = [], []
             for model in (flex, chunked):
                 model.zero_grad()
