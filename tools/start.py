@@ -13,12 +13,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from data import UserError, run_as_program
+from data.fineweb import DEFAULT_SHARDS
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def positive_number(variable: str, default: int) -> int:
-    """Return the environment variable as a number, or default if it is unset or empty."""
+    """Return the environment variable as a number, or default if it is unset or empty.
+
+    Raises UserError if it is something else.
+    """
     text = os.environ.get(variable, "")
     if not text:
         return default
@@ -28,7 +32,10 @@ def positive_number(variable: str, default: int) -> int:
 
 
 def script_of(entry: str | None) -> str:
-    """Return the path of the script to run: train_gpt.py, or that of an entry in records/."""
+    """Return the path of the script to run: train_gpt.py, or that of an entry in records/.
+
+    Raises UserError, with a list of the entries, if there is no such entry.
+    """
     if entry is None:
         return "train_gpt.py"
     records = ROOT / "records"
@@ -40,18 +47,28 @@ def script_of(entry: str | None) -> str:
     return f"records/{name}/train_gpt.py"
 
 
-def fetch(track: str) -> int:
+def num_gpus(device: str | None) -> int:
+    """Return how many CUDA GPUs a run with --device has. CUDA_VISIBLE_DEVICES is heeded."""
+    if device == "cpu":
+        return 0
+    import torch  # takes seconds, so only when it is needed
+    return torch.cuda.device_count()
+
+
+def fetch(track: str | None) -> int:
     """Fetch or build what is missing of a track's data. Returns an exit code.
 
-    It is a process of its own, because a log holds the peak memory of the process that trains.
+    It is a process of its own, because a log holds the peak memory of the process that trains. The
+    script itself says what is missing of other tracks.
     """
-    commands = {"laptop": ["data.laptop"], "fineweb": ["data.fineweb"]}
-    if track not in commands:
-        return 0  # the script says what is missing of any other track
-    command = [sys.executable, "-m", *commands[track]]
-    if track == "fineweb" and os.environ.get("SHARDS"):
-        command += ["--shards", str(positive_number("SHARDS", 1))]
-    process = subprocess.Popen(command, cwd=ROOT)
+    if track == "laptop":
+        words = ["data.laptop"]
+    elif track == "fineweb":
+        shards = positive_number("SHARDS", DEFAULT_SHARDS)
+        words = ["data.fineweb", "--shards", str(shards)]
+    else:
+        return 0
+    process = subprocess.Popen([sys.executable, "-m", *words])
     try:
         return process.wait()
     except KeyboardInterrupt:  # a terminal sends Ctrl-C to both processes
@@ -104,15 +121,15 @@ def start(argv: list[str]) -> int:
     if given.help:
         os.execv(sys.executable, [sys.executable, script, *flags])
 
-    import torch  # heeds CUDA_VISIBLE_DEVICES
-
-    gpus = 0 if given.device == "cpu" else torch.cuda.device_count()
-    processes = positive_number("NPROC", max(gpus, 1))
+    processes = positive_number("NPROC", 0)
+    if processes == 0:
+        processes = max(num_gpus(given.device), 1)
     track = given.track
     if track is None and given.resume is None:  # a checkpoint knows its track
+        gpus = num_gpus(given.device)
         track = "fineweb" if gpus else "laptop"
         flags = ["--track", track, *flags]
-        print(f"track {track}, because torch sees {gpus} CUDA GPUs; --track chooses another",
+        print(f"track {track}, because the run has {gpus} CUDA GPUs; --track chooses another",
               flush=True)
     code = fetch(track)
     if code:
