@@ -1,7 +1,6 @@
 """Finds text files and reads the documents in them: .txt, .jsonl, .parquet."""
 import codecs
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple

@@ -204,9 +204,9 @@ def fetch_missing(repo: str, names: list[str], directory: Path) -> None:
     needed = sum(files[name].size for name in names)
     free = shutil.disk_usage(directory).free
     if needed > free:
-        raise UserError(f"{len(names)} shards of {needed / 1e9:.1f} GB are missing, but {directory} "
-                        f"has only {free / 1e9:.1f} GB free; free disk space, choose another folder "
-                        "with --dir, or ask for fewer shards with --shards")
+        raise UserError(f"{len(names)} shards of {needed / 1e9:.1f} GB are missing, but "
+                        f"{directory} has only {free / 1e9:.1f} GB free; free disk space, choose "
+                        "another folder with --dir, or ask for fewer shards with --shards")
     for number, name in enumerate(names, 1):
         size, sha256 = files[name]
         print(f"downloading {number}/{len(names)}: {name} ({size / 1e6:,.1f} MB)", flush=True)

@@ -44,7 +44,7 @@ def torch_source() -> Path:
 
 
 def documents(folder: Path) -> list[tuple[str, Path]]:
-    """Return (relative path with forward slashes, file) of all Python files, sorted by the first."""
+    """Return (relative path with forward slashes, file) of all Python files, sorted by path."""
     found = []
     for path in folder.rglob("*.py"):
         name = path.relative_to(folder).as_posix()
@@ -60,7 +60,7 @@ def is_validation(name: str) -> bool:
 
 
 def tokenize(path: Path) -> np.ndarray:
-    """Return one document, (n,) uint16. Line ends become LF, so all systems give the same tokens."""
+    """Return one document, (n,) uint16. Line ends become LF, so that all systems agree."""
     text = path.read_bytes().replace(b"\r\n", b"\n")
     tokens = np.empty(1 + len(text), np.uint16)
     tokens[0] = END_OF_TEXT

@@ -101,7 +101,10 @@ def write_shard(path: str | Path, tokens: np.ndarray, vocab_size: int = MAX_VOCA
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a finished file its final name once its content has reached the disk. Raises OSError."""
+    """Give a finished file its final name after its content has reached the disk.
+
+    Raises OSError.
+    """
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())  # otherwise a power failure could keep the name and lose the content
     os.replace(temporary, path)
@@ -132,7 +135,7 @@ class ShardWriter:
         self.paths: list[Path] = []  # finished shards
 
     def write(self, tokens: np.ndarray) -> None:
-        """Append tokens, (n,) uint16. Raises ValueError on another type, and as write_shard does."""
+        """Append tokens, (n,) uint16. Raises ValueError on another type, else as write_shard."""
         if tokens.dtype != np.uint16:
             raise ValueError(f"tokens have type {tokens.dtype}, expected uint16")
         self.num_tokens += len(tokens)

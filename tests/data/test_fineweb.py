@@ -67,7 +67,8 @@ class Handler(BaseHTTPRequestHandler):
     def listing(self):
         siblings = []
         for name, body in self.server.files.items():
-            lfs = {"size": len(body), "pointerSize": 130, "sha256": hashlib.sha256(body).hexdigest()}
+            digest = hashlib.sha256(body).hexdigest()
+            lfs = {"size": len(body), "pointerSize": 130, "sha256": digest}
             siblings.append({"rfilename": name, "size": len(body), "lfs": lfs})
         return json.dumps({"id": VARIANT.repo, "siblings": siblings}).encode()
 
@@ -190,7 +191,8 @@ def test_a_hub_that_keeps_refusing_is_one_line(hub, fetch, tmp_path, status):
     hub.refusals[f"/storage/{FIRST}"] = [status] * 200
     done = fetch(hub.url, "--shards", 1)
     assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and FIRST in done.stderr and str(status) in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert FIRST in done.stderr and str(status) in done.stderr
     assert contents(tmp_path / "data") == {VAL: hub.files[VAL]}
 
 

@@ -155,6 +155,7 @@ def test_the_command_names_a_bad_shard_in_one_line(tmp_path, capsys):
 
 def test_the_vocabularies_are_those_of_the_tracks():
     from data import shards
-    for track, vocab_size in (("laptop", shards.BYTE_VOCAB_SIZE), ("fineweb", shards.GPT2_VOCAB_SIZE)):
+    for track, vocab_size in (("laptop", shards.BYTE_VOCAB_SIZE),
+                              ("fineweb", shards.GPT2_VOCAB_SIZE)):
         assert train_gpt.TRACKS[track].vocab_size == vocab_size
         assert train_gpt.TRACKS[track].eot_token == vocab_size - 1

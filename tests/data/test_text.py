@@ -46,7 +46,7 @@ def write_jsonl(path, texts):
 
 
 def run(tmp_path, *words, out="out"):
-    """The command's exit code. It writes bytes into tmp_path/OUT/mine unless words say otherwise."""
+    """The exit code. The command writes bytes into tmp_path/OUT/mine, if words do not differ."""
     usual = ["--name", "mine", "--dir", tmp_path / out / "mine", "--encoding", "bytes",
              "--processes", 1]
     return text.main([str(word) for word in [*usual, *words]])

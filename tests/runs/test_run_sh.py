@@ -27,7 +27,7 @@ class Ended(Exception):
 
 
 class Launch:
-    """start.main on a machine with so many GPUs, where nothing is fetched and no process started."""
+    """start.start on a machine with so many GPUs. It fetches nothing and starts no process."""
 
     def __init__(self, monkeypatch):
         self.monkeypatch = monkeypatch
@@ -222,7 +222,9 @@ FAILS = {
 
 
 @pytest.mark.parametrize("kind", [
-    "exit code", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("signal", "user error"))])
+    "exit code",
+    pytest.param("signal", marks=pytest.mark.slow),
+    pytest.param("user error", marks=pytest.mark.slow)])
 def test_a_rank_that_fails_is_named_in_one_line(project, kind):
     action, code, named = FAILS[kind]
     (project / "train_gpt.py").write_text(
@@ -305,7 +307,8 @@ def test_the_venv_is_set_up_once_and_again_when_the_requirements_change(project,
     def run():
         """The number of times that pip was called."""
         (project / "calls").write_text("")
-        process = begin(["bash", "./run.sh", "compare", "a b"], project, PATH=str(programs), PYTHON="")
+        process = begin(["bash", "./run.sh", "compare", "a b"], project,
+                        PATH=str(programs), PYTHON="")
         _, errors = process.communicate(timeout=HANG)
         assert (process.returncode, errors) == (0, "")
         calls = (project / "calls").read_text().splitlines()
