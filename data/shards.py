@@ -106,7 +106,8 @@ def publish(temporary: Path, path: Path) -> None:
     Raises OSError.
     """
     with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())  # otherwise a power failure could keep the name and lose the content
+        # Otherwise a power failure could keep the name and lose the content.
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

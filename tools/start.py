@@ -70,9 +70,15 @@ def fetch(track: str | None) -> int:
         return 0
     process = subprocess.Popen([sys.executable, "-m", *words])
     try:
-        return process.wait()
+        code = process.wait()
     except KeyboardInterrupt:  # a terminal sends Ctrl-C to both processes
-        return process.wait()
+        code = process.wait()
+    return exit_code(code)
+
+
+def exit_code(code: int) -> int:
+    """Turn the -n of a process that signal n has ended into the 128 + n of shells."""
+    return 128 - code if code < 0 else code
 
 
 def start_ranks(processes: int, script: str, flags: list[str]) -> int:
@@ -100,7 +106,7 @@ def start_ranks(processes: int, script: str, flags: list[str]) -> int:
             reason = f"signal {-failure.exitcode}"
         print(f"error: rank {rank} ended with {reason}, so the other ranks were stopped",
               file=sys.stderr)
-        return 128 - failure.exitcode if failure.exitcode < 0 else failure.exitcode
+        return exit_code(failure.exitcode)
     return 0
 
 

@@ -243,7 +243,8 @@ def test_ctrl_c_ends_all_ranks(project, processes):
     (project / "train_gpt.py").write_text(
         "import signal, sys, time\n"
         "signal.signal(signal.SIGINT, lambda *args: sys.exit(130))\n"
-        "print('started', flush=True)\n"
+        "sys.stdout.write('started\\n')\n"
+        "sys.stdout.flush()\n"
         "time.sleep(1000)\n"
         "print('went on')\n")
     process = begin(["./run.sh", "--track=laptop"], project, NPROC=processes)
@@ -261,8 +262,10 @@ def test_ctrl_c_ends_a_download(project):
     (project / "data" / "laptop.py").write_text(
         "import sys, time\n"
         "from data import run_as_program\n"
-        "print('downloads', flush=True)\n"
-        "sys.exit(run_as_program(time.sleep, 1000))\n")
+        "def download():\n"
+        "    print('downloads', flush=True)\n"
+        "    time.sleep(1000)\n"
+        "sys.exit(run_as_program(download))\n")
     process = begin(["./run.sh", "--track=laptop"], project)
     assert process.stdout.readline() == "downloads\n"
     os.killpg(process.pid, signal.SIGINT)
@@ -275,7 +278,8 @@ def test_ctrl_c_ends_a_download(project):
 def test_a_host_whose_name_does_not_resolve(project):
     if subprocess.run(["unshare", "-u", "true"], capture_output=True).returncode:
         pytest.skip("unshare is not allowed here")
-    (project / "train_gpt.py").write_text("import os\nprint('rank', os.environ['RANK'])\n")
+    (project / "train_gpt.py").write_text(
+        "import os, sys\nsys.stdout.write(f'rank {os.environ[\"RANK\"]}\\n')\n")
     command = "hostname no-such-host.invalid && ./run.sh --track=laptop"
     process = begin(["unshare", "-u", "bash", "-c", command], project, NPROC="2")
     out, errors = process.communicate(timeout=HANG)
