@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import DATA_FOLDER, UserError, run_as_program
+from data import DATA_FOLDER, UserError, run_as_program, usable_cores
 from data.documents import READERS, Piece, find_files
 from data.encoders import ENCODINGS, Encoding, encode_texts, load_encoding, start_worker
 from data.shards import ShardWriter
@@ -223,13 +223,6 @@ def build(args: argparse.Namespace) -> None:
         if is_new:
             with suppress(OSError):  # it stays if it has shards
                 directory.rmdir()
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use (Slurm, taskset, containers)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def main(argv: list[str] | None = None) -> int:

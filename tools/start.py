@@ -12,7 +12,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from data import UserError, run_as_program
+from data import UserError, run_as_program, usable_cores
 from data.fineweb import DEFAULT_SHARDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,6 +91,9 @@ def start_ranks(processes: int, script: str, flags: list[str]) -> int:
     from torch.distributed.run import main as torchrun
 
     logging.disable(logging.ERROR)
+    # torchrun's default is one thread per process. A laptop has more cores than that.
+    threads = min(max(usable_cores() // processes, 1), 8)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # Without --local-addr torchrun resolves the name of the host, which may be impossible.
     options = ["--standalone", "--local-addr=localhost", f"--nproc-per-node={processes}"]
     try:

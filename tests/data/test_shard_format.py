@@ -28,8 +28,8 @@ def test_the_bytes_of_a_shard(tmp_path):
 def test_both_readers_return_what_was_written(tmp_path, count):
     tokens = np.random.default_rng(0).integers(0, 50257, count).astype(np.uint16)
     write_shard(tmp_path / "a.bin", tokens)
-    for read in (open_shard, train_gpt.open_shard):
-        found = read(tmp_path / "a.bin")
+    path = tmp_path / "a.bin"
+    for found in (open_shard(path), train_gpt.open_shard(path, "a command")):
         assert found.dtype == np.uint16
         assert np.array_equal(found, tokens)
 
@@ -58,7 +58,7 @@ def test_both_readers_refuse_what_is_no_shard(tmp_path, damage):
     with pytest.raises(UserError) as mine:
         open_shard(path)
     with pytest.raises(train_gpt.UserError) as theirs:
-        train_gpt.open_shard(path)
+        train_gpt.open_shard(path, "a command")
     assert str(path) in str(mine.value)
     assert str(path) in str(theirs.value)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import train_gpt
-from data import UserError, documents, encoders, text
+from data import UserError, documents, encoders, text, usable_cores
 from data.documents import cut_blocks, find_files
 from data.encoders import encode_texts, split_long_white_space
 from data.shards import open_shard
@@ -334,7 +334,7 @@ def test_an_existing_empty_folder_is_used(tmp_path, monkeypatch):
 
 def test_as_many_workers_as_this_process_has_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 5}, raising=False)
-    assert text.usable_cores() == 2
+    assert usable_cores() == 2
 
 
 # --- The track that it prints ---
