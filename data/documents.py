@@ -30,11 +30,13 @@ def find_files(paths: list[Path]) -> list[Path]:
     path gives no file, or if a folder cannot be read.
     """
     files = {}  # resolved path to path
+    num_others = 0
     for path in paths:
         candidates = sorted(files_below(path, set())) if path.is_dir() else [path]
         found = False
         for file in candidates:
             if file.suffix.lower() not in READERS:
+                num_others += 1
                 continue
             if file.is_file():
                 files.setdefault(file.resolve(), file)
@@ -45,6 +47,8 @@ def find_files(paths: list[Path]) -> list[Path]:
             problem = "has no text files" if path.exists() else "does not exist"
             raise UserError(f"{path} {problem}; expected files that end in {', '.join(READERS)}, "
                             "or a folder with such files")
+    if num_others:
+        print(f"left out {num_others:,} files that do not end in {', '.join(READERS)}")
     return list(files.values())
 
 

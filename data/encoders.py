@@ -13,10 +13,12 @@ import numpy as np
 from data import UserError
 from data.shards import BYTE_VOCAB_SIZE, GPT2_VOCAB_SIZE
 
-# tiktoken fails at about a million white-space characters in a row, so runs of this many are cut.
-# The class is what the regular expressions of tiktoken call \s.
-LONG_WHITE_SPACE = re.compile(
-    r"[\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{10000,}")
+# What the regular expressions of tiktoken call \s. Python's \s has other characters, too.
+WHITE_SPACE = r"[\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+
+# tiktoken fails at about a million white-space characters in a row, so longer runs than this are
+# cut. The lookbehind makes the search linear: it tries each run only from its beginning.
+LONG_WHITE_SPACE = re.compile(rf"(?<!{WHITE_SPACE}){WHITE_SPACE}{{10000,}}")
 
 
 class Encoding(NamedTuple):
