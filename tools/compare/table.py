@@ -1,0 +1,159 @@
+"""Table: one row for each group of comparable runs."""
+import json
+import sys
+
+from .groups import Group, claims_of, first_at_target, group_runs, labels_of
+from .logs import find_runs, why_incomplete
+from .stats import deviation, mean, t_test_below
+from .text import finite, seconds, shortened, visible
+
+WIDTH = 120  # columns of a terminal
+MAX_NOTES = 12
+# Columns that are left out, in this order, where the table is too wide.
+LEFT_OUT_FIRST = ("code", "torch", "step", "target", "tokens to target", "met by", "to target",
+                  "device", "p")
+
+
+def row_of(group: Group, label: str, target: float | None, claim: bool = False) -> dict:
+    """A group as `table --json` prints it; times are in milliseconds, losses in nats."""
+    run = group.any
+    target = run.target if target is None else target
+    reached = first_at_target(group, target)
+    tokens = [run.tokens_before(point[0]) for run, point in reached]
+    times = [point[2] for _, point in reached if point[2] is not None]
+    incomplete = []
+    for broken in group.incomplete:
+        last_val_step, last_val_loss, _ = broken.curve[-1] if broken.curve else (None, None, None)
+        incomplete.append({"path": broken.path, "last_step": broken.last_step,
+                           "last_val_step": last_val_step, "last_val_loss": finite(last_val_loss)})
+    return {
+        "path": group.path,
+        "entry": group.entry,
+        "label": label,
+        "track": run.track,
+        "claim": claim,
+        "code_hash": run.code_hash,
+        "gpu": run.gpu,
+        "world_size": run.world_size,
+        "torch": run.torch,
+        "steps": run.steps,
+        "runs": len(group.runs),
+        "incomplete": len(group.incomplete),
+        "duplicates": len(group.duplicates),
+        "target": target,
+        "val_loss_mean": finite(mean(group.losses)),
+        "val_loss_sd": finite(deviation(group.losses)),
+        "p_value": finite(t_test_below(group.losses, target)),
+        "train_time_ms_mean": finite(mean(group.times)),
+        "train_time_ms_sd": finite(deviation(group.times)),
+        "step_avg_ms": finite(mean(group.step_averages)),
+        "logs": [run.path for run in group.runs],
+        "incomplete_logs": incomplete,
+        "duplicate_logs": [run.path for run in group.duplicates],
+        "reached": len(reached),
+        "tokens_to_target": None if None in tokens else finite(mean(tokens)),
+        "train_time_ms_to_target": finite(mean(times)),
+    }
+
+
+def cells_of(row: dict) -> dict[str, str]:
+    """A row of row_of as texts by column name."""
+    def text(name, form):
+        return "" if row[name] is None else form.format(row[name])
+
+    time_sd = "" if row["train_time_ms_sd"] is None else f" ± {row['train_time_ms_sd'] / 1000:.1f}"
+    tokens = row["tokens_to_target"]
+    incomplete = f" (+{row['incomplete']} incomplete)" if row["incomplete"] else ""
+    cells = {
+        "entry": row["label"],
+        "track": row["track"] or "unknown",
+        "runs": f"{row['runs']}{incomplete}",
+        "steps": text("steps", "{}"),
+        "val loss": text("val_loss_mean", "{:.4f}") + text("val_loss_sd", " ± {:.4f}"),
+        "target": text("target", "{:g}"),
+        "p": text("p_value", "{:.2g}"),
+        "training time": seconds(row["train_time_ms_mean"]) + time_sd,
+        "step": text("step_avg_ms", "{:.2f} ms"),
+        "met by": f"{row['reached']} of {row['runs']}",
+        "to target": seconds(row["train_time_ms_to_target"]),
+        "tokens to target": "" if tokens is None else f"{tokens / 1e6:.2f} M",
+        "device": f"{row['world_size'] or '?'} x {row['gpu'] or '?'}",
+        "torch": row["torch"] or "",
+        "code": row["code_hash"] or "",
+    }
+    return {name: visible(cell).replace("\n", "\\n") for name, cell in cells.items()}
+
+
+def columns_of(rows: list[dict[str, str]]) -> list[str]:
+    """The columns that are not empty; the track only if there are several."""
+    names = [name for name in rows[0] if any(row[name] for row in rows)]
+    if len({row["track"] for row in rows}) == 1:
+        names.remove("track")
+    return names
+
+
+def print_markdown(rows: list[dict[str, str]]) -> None:
+    """Prints rows as a Markdown table."""
+    names = columns_of(rows)
+    print("| " + " | ".join(names) + " |")
+    print("|" + "---|" * len(names))
+    for row in rows:
+        print("| " + " | ".join(row[name].replace("|", "\\|") for name in names) + " |")
+
+
+def print_columns(rows: list[dict[str, str]], width: int | None) -> None:
+    """Prints rows in aligned columns. If a width is given, less important columns are left out."""
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns_of(rows)}
+    if width:
+        def others():
+            return sum(2 + widths[name] for name in widths if name != "entry")
+
+        least = min(widths["entry"], 40)  # a long name is cut before a column is left out
+        for name in LEFT_OUT_FIRST:
+            if least + others() > width:
+                widths.pop(name, None)
+        widths["entry"] = min(widths["entry"], max(least, width - others()))
+    header = {name: name for name in widths}
+    for row in [header, *rows]:
+        cells = [shortened(row[name], widths[name]).ljust(widths[name]) for name in widths]
+        line = "  ".join(cells).rstrip()
+        print(shortened(line, width) if width else line)
+
+
+def table(args) -> int:
+    """Prints one row for each entry's claim, by track and date. With --all, or if no log belongs to
+    an entry, prints a row for every group of comparable runs, the fastest first.
+    """
+    runs, remarks = find_runs(args.paths)
+    groups = group_runs(runs)
+    claims = claims_of(groups)
+    claimed = {id(group) for group in claims}
+    labels = {id(group): label for group, label in zip(groups, labels_of(groups), strict=True)}
+    shown = groups if args.all or args.json or not claims else claims
+    rows = [row_of(group, labels[id(group)], args.target, id(group) in claimed) for group in shown]
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    elif args.markdown:
+        print_markdown([cells_of(row) for row in rows])
+    else:
+        print_columns([cells_of(row) for row in rows], None if args.all else WIDTH)
+    notes = notes_on(shown) + remarks
+    if len(notes) > MAX_NOTES and not (args.all or args.json):
+        hidden = len(notes) - MAX_NOTES + 1
+        notes = notes[:MAX_NOTES - 1] + [f"... and {hidden} more notes (--all)"]
+    if shown is claims and len(claims) > 1:
+        notes.append("these rows come from different days and machines; to compare the times of two "
+                     "entries, use `verify ENTRY`, whose baseline/ was run alternately with it")
+    if left := len(groups) - len(shown):
+        notes.append(f"{left} other groups of runs (ablations, trials, baselines, studies): --all")
+    if notes:
+        print("", *map(visible, notes), sep="\n", file=sys.stderr if args.json else sys.stdout)
+    return 0
+
+
+def notes_on(groups: list[Group]) -> list[str]:
+    """Which logs do not count, and why."""
+    notes = [f"incomplete: {run.path}: {why_incomplete(run)}"
+             for group in groups for run in group.incomplete]
+    notes += [f"duplicate: {run.path}, counted once" for group in groups for run in group.duplicates]
+    return notes
