@@ -26,11 +26,6 @@ class Group:
         return (self.runs or self.incomplete)[0]
 
     @property
-    def entry(self) -> str:
-        """As Run.entry."""
-        return self.any.entry
-
-    @property
     def path(self) -> str:
         """The log, or the folder that contains all logs, relative to the working directory."""
         runs = [*self.runs, *self.incomplete, *self.duplicates]
@@ -70,10 +65,6 @@ class Group:
         """The run with the median training time."""
         ordered = sorted(self.runs or self.incomplete, key=lambda run: run.train_time_ms or 0.0)
         return ordered[len(self.runs) // 2]
-
-    def tokens_before(self, step: int) -> int | None:
-        """As Run.tokens_before, of the first run."""
-        return self.any.tokens_before(step)
 
 
 def group_runs(runs: list[Run]) -> list[Group]:
@@ -144,10 +135,10 @@ def is_claim(group: Group) -> bool:
     if not dated or not group.runs:
         return False
     entry = dated[-1]
-    if entry > 0 and folders[entry - 1] == "studies" and folders[entry] == group.entry:
+    if entry > 0 and folders[entry - 1] == "studies" and folders[entry] == group.any.entry:
         return False
     return (all(folder in SAYS_NOTHING for folder in folders[entry + 1:])
-            and bool(DATED.match(group.entry)) and not group.entry.endswith("/baseline"))
+            and bool(DATED.match(group.any.entry)) and not group.any.entry.endswith("/baseline"))
 
 
 def claims_of(groups: list[Group]) -> list[Group]:
@@ -161,7 +152,7 @@ def claims_of(groups: list[Group]) -> list[Group]:
 
     best: dict[tuple[str, str], Group] = {}
     for group in filter(is_claim, groups):
-        key = (group.any.track, group.entry.split("/")[0])
+        key = (group.any.track, group.any.entry.split("/")[0])
         if key not in best or rank(group) > rank(best[key]):
             best[key] = group
     return [best[key] for key in sorted(best)]
@@ -197,16 +188,16 @@ def labels_of(groups: list[Group]) -> list[str]:
 
     Properties of the place where runs ran are left out if all groups of an entry share them.
     """
-    labels = [group.entry for group in groups]
+    labels = [group.any.entry for group in groups]
     by_code: dict[str, list[int]] = {}
     for number, group in enumerate(groups):
-        by_code.setdefault(group.any.code_hash or group.entry, []).append(number)
+        by_code.setdefault(group.any.code_hash or group.any.entry, []).append(number)
     for numbers in by_code.values():
         usual = usual_of([groups[number] for number in numbers])
         apart = {number: differences(groups[number].properties, usual.properties)
                  for number in numbers}
         for number in numbers:
-            namesakes = [apart[n] for n in numbers if groups[n].entry == groups[number].entry]
+            namesakes = [apart[n] for n in numbers if groups[n].any.entry == groups[number].any.entry]
             for name, value in apart[number].items():
                 shared = all(other.get(name) == value for other in namesakes)
                 if not (name in WHERE and shared):

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,42 +41,6 @@ class UserError(Exception):
 FACT_TYPES = {"hyperparameters": dict, "target": (int, float), "script": str, "code_hash": str, "run_id": str}
 
 
-class Pace:
-    """The training time at evenly spaced steps of a run; at most 512 points, however long the run is."""
-    MOST = 512
-
-    def __init__(self):
-        self.steps = array("d")
-        self.times = array("d")  # milliseconds
-        self.stride = 1
-
-    def add(self, step: int, ms: float) -> None:
-        """Adds the time of a metric line, unless the last point is too near."""
-        if self.steps and step - self.steps[-1] < self.stride:
-            return
-        self.steps.append(step)
-        self.times.append(ms)
-        if len(self.steps) > self.MOST:
-            self.steps = self.steps[::2]
-            self.times = self.times[::2]
-            self.stride *= 2
-
-    def go_back(self, step: int) -> None:
-        """Forgets the points after a step, because a resumed run repeats them."""
-        while self.steps and self.steps[-1] > step:
-            self.steps.pop()
-            self.times.pop()
-
-    def intervals(self, after: int = 0) -> list[tuple[int, float]]:
-        """(last step, milliseconds per step) of each interval between two points, from a step on."""
-        found = []
-        points = list(zip(self.steps, self.times, strict=True))
-        for (begin, ms_begin), (end, ms_end) in zip(points, points[1:], strict=False):
-            if begin >= after and 0 <= ms_end - ms_begin < math.inf:
-                found.append((int(end), (ms_end - ms_begin) / (end - begin)))
-        return found
-
-
 @dataclass
 class Run:
     """One training run, as far as its log describes it."""
@@ -96,7 +59,6 @@ class Run:
     machines: list = field(default_factory=list)    # where its parts ran ("1 x AMD EPYC"); several if it was resumed
     restart_step: int = 0                           # where the training time began again from zero
     step_avg_ms: float | None = None                # of the last validation
-    pace: Pace = field(default_factory=Pace, repr=False)
     train_hash: str = ""                            # hash of the training losses
     code_span: tuple[int, int] | None = None        # begin and end of the script in the log, in bytes
 
@@ -245,7 +207,6 @@ class Metrics:
             if self.last_line_ms is not None and ms < self.last_line_ms:
                 run.restart_step = step
             self.last_line_ms = ms
-            run.pace.add(step, ms)
         try:
             if val is not None:
                 run.curve = [point for point in run.curve if point[0] < step] + [(step, float(val), ms)]
@@ -268,7 +229,6 @@ class Metrics:
         run = self.runs[-1]
         if self.resumed_at is not None:  # the steps after the checkpoint are repeated
             run.curve = [point for point in run.curve if point[0] <= self.resumed_at]
-            run.pace.go_back(self.resumed_at)
             self.resumed_at = None
             self.last_line_ms = None  # the time goes back with the step, which is no restart
         if self.machine and self.machine not in run.machines:

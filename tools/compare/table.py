@@ -28,7 +28,7 @@ def row_of(group: Group, label: str, target: float | None, claim: bool = False) 
                            "last_val_step": last_val_step, "last_val_loss": finite(last_val_loss)})
     return {
         "path": group.path,
-        "entry": group.entry,
+        "entry": run.entry,
         "label": label,
         "track": run.track,
         "claim": claim,
