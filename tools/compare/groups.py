@@ -111,7 +111,7 @@ def by_seed(values: list, runs: list[Run]) -> dict:
     If a seed is missing or occurs twice, the keys name the logs instead, so that nothing is paired.
     """
     seeds = [run.hyperparameters.get("seed") for run in runs]
-    if None in seeds or len(set(seeds)) < len(seeds):
+    if not all(isinstance(seed, int) for seed in seeds) or len(set(seeds)) < len(seeds):
         seeds = [(run.path, run.index) for run in runs]
     return dict(zip(seeds, values, strict=True))
 

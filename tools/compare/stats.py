@@ -1,6 +1,7 @@
 """Mean, standard deviation and t-tests. scipy.stats takes a second to import, so it is imported when first used."""
 import math
 import statistics
+import warnings
 
 from .logs import UserError
 
@@ -32,7 +33,9 @@ def t_test_below(values: list[float], target: float) -> float | None:
     if sd == 0:  # scipy gives NaN
         return float(mean(values) > target)
     from scipy import stats
-    return float(stats.ttest_1samp(values, target, alternative="less").pvalue)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of values that are nearly equal
+        return float(stats.ttest_1samp(values, target, alternative="less").pvalue)
 
 
 def welch_test_below(a: list[float], b: list[float]) -> float | None:
@@ -43,7 +46,9 @@ def welch_test_below(a: list[float], b: list[float]) -> float | None:
     if deviations == [0, 0]:
         return float(mean(a) >= mean(b))
     from scipy import stats
-    return float(stats.ttest_ind(a, b, equal_var=False, alternative="less").pvalue)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return float(stats.ttest_ind(a, b, equal_var=False, alternative="less").pvalue)
 
 
 def difference(new: dict, old: dict) -> tuple[float, float | None, str]:
