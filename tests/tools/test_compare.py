@@ -256,9 +256,9 @@ def test_losses_are_compared_at_the_end_and_at_the_last_common_step():
     new = compare.Run("new", steps=10, curve=[(0, 10.0, 0), (5, 4.0, 1), (10, 3.0, 2)])
     old = compare.Run("old", steps=20, curve=[(0, 10.0, 0), (5, 5.0, 1), (20, 3.1, 2)])
     groups = [compare.Group([run], [], []) for run in (new, old)]
-    final, common = compare.comparison(*groups)
-    assert "-0.1000" in final and "5" in common.partition(":")[0] and "-1.0000" in common
-    assert len(compare.comparison(groups[0], groups[0])) == 1
+    final, common = compare.contrasts_of(*groups)
+    assert final.apart == pytest.approx(-0.1) and common.apart == pytest.approx(-1)
+    assert "5" in common.name and len(compare.contrasts_of(groups[0], groups[0])) == 1
 
 
 @pytest.mark.slow

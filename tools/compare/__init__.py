@@ -17,7 +17,7 @@ from .groups import Group, group_runs, labels_of
 from .logs import HARMLESS, Environment, Run, UserError, find_runs, read_log
 from .plots import curves_of
 from .stats import runs_needed, t_test_below, welch_test_below
-from .verdict import comparison
+from .verdict import contrasts_of
 
-__all__ = ["HARMLESS", "Environment", "Group", "Run", "UserError", "comparison", "curves_of", "find_runs",
+__all__ = ["HARMLESS", "Environment", "Group", "Run", "UserError", "contrasts_of", "curves_of", "find_runs",
            "group_runs", "labels_of", "main", "read_log", "runs_needed", "t_test_below", "welch_test_below"]

@@ -9,7 +9,7 @@ from .groups import Group, group_runs, same_seed
 from .logs import Run, UserError, code_of, find_runs
 from .stats import spread
 from .text import count, paint
-from .verdict import comparison
+from .verdict import contrasts_of
 
 COLOURS = {"@": 36, "-": 31, "+": 32}
 
@@ -72,7 +72,8 @@ def diff(args) -> int:
     for name, (old, new) in differing(facts).items():
         print(f"{name}: {paint(str(old), 31)} -> {paint(str(new), 32)}")
     if sides[0].runs and sides[1].runs:
-        print(*comparison(sides[1], sides[0], "B", "A"), sep="\n")
+        for contrast in contrasts_of(sides[1], sides[0]):
+            print(contrast.line("B", "A"))
     return 0
 
 

@@ -20,12 +20,12 @@ from urllib.parse import quote
 
 from .difference import code_diff, code_lines, differing, facts_of
 from .groups import Group, by_seed, claims_of, group_runs, labels_of, same_seed
-from .logs import Run, UserError, find_runs, why_incomplete
+from .logs import UserError, find_runs, why_incomplete
 from .plots import draw
 from .stats import difference
 from .table import cells_of, columns_of, notes_on, row_of
-from .text import count, finite, seconds, shortened, visible
-from .verdict import Judgement, judge, only_group
+from .text import seconds, shortened, visible
+from .verdict import judge, only_group
 
 HERE = Path(__file__).parent
 # What is shown at most.
@@ -34,25 +34,7 @@ MAX_COLUMNS = 8          # groups in the table of settings
 MAX_DIFFS = 4            # pairs of scripts
 MAX_DIFF_LINES = 10_000
 MAX_NOTES = 200
-MAX_CHARACTERS = 1_000   # of a cell, a note or a line of code
-# Columns of the results that are sorted by a value of row_of instead of their text.
-SORTED_BY = {"runs": "runs", "steps": "steps", "val loss": "val_loss_mean", "target": "target",
-             "p": "p_value", "training time": "train_time_ms_mean", "step": "step_avg_ms",
-             "met by": "reached", "to target": "train_time_ms_to_target",
-             "tokens to target": "tokens_to_target"}
-
-
-class Cell(NamedTuple):
-    """A cell of a table."""
-    text: str
-    value: float | None = None  # sorts the column, instead of the text
-    href: str = ""
-
-
-class Table(NamedTuple):
-    """A table that the page can sort by each column."""
-    columns: list[str]
-    rows: list[list[Cell]]
+MAX_CHARACTERS = 1_000   # of a value, a note or a line of code
 
 
 @dataclass
@@ -65,32 +47,35 @@ class Subject:
     remarks: list[str] = field(default_factory=list)
 
 
+class Table(NamedTuple):
+    """A table that the page can sort by each column."""
+    columns: list[str]
+    rows: list[list[str]]
+
+
 def subject_of(paths: list[str]) -> Subject:
     """What the logs below the paths are about. Raises UserError if they hold no run."""
     if len(paths) == 1 and os.path.isdir(paths[0]):
         return subject_of_folder(paths[0])
-    if len(paths) == 2:
-        old_runs, old_remarks = find_runs(paths[:1], direct=True)
-        new_runs, new_remarks = find_runs(paths[1:], direct=True)
-        old = group_runs(old_runs)
-        new = group_runs(new_runs)
-        remarks = old_remarks + new_remarks
-        try:
-            main = [only_group(old, "baseline"), only_group(new, "candidate")]
-        except UserError as error:
-            return Subject(old + new, no_verdict=str(error), remarks=remarks)
-        return Subject(main, two_sides=True, remarks=remarks)
-    runs, remarks = find_runs(paths, direct=True)
-    order = {id(run): number for number, run in enumerate(runs)}
-    groups = group_runs(runs)
-    groups.sort(key=lambda group: min(order[id(run)] for run in group.runs + group.incomplete))
-    return Subject(groups, two_sides=len(groups) == 2, remarks=remarks)
+    found = [find_runs([path], direct=True) for path in paths]
+    remarks = [remark for _, remarks in found for remark in remarks]
+    if len(paths) != 2:
+        runs = [run for runs, _ in found for run in runs]
+        groups = group_runs(runs)
+        groups.sort(key=lambda group: runs[0] not in group.runs + group.incomplete)
+        return Subject(groups, two_sides=len(groups) == 2, remarks=remarks)
+    old, new = [group_runs(runs) for runs, _ in found]
+    try:
+        main = [only_group(old, "baseline"), only_group(new, "candidate")]
+    except UserError as error:
+        return Subject(old + new, no_verdict=str(error), remarks=remarks)
+    return Subject(main, two_sides=True, remarks=remarks)
 
 
 def subject_of_folder(path: str) -> Subject:
     """An entry: the logs directly in its folder against those in its baseline/, and the others."""
     runs, remarks = find_runs([path])
-    by_folder: dict[str, list[Run]] = {}
+    by_folder = {}
     for run in runs:
         folder = os.path.relpath(os.path.dirname(run.path) or ".", path)
         by_folder.setdefault(folder, []).append(run)
@@ -126,42 +111,45 @@ def page_of(subject: Subject, args) -> str:
     def shown(value):
         return value if isinstance(value, Markup) else visible(str(value))
 
-    groups = subject.main + subject.others
-    labels = names_of(groups)
-    main_labels = labels[:len(subject.main)]
-    judgement = judge(*reversed(subject.main), args) if subject.two_sides else None
-    notes = notes_on(groups) + subject.remarks
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, finalize=shown,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     script = (HERE / "page.js").read_text()
     style = (HERE / "page.css").read_text()
     policy = (f"default-src 'none'; img-src data:; script-src 'sha256-{digest(script)}'; "
               f"style-src 'sha256-{digest(style)}'; base-uri 'none'; form-action 'none'")
     command = shlex.join(["python", "-m", "tools.compare", "report", *args.paths, "-o", args.out])
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, finalize=shown,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    groups = subject.main + subject.others
+    labels = names_of(groups)
+    notes = notes_on(groups) + subject.remarks
     return environment.get_template("page.html").render(
         policy=policy,
         style=Markup(style),
         script=Markup(script),
-        title=title_of(subject, main_labels, args.paths),
-        labels=main_labels,
-        judgement=judgement,
-        conclusion=conclusion_of(judgement),
+        labels=labels[:len(subject.main)],
+        judgement=judge(*reversed(subject.main), args) if subject.two_sides else None,
         no_verdict=subject.no_verdict,
-        results=group_table(subject.main, main_labels, args),
+        results=group_table(subject.main, labels, args),
+        others=group_table(subject.others, labels[len(subject.main):], args, subject.main),
         notes=[shortened(note, MAX_CHARACTERS) for note in notes[:MAX_NOTES]],
         number_of_notes=len(notes),
-        curves=curves_image(subject.main[:MAX_PLOTTED], main_labels[:MAX_PLOTTED], args.target),
-        settings=settings_of(subject.main[:MAX_COLUMNS], main_labels[:MAX_COLUMNS]),
-        others=group_table(subject.others, labels[len(subject.main):], args, subject.main),
-        runs=run_table(groups, labels, args.out),
-        diffs=diffs_of(subject.main, main_labels),
+        curves=curves_image(subject.main[:MAX_PLOTTED], labels, args.target),
+        settings=settings_of(subject.main[:MAX_COLUMNS], labels),
+        runs=run_table(groups, labels),
+        links=[link_to(run.path, args.out) for group in groups for run in group.runs + group.incomplete],
+        diffs=diffs_of(subject.main, labels),
         footer=f"{time.strftime('%Y-%m-%d %H:%M')}, {shortened(command, 2_000)}")
 
 
 def digest(text: str) -> str:
     """The SHA-256 of a script or style, as a content security policy writes it."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def link_to(path: str, out: str) -> str:
+    """A link from the page, out, to a file."""
+    relative = os.path.relpath(path, os.path.dirname(os.path.abspath(out)))
+    return "./" + quote(os.fsencode(relative))
 
 
 def names_of(groups: list[Group]) -> list[str]:
@@ -172,55 +160,25 @@ def names_of(groups: list[Group]) -> list[str]:
             for group, label in zip(groups, labels, strict=True)]
 
 
-def title_of(subject: Subject, labels: list[str], paths: list[str]) -> str:
-    """The page's heading."""
-    if subject.two_sides:
-        return f"{labels[1]} against {labels[0]}"
-    if len(paths) == 1 and os.path.isdir(paths[0]):
-        return os.path.basename(os.path.abspath(paths[0]))
-    if len(labels) == 1:
-        return labels[0]
-    return f"{labels[0]} and {count(len(labels) - 1, 'other group')}"
-
-
-def conclusion_of(judgement: Judgement | None) -> str:
-    """The verdict in one sentence; empty without a judgement."""
-    if judgement is None:
-        return ""
-    if min(len(judgement.new.runs), len(judgement.old.runs)) < 2:
-        return "No claim yet: a test needs at least 2 complete runs of each side."
-    return f"{judgement.conclusion[0].upper()}{judgement.conclusion[1:]}."
-
-
-def group_table(groups: list[Group], labels: list[str], args, main: list[Group] | None = None) -> Table:
+def group_table(groups: list[Group], labels: list[str], args, main: list[Group] = ()) -> Table:
     """A row for each group.
 
-    If the page's main groups are given, the loss of each other group is compared with that of the
-    main group that ran the same script.
+    If the page's main groups are given, each loss is compared with that of the main group that ran
+    the same script.
     """
-    if not groups:
-        return Table([], [])
-    rows = [row_of(group, label, args.target) for group, label in zip(groups, labels, strict=True)]
-    texts = [cells_of(row) for row in rows]
-    columns = [name for name in columns_of(texts) if name != "torch"]  # the settings show it
-    table = []
-    for group, row, cells in zip(groups, rows, texts, strict=True):
-        line = [Cell(cells[name], row.get(SORTED_BY.get(name))) for name in columns]
-        table.append(line + (difference_cells(group, main) if main else []))
-    return Table(columns + ["difference", "p of difference"] if main else columns, table)
-
-
-def difference_cells(group: Group, main: list[Group]) -> list[Cell]:
-    """The difference between the mean final losses of a group and of the main group with its script,
-    and its p-value; two empty cells if there is none.
-    """
-    same = [other for other in main if other.runs and other.any.code_hash == group.any.code_hash]
-    if not group.runs or not same:
-        return [Cell(""), Cell("")]
-    reference = same[-1]
-    apart, p, _ = difference(by_seed(group.losses, group.runs),
-                             by_seed(reference.losses, reference.runs))
-    return [Cell(f"{apart:+.4f}", finite(apart)), Cell("" if p is None else f"{p:.2g}", p)]
+    rows = [cells_of(row_of(group, label, args.target))
+            for group, label in zip(groups, labels, strict=False)]
+    for group, row in zip(groups, rows, strict=True):
+        same = [other for other in main if other.runs and other.any.code_hash == group.any.code_hash]
+        if main:
+            row["difference"] = row["p of difference"] = ""
+        if same and group.runs:
+            apart, p, _ = difference(by_seed(group.losses, group.runs),
+                                     by_seed(same[-1].losses, same[-1].runs))
+            row["difference"] = f"{apart:+.4f}"
+            row["p of difference"] = "" if p is None else f"{p:.2g}"
+    columns = [name for name in columns_of(rows) if name != "torch"]  # the settings show it
+    return Table(columns, [[row[name] for name in columns] for row in rows])
 
 
 def curves_image(groups: list[Group], labels: list[str], target: float | None) -> str:
@@ -233,48 +191,38 @@ def curves_image(groups: list[Group], labels: list[str], target: float | None) -
 def settings_of(groups: list[Group], labels: list[str]) -> Table:
     """The settings and facts of the environment that differ between groups; all for one group."""
     runs = same_seed(*groups) if len(groups) == 2 else [group.typical for group in groups]
-    facts = [{name: value for name, value in facts_of(run).items() if name not in ("--seed", "--entry")}
-             for run in runs]
-    if len(facts) == 1:
-        values = {name: [value] for name, value in sorted(facts[0].items())}
-    else:
-        values = differing(facts)
+    facts = [facts_of(run) for run in runs]
+    values = differing(facts) if len(facts) > 1 else {name: [facts[0][name]] for name in sorted(facts[0])}
     rows = []
     for name, found in values.items():
-        texts = [value if isinstance(value, str) else json.dumps(value) for value in found]
-        rows.append([Cell(shortened(text, MAX_CHARACTERS)) for text in (name, *texts)])
-    return Table(["setting", *labels], rows)
+        if name not in ("--seed", "--entry"):
+            texts = [value if isinstance(value, str) else json.dumps(value) for value in found]
+            rows.append([shortened(text, MAX_CHARACTERS) for text in (name, *texts)])
+    return Table(["setting", *labels[:len(groups)]], rows)
 
 
-def run_table(groups: list[Group], labels: list[str], out: str) -> Table:
-    """A row for each run, with a link from the page, out, to its log."""
-    folder = os.path.dirname(os.path.abspath(out))
+def run_table(groups: list[Group], labels: list[str]) -> Table:
+    """A row for each run; the log is the last column."""
     rows = []
     for group, label in zip(groups, labels, strict=True):
         for run in group.runs + group.incomplete:
-            seed = run.hyperparameters.get("seed", "")
+            seed = str(run.hyperparameters.get("seed", ""))
             loss = why_incomplete(run) if run.val_loss is None else f"{run.val_loss:.4f}"
             step = "" if run.step_avg_ms is None else f"{run.step_avg_ms:.2f} ms"
-            relative = os.path.relpath(run.path, folder)
-            rows.append([Cell(label),
-                         Cell(shortened(str(seed), MAX_CHARACTERS)),
-                         Cell(loss, finite(run.val_loss)),
-                         Cell(seconds(run.train_time_ms, 2), run.train_time_ms),
-                         Cell(step, run.step_avg_ms),
-                         Cell(str(run.last_step), run.last_step),
-                         Cell(os.path.basename(run.path), href="./" + quote(os.fsencode(relative)))])
+            rows.append([label, shortened(seed, MAX_CHARACTERS), loss, seconds(run.train_time_ms, 2),
+                         step, str(run.last_step), os.path.basename(run.path)])
     columns = ["group", "seed", "final val loss", "training time", "step", "last step", "log"]
     return Table(columns, rows)
 
 
 def diffs_of(groups: list[Group], labels: list[str]) -> list[dict]:
     """The differences between neighbouring scripts: two labels and the lines of a diff for each."""
-    scripts: dict[str, tuple[Group, str]] = {}
-    for group, label in zip(groups, labels, strict=True):
+    scripts = {}
+    for group, label in zip(groups, labels, strict=False):
         if group.any.code_span:
             scripts.setdefault(group.any.code_hash, (group, label))
     found = []
-    for (old, old_label), (new, new_label) in list(itertools.pairwise(scripts.values()))[:MAX_DIFFS]:
+    for (old, old_label), (new, new_label) in itertools.pairwise(list(scripts.values())[:MAX_DIFFS + 1]):
         a, b = same_seed(old, new)
         lines = code_diff(code_lines(a), code_lines(b))[:MAX_DIFF_LINES]
         found.append({"old": old_label, "new": new_label,

@@ -54,7 +54,7 @@ def draw(groups: list[Group], labels: list[str], target: float | None):
     units = {UNITS.get(group.any.track, "") for group in groups}
     unit = f" a {units.pop()}" if len(units) == 1 and "" not in units else ""
     names = [f"{visible(shortened(label, 160))} ({count(len(group.runs), 'run')})".replace("$", r"\$")
-             for group, label in zip(groups, labels, strict=True)]
+             for group, label in zip(groups, labels, strict=False)]
     # For each panel: the label of its x axis, and x of a point (None: not drawn).
     panels = {"step": lambda point: point.step}
     if all(point.tokens is not None for points in curves for point in points):

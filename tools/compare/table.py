@@ -9,9 +9,7 @@ from .text import finite, seconds, shortened, visible
 
 WIDTH = 120  # columns of a terminal
 MAX_NOTES = 12
-# Columns that are left out, in this order, where the table is too wide.
-LEFT_OUT_FIRST = ("code", "torch", "step", "target", "tokens to target", "met by", "to target",
-                  "device", "p")
+SHORT = ("entry", "track", "runs", "steps", "val loss", "p", "training time", "device")  # without --all
 
 
 def row_of(group: Group, label: str, target: float | None, claim: bool = False) -> dict:
@@ -86,10 +84,9 @@ def cells_of(row: dict) -> dict[str, str]:
 
 def columns_of(rows: list[dict[str, str]]) -> list[str]:
     """The columns that are not empty; the track only if there are several."""
-    names = [name for name in rows[0] if any(row[name] for row in rows)]
-    if len({row["track"] for row in rows}) == 1:
-        names.remove("track")
-    return names
+    several_tracks = len({row["track"] for row in rows}) > 1
+    return [name for name in (rows[0] if rows else ()) if any(row[name] for row in rows)
+            and (name != "track" or several_tracks)]
 
 
 def print_markdown(rows: list[dict[str, str]]) -> None:
@@ -101,23 +98,19 @@ def print_markdown(rows: list[dict[str, str]]) -> None:
         print("| " + " | ".join(row[name].replace("|", "\\|") for name in names) + " |")
 
 
-def print_columns(rows: list[dict[str, str]], width: int | None) -> None:
-    """Prints rows in aligned columns. If a width is given, less important columns are left out."""
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns_of(rows)}
-    if width:
-        def others():
-            return sum(2 + widths[name] for name in widths if name != "entry")
-
-        least = min(widths["entry"], 40)  # a long name is cut before a column is left out
-        for name in LEFT_OUT_FIRST:
-            if least + others() > width:
-                widths.pop(name, None)
-        widths["entry"] = min(widths["entry"], max(least, width - others()))
-    header = {name: name for name in widths}
-    for row in [header, *rows]:
-        cells = [shortened(row[name], widths[name]).ljust(widths[name]) for name in widths]
+def print_columns(rows: list[dict[str, str]], everything: bool) -> None:
+    """Prints rows in aligned columns; unless everything is set, only as much as fits a terminal."""
+    names = columns_of(rows)
+    if not everything:
+        names = [name for name in names if name in SHORT]
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
+    if not everything:
+        others = sum(2 + width for name, width in widths.items() if name != "entry")
+        widths["entry"] = min(widths["entry"], max(40, WIDTH - others))
+    for row in [{name: name for name in names}, *rows]:
+        cells = [shortened(row[name], widths[name]).ljust(widths[name]) for name in names]
         line = "  ".join(cells).rstrip()
-        print(shortened(line, width) if width else line)
+        print(line if everything else shortened(line, WIDTH))
 
 
 def table(args) -> int:
@@ -136,14 +129,14 @@ def table(args) -> int:
     elif args.markdown:
         print_markdown([cells_of(row) for row in rows])
     else:
-        print_columns([cells_of(row) for row in rows], None if args.all else WIDTH)
+        print_columns([cells_of(row) for row in rows], args.all)
     notes = notes_on(shown) + remarks
     if len(notes) > MAX_NOTES and not (args.all or args.json):
         hidden = len(notes) - MAX_NOTES + 1
         notes = notes[:MAX_NOTES - 1] + [f"... and {hidden} more notes (--all)"]
     if shown is claims and len(claims) > 1:
-        notes.append("these rows come from different days and machines; to compare the times of two "
-                     "entries, use `verify ENTRY`, whose baseline/ was run alternately with it")
+        notes.append("these rows were not all run alternately or on one day; to compare two times, use "
+                     "`verify ENTRY`, whose baseline/ was run alternately with it")
     if left := len(groups) - len(shown):
         notes.append(f"{left} other groups of runs (ablations, trials, baselines, studies): --all")
     if notes:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from .groups import Group, by_seed, group_runs, labels_of
 from .logs import UserError, find_runs, why_incomplete
-from .stats import deviation, difference, mean, spread, t_test_below, welch_test_below
-from .text import paint, seconds, shortened
+from .stats import difference, mean, spread, t_test_below, welch_test_below
+from .text import count, paint, seconds, shortened
 
 RUN_DATE = re.compile(r"-(20\d\d)(\d\d)(\d\d)-(\d\d)(\d\d)(\d\d)-")  # in a run_id
 COLOURS = {True: 32, False: 31, None: 33}
@@ -14,7 +14,7 @@ COLOURS = {True: 32, False: 31, None: 33}
 
 @dataclass
 class Rule:
-    """One rule of the speedrun. passed is None if the logs do not say; that is reported, but is no failure."""
+    """One rule of the speedrun. passed is None if the logs do not say, which is no failure."""
     name: str
     passed: bool | None
     figures: str
@@ -69,7 +69,8 @@ class Judgement:
     @property
     def same_script(self) -> bool:
         """Whether both sides ran the same code."""
-        return self.new.any.code_hash is not None and self.new.any.code_hash == self.old.any.code_hash
+        return self.new.any.code_hash is not None and (
+            self.new.any.code_hash == self.old.any.code_hash)
 
     @property
     def conclusion(self) -> str:
@@ -83,7 +84,7 @@ class Judgement:
 
 
 def only_group(groups: list[Group], side: str) -> Group:
-    """The single group of a side ("candidate" or "baseline"). Raises UserError if there are several."""
+    """The group of a side ("candidate" or "baseline"). Raises UserError if there are several."""
     if len(groups) == 1:
         return groups[0]
     lines = [f"the {side} holds {len(groups)} groups of runs, expected one script on one machine with "
@@ -97,8 +98,6 @@ def only_group(groups: list[Group], side: str) -> Group:
     raise UserError("\n".join(lines))
 
 
-# The rules.
-
 def rule_complete(group: Group, side: str) -> Rule:
     """Every run of a side is complete."""
     figures = f"{len(group.runs)} complete"
@@ -110,65 +109,27 @@ def rule_complete(group: Group, side: str) -> Rule:
 
 def rule_distinct_seeds(group: Group, side: str) -> Rule:
     """No two logs of a side have equal losses: those would be one run."""
-    by_losses: dict[tuple, list[str]] = {}
+    by_losses = {}
     for run in group.runs + group.duplicates:
         by_losses.setdefault(run.losses, []).append(run.path)
     equal = [f"equal losses: {', '.join(paths)}" for paths in by_losses.values() if len(paths) > 1]
-    number = len(by_losses)
-    figures = f"{number} different loss curves" if number > 1 else "1 loss curve"
-    return Rule(f"distinct seeds: {side}", not equal, "; ".join(equal) or figures)
+    figures = "; ".join(equal) or count(len(by_losses), "loss curve")
+    return Rule(f"distinct seeds: {side}", not equal, figures)
 
 
-def rule_same_target(new: Group, old: Group) -> Rule | None:
-    """Both scripts have the same target; None if a log names none."""
-    targets = [group.any.facts.get("target") for group in (new, old)]
-    if None in targets:
+def rule_same(name: str, values: list, known: bool) -> Rule:
+    """Something has the same value on both sides."""
+    figures = " and ".join(str(value or "not in the logs") for value in values)
+    return Rule(f"same {name}", values[0] == values[1] if known else None, figures)
+
+
+def hardware_of(group: Group) -> str | None:
+    """The number and model of the devices, on a CPU with the threads; None if the log does not say."""
+    run = group.any
+    if not (run.gpu and run.world_size):
         return None
-    return Rule("same target", targets[0] == targets[1], f"{targets[0]:g} and {targets[1]:g}")
-
-
-def rule_loss(new: Group, target: float, p: float) -> Rule:
-    """The mean final loss lies below the target at p."""
-    value = t_test_below(new.losses, target)
-    tested = "a test needs 2 runs" if value is None else f"p = {value:.2g}, needed < {p:g}"
-    return Rule(f"mean val loss <= {target:g}", value is not None and value < p,
-                f"{loss_figures(new)}; {tested}")
-
-
-def rule_loss_not_worse(new: Group, old: Group, final: Contrast) -> Rule:
-    """For --systems-only: a one-sided test must not show that the final loss is worse."""
-    figures = f"{loss_figures(new)}; baseline: mean {mean(old.losses):.4f}, n = {len(old.losses)}"
-    if final.p is None:
-        return Rule("loss not worse", final.apart <= 0, f"{figures}; means compared")
-    worse = final.p / 2 if final.apart > 0 else 1 - final.p / 2
-    return Rule("loss not worse", worse >= 0.05,
-                f"{figures}; p = {worse:.2g} that it is worse, {final.how}")
-
-
-def loss_figures(group: Group) -> str:
-    """Mean, standard deviation and number of the final losses."""
-    sd = deviation(group.losses)
-    sd_text = "" if sd is None else f", sd {sd:.4f}"
-    return f"mean {mean(group.losses):.4f}{sd_text}, n = {len(group.losses)}"
-
-
-def rule_same_hardware(new: Group, old: Group) -> Rule:
-    """Both sides ran on the same number of the same device; on a CPU with as many threads."""
-    devices = []
-    for group in (new, old):
-        facts = group.any.facts
-        on_cpu = "threads" in facts and not facts.get("cuda")
-        devices.append(group.device + (f", {facts['threads']} threads" if on_cpu else ""))
-    known = all(group.any.gpu and group.any.world_size for group in (new, old))
-    return Rule("same hardware", devices[0] == devices[1] if known else None, " and ".join(devices))
-
-
-def rule_same_torch(new: Group, old: Group) -> Rule:
-    """Both sides ran with the same version of torch, which changes the speed by itself."""
-    versions = [group.any.torch for group in (new, old)]
-    known = None not in versions
-    figures = " and ".join(version or "not in the logs" for version in versions)
-    return Rule("same torch", versions[0] == versions[1] if known else None, figures)
+    on_cpu = "threads" in run.facts and not run.facts.get("cuda")
+    return group.device + (f", {run.facts['threads']} threads" if on_cpu else "")
 
 
 def rule_interleaved(new: Group, old: Group) -> Rule:
@@ -190,6 +151,24 @@ def rule_interleaved(new: Group, old: Group) -> Rule:
                 "may have caused a part of the difference in time")
 
 
+def rule_loss(new: Group, target: float, p: float) -> Rule:
+    """The mean final loss lies below the target at p."""
+    value = t_test_below(new.losses, target)
+    tested = "a test needs 2 runs" if value is None else f"p = {value:.2g}, needed < {p:g}"
+    return Rule(f"mean val loss <= {target:g}", value is not None and value < p,
+                f"{spread(new.losses)}; {tested}")
+
+
+def rule_loss_not_worse(final: Contrast) -> Rule:
+    """For --systems-only: a one-sided test must not show that the final loss is worse."""
+    figures = f"{spread(final.new)}, baseline {spread(final.old)}"
+    if final.p is None:
+        return Rule("loss not worse", final.apart <= 0, f"{figures}; means compared")
+    worse = final.p / 2 if final.apart > 0 else 1 - final.p / 2
+    return Rule("loss not worse", worse >= 0.05,
+                f"{figures}; p = {worse:.2g} that it is worse, {final.how}")
+
+
 def rule_faster(new: Group, old: Group, p: float) -> Rule:
     """The mean training time lies below the baseline's at p."""
     if not new.times or not old.times:
@@ -201,17 +180,6 @@ def rule_faster(new: Group, old: Group, p: float) -> Rule:
     return Rule("faster", value is not None and value < p, figures)
 
 
-def rule_same_data(new: Group, old: Group) -> Rule:
-    """Both sides read the same data."""
-    prints = [group.any.facts.get("data_fingerprint") for group in (new, old)]
-    if not any(prints):
-        return Rule("same data", None, "no log has a fingerprint of the data")
-    figures = " and ".join(str(fingerprint or "not in the logs") for fingerprint in prints)
-    return Rule("same data", prints[0] == prints[1], figures)
-
-
-# The verdict.
-
 def contrasts_of(new: Group, old: Group) -> list[Contrast]:
     """How the losses differ at the end, and at the last step that all runs validated."""
     def contrast(name, values, others):
@@ -219,19 +187,14 @@ def contrasts_of(new: Group, old: Group) -> list[Contrast]:
         return Contrast(name, values, others, apart, p, how)
 
     found = [contrast("final val loss", new.losses, old.losses)]
-    curves = [{step: loss for step, loss, _ in run.curve} for run in new.runs + old.runs]
+    runs = new.runs + old.runs
+    curves = [{step: loss for step, loss, _ in run.curve} for run in runs]
     common = set.intersection(*map(set, curves)) - {0}
-    lengths = {run.steps for run in new.runs + old.runs}
-    if common and lengths != {max(common)}:
+    if common and {run.steps for run in runs} != {max(common)}:
         losses = [curve[max(common)] for curve in curves]
-        split = len(new.runs)
-        found.append(contrast(f"val loss at step {max(common)}", losses[:split], losses[split:]))
+        number = len(new.runs)
+        found.append(contrast(f"val loss at step {max(common)}", losses[:number], losses[number:]))
     return found
-
-
-def comparison(new: Group, old: Group, new_name: str = "candidate", old_name: str = "baseline") -> list[str]:
-    """The contrasts of two groups, one line each."""
-    return [contrast.line(new_name, old_name) for contrast in contrasts_of(new, old)]
 
 
 def judge(new: Group, old: Group, args) -> Judgement:
@@ -241,15 +204,21 @@ def judge(new: Group, old: Group, args) -> Judgement:
         return Judgement(new, old, rules, [])
     contrasts = contrasts_of(new, old)
     rules += [rule_distinct_seeds(new, "candidate"), rule_distinct_seeds(old, "baseline")]
-    if args.target is None and (same_target := rule_same_target(new, old)):
-        rules.append(same_target)
-    target = new.any.target if args.target is None else args.target
+    targets = [group.any.facts.get("target") for group in (new, old)]
+    if args.target is None and None not in targets:  # a script may have changed its own target
+        rules.append(rule_same("target", targets, True))
+    data = [group.any.facts.get("data_fingerprint") for group in (new, old)]
+    hardware = [hardware_of(group) for group in (new, old)]
+    torch = [group.any.torch for group in (new, old)]
     if args.systems_only:
-        rules.append(rule_loss_not_worse(new, old, contrasts[0]))
+        rules.append(rule_loss_not_worse(contrasts[0]))
     else:
-        rules.append(rule_loss(new, target, args.p))
-    rules += [rule_same_hardware(new, old), rule_same_torch(new, old), rule_interleaved(new, old),
-              rule_faster(new, old, args.p), rule_same_data(new, old)]
+        rules.append(rule_loss(new, new.any.target if args.target is None else args.target, args.p))
+    rules += [rule_same("data", data, any(data)),
+              rule_same("hardware", hardware, None not in hardware),
+              rule_same("torch", torch, None not in torch),
+              rule_interleaved(new, old),
+              rule_faster(new, old, args.p)]
     return Judgement(new, old, rules, contrasts)
 
 
@@ -257,7 +226,7 @@ def verify(args) -> int:
     """Applies the rules to a claim. The exit code is 0 if none fails, else 1."""
     baselines = args.baseline
     if not baselines:
-        folders = [path if os.path.isdir(path) else os.path.dirname(path) for path in args.candidate]
+        folders = [p if os.path.isdir(p) else os.path.dirname(p) for p in args.candidate]
         inside = [os.path.join(folder, "baseline") for folder in dict.fromkeys(folders)]
         baselines = [folder for folder in inside if os.path.isdir(folder)]
     for path in args.candidate:
