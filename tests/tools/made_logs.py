@@ -24,8 +24,8 @@ NEW_TIMES = [1900, 1905, 1898, 1903, 1901]
 
 def smi(number=1, gpu=H100, torch=TORCH):
     """The environment section with nvidia-smi's table, one row for each GPU."""
-    rows = "".join(f"|   {i}  {gpu}          On  |   00000000:19:00.0 Off |                    0 |\n"
-                   f"| N/A   30C    P0            117W /  700W |       7MiB /  81559MiB |      0% |\n"
+    rows = "".join(f"|   {i}  {gpu}          On  |   00000000:19:00.0 Off |                 0 |\n"
+                   f"| N/A   30C    P0         117W /  700W |       7MiB /  81559MiB |      0% |\n"
                    for i in range(number))
     return (f"Running Python 3.12.7 (main, Oct 16 2024, 04:37:19) [Clang 18.1.8 ]\n"
             f"Running PyTorch {torch} compiled for CUDA 12.4\n+{'-' * 89}+\n{rows}")
@@ -130,7 +130,7 @@ LAYOUTS = {
     "main": (log(), 1, TORCH),
     "running line": (log(environment=running(8)), 8, "2.7.1+cu128"),
     "old running line": (log(environment="Running PyTorch 2.5.1\n"), None, "2.5.1"),
-    "data loader lines": (log(between=("Training DataLoader: total number of tokens: 100\n",)), 1, TORCH),
+    "data loader lines": (log(between=("Training DataLoader: tokens: 100\n",)), 1, TORCH),
     "leading separator": (f"{SEPARATOR}\n{log()}", 1, TORCH),
     "leading separator, data loader": (
         f"{SEPARATOR}\n" + log(between=("Training DataLoader: x\n",)), 1, TORCH),

@@ -21,8 +21,9 @@ with open(folder / "order", "a") as file:
     print(name, seed, *sys.argv[1:-1], file=file)
 path = folder / f"{{name}}{{seed}}.txt"
 print(f"track laptop, 1 x CPU, log {{path}}", flush=True)
-path.write_text(f"# {{name}}\\n{{'=' * 100}}\\nRunning PyTorch 2.13.0 on CPU with world_size 1\\n{{'=' * 100}}\\n"
-                f"step:9/9 val_loss:{{loss + seed / 1e4:.4f}} train_time:{{ms + seed}}ms step_avg:1.00ms\\n")
+lines = [f"# {{name}}", "=" * 100, "Running PyTorch 2.13.0 on CPU with world_size 1", "=" * 100,
+         f"step:9/9 val_loss:{{loss + seed / 1e4:.4f}} train_time:{{ms + seed}}ms step_avg:1.00ms"]
+path.write_text("\\n".join(lines) + "\\n")
 if "--hang" in sys.argv:
     import os
     (folder / "pid").write_text(str(os.getpid()))

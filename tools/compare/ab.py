@@ -1,4 +1,4 @@
-"""A/B test: runs two scripts alternately, continues where it was interrupted, then judges B against A."""
+"""A/B test: runs two scripts alternately, then judges B against A."""
 import hashlib
 import json
 import os
@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def ab(args) -> int:
     """Runs two scripts alternately, A B A B ..., with the seeds 0, 1, ... for both, then judges B
-    against A. Started again after an interruption, it keeps the complete runs of the same script and
-    flags.
+    against A. Started again after an interruption, it keeps the complete runs of the same script
+    and flags.
     """
     if args.runs < 1:
         raise UserError(f"--runs is {args.runs}, expected 1 or more")
@@ -28,34 +28,33 @@ def ab(args) -> int:
         if not script.is_file():
             raise UserError(f"there is no script {script}; expected two train_gpt.py files")
     # The state is kept by flags, a run in it by side, script and seed: if B changes, A's runs stay.
-    state_path = ROOT / "records" / "scratch" / f"ab-{digest(json.dumps(args.args).encode())}" / "state.json"
+    flags = digest(json.dumps(args.args).encode())
+    state_path = ROOT / "records" / "scratch" / f"ab-{flags}" / "state.json"
     state_path.parent.mkdir(parents=True, exist_ok=True)
-    logs: dict[str, str] = {}
+    logs = {}
     if state_path.exists() and not args.fresh:
         logs = json.loads(state_path.read_text())
-    hashes = {side: digest(script.read_bytes()) for side, script in scripts.items()}
-    keys = {(side, seed): f"{side}-{hashes[side]}-{seed}" for seed in range(args.runs) for side in "AB"}
-    kept = [key for key in keys if is_complete(logs.get(keys[key], ""))]
-    missing = [key for key in keys if key not in kept]
+    keys = {(side, seed): f"{side}-{digest(scripts[side].read_bytes())}-{seed}"
+            for seed in range(args.runs) for side in "AB"}
+    kept = [run for run, key in keys.items() if is_complete(logs.get(key, ""))]
+    missing = [run for run in keys if run not in kept]
     if kept:
         names = ", ".join(f"{side} seed {seed}" for side, seed in kept)
-        print(f"--- kept, because script and flags are the same: {names} (--fresh repeats them)", flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the running script, as Ctrl-C does
+        print(f"--- kept, because script and flags are the same: {names} (--fresh repeats them)",
+              flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the script, as Ctrl-C does
     durations = []
     for number, (side, seed) in enumerate(missing, len(kept) + 1):
-        script = scripts[side]
-        left = ""
-        if durations:
-            minutes = mean(durations) * (len(keys) - number + 1) / 60
-            left = f", about {minutes:.1f} minutes left"
-        print(f"--- run {number} of {len(keys)}{left}: {side}, seed {seed}: {script} {' '.join(args.args)}",
-              flush=True)
+        minutes = (mean(durations) or 0) * (len(keys) - number + 1) / 60
+        left = f", about {minutes:.1f} minutes left" if durations else ""
+        print(f"--- run {number} of {len(keys)}{left}: {side}, seed {seed}: {scripts[side]} "
+              f"{' '.join(args.args)}", flush=True)
         started = time.monotonic()
-        code, log = run_script([sys.executable, str(script), *args.args, f"--seed={seed}"])
+        code, log = run_script([sys.executable, str(scripts[side]), *args.args, f"--seed={seed}"])
         if code or not log:
             no_log = "" if log else " and named no log"
-            raise UserError(f"{script} ended with exit code {code}{no_log}; correct it and run the same "
-                            "command again: it continues here")
+            raise UserError(f"{scripts[side]} ended with exit code {code}{no_log}; correct it and "
+                            "run the same command again: it continues here")
         durations.append(time.monotonic() - started)
         logs[keys[side, seed]] = log
         temporary = state_path.with_suffix(".tmp")
@@ -78,10 +77,10 @@ def is_complete(path: str) -> bool:
 
 
 def run_script(command: list[str]) -> tuple[int, str | None]:
-    """Runs a script and passes on what it prints.
+    """Runs a script and passes on what it prints; returns its exit code and the log that it named.
 
-    Returns its exit code and the path of the log that it named, if any. Ctrl-C kills the script, so
-    that it saves no checkpoint: ab repeats an interrupted run from its beginning.
+    Ctrl-C kills the script, so that it saves no checkpoint: ab repeats an interrupted run from its
+    beginning.
     """
     log = None
     # In a session of its own the script gets no signal from the terminal.

@@ -1,17 +1,16 @@
 """Reads logs of GPT-2 speedrun runs, judges claims and shows differences.
 
-    python -m tools.compare table records/                             # one row for each entry's claim
-    python -m tools.compare verify NEW --baseline OLD                  # does the claim hold? exit code 0 or 1
-    python -m tools.compare diff OLD NEW                               # what differs: code, settings, results
-    python -m tools.compare plot OLD NEW -o curves.svg                 # loss against steps, tokens and time
-    python -m tools.compare report OLD NEW -o report.html              # everything on one page
-    python -m tools.compare extract LOG -o train_gpt.py                # the script that a log embeds
-    python -m tools.compare runs-needed --sd 0.0013 --margin 0.001     # how many runs a claim needs
-    python -m tools.compare ab OLD.py NEW.py --runs 5 -- --track laptop   # run two scripts alternately
+    python -m tools.compare table records/                           # a row for each entry's claim
+    python -m tools.compare verify NEW --baseline OLD                # does the claim hold?
+    python -m tools.compare diff OLD NEW                             # code, settings, results
+    python -m tools.compare plot OLD NEW -o curves.svg               # the loss curves
+    python -m tools.compare report OLD NEW -o report.html            # everything on one page
+    python -m tools.compare extract LOG -o train_gpt.py              # the script that a log embeds
+    python -m tools.compare runs-needed --sd 0.0013 --margin 0.001   # how many runs a claim needs
+    python -m tools.compare ab OLD.py NEW.py --runs 5 -- --track laptop   # run both alternately
 
-PATH, OLD and NEW are logs, folders (searched for .txt and .log files) or globs. Logs of this project and of
-modded-nanogpt are read: source code, a line of 100 '=', versions, the line again, metrics; the first parts may
-be missing. Exit code 2 means that the arguments or files are wrong.
+PATH, OLD and NEW are logs, folders (searched for .txt and .log files) or globs. Logs of this
+project and of modded-nanogpt are read. Exit code 1: the claim does not hold; 2: a mistake.
 """
 import argparse
 import sys
@@ -35,8 +34,8 @@ def print_runs_needed(args) -> int:
         raise UserError(f"--p is {args.p}, expected between 0 and 0.5")
     exact = runs_needed(args.sd, args.margin, args.p)
     probable = runs_needed(args.sd, args.margin, args.p, power=0.8)
-    print(f"{exact} runs give p <= {args.p:g} if their mean lies exactly {args.margin:g} below the target "
-          f"and their standard deviation is {args.sd:g}")
+    print(f"{exact} runs give p <= {args.p:g} if their mean lies exactly {args.margin:g} below the "
+          f"target and their standard deviation is {args.sd:g}")
     print(f"{probable} runs give it with a probability of 80%")
     return 0
 
@@ -54,67 +53,62 @@ def make_parser() -> Parser:
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
-    def command(name, function, help):
+    def command(function, help, name=None):
+        name = name or function.__name__
         added = commands.add_parser(name, help=help, description=function.__doc__)
         added.set_defaults(function=function)
-        return added
+        return added.add_argument
 
-    def add_paths(added, help=None):
-        added.add_argument("paths", nargs="+", metavar="PATH", help=help)
+    def add_target(add):
+        add("--target", type=float, help=f"loss to reach (default: the log's own, else {TARGET})")
 
-    def add_target(added):
-        added.add_argument("--target", type=float,
-                           help=f"loss to reach in nats (default: the log's own, else {TARGET})")
+    def add_rules(add):
+        add_target(add)
+        add("--p", type=float, default=0.01, help="bound of the p-values (default %(default)s)")
+        add("--systems-only", action="store_true", help="the same mathematics is only faster: "
+            "instead of reaching the target, the loss must not get worse")
 
-    def add_rules(added):
-        add_target(added)
-        added.add_argument("--p", type=float, default=0.01,
-                           help="the tests' p-values must lie below this (default %(default)s)")
-        added.add_argument("--systems-only", action="store_true",
-                           help="the mathematics is the same and only faster: the loss must not get worse")
+    add = command(table, "one row for each entry's claim, or for each group of runs")
+    add("paths", nargs="+", metavar="PATH")
+    add("--all", action="store_true", help="all groups of comparable runs, all columns, all notes")
+    add("--markdown", action="store_true", help="a table for a pull request")
+    add("--json", action="store_true", help="all groups as a list of objects")
+    add_target(add)
 
-    added = command("table", table, "one row for each entry's claim, or for each group of runs")
-    add_paths(added)
-    added.add_argument("--all", action="store_true", help="all groups of comparable runs, all columns, all notes")
-    add_target(added)
-    form = added.add_mutually_exclusive_group()
-    form.add_argument("--markdown", action="store_true", help="a table for a pull request")
-    form.add_argument("--json", action="store_true", help="all groups as a list of objects")
+    add = command(verify, "apply the rules to a claim; exit code 0 or 1")
+    add("candidate", nargs="+", metavar="CANDIDATE", help="logs, or a folder that holds them")
+    add("--baseline", nargs="+", metavar="OLD", help="likewise (default: baseline/ in CANDIDATE)")
+    add_rules(add)
 
-    added = command("verify", verify, "apply the rules to a claim; exit code 0 or 1")
-    added.add_argument("candidate", nargs="+", metavar="CANDIDATE", help="logs, or a folder with logs directly in it")
-    added.add_argument("--baseline", nargs="+", metavar="OLD", help="likewise (default: baseline/ beside CANDIDATE's logs)")
-    add_rules(added)
+    add = command(diff, "what differs: code, hyperparameters, environment, results")
+    add("a", metavar="A")
+    add("b", metavar="B")
 
-    added = command("diff", diff, "what differs: code, hyperparameters, environment, results")
-    added.add_argument("a", metavar="A")
-    added.add_argument("b", metavar="B")
+    add = command(plot, "validation loss against steps, tokens and training time")
+    add("paths", nargs="+", metavar="PATH")
+    add("-o", "--out", required=True, help=".svg, .png or .pdf to write")
+    add_target(add)
 
-    added = command("plot", plot, "validation loss against steps, tokens and training time")
-    add_paths(added)
-    added.add_argument("-o", "--out", required=True, help=".svg, .png or .pdf to write")
-    add_target(added)
+    add = command(report, "everything about logs, or about B against A, as one HTML page")
+    add("paths", nargs="+", metavar="PATH", help="an entry's folder; or A and B; or any other logs")
+    add("-o", "--out", default="report.html", help=".html to write (default %(default)s)")
+    add_rules(add)
 
-    added = command("report", report, "everything about logs, or about B against A, as one HTML page")
-    add_paths(added, help="an entry's folder; or A, the baseline, and B; or any other logs")
-    added.add_argument("-o", "--out", default="report.html", help=".html to write (default %(default)s)")
-    add_rules(added)
+    add = command(extract, "write the script that a log embeds")
+    add("log", metavar="LOG")
+    add("-o", "--out", required=True)
 
-    added = command("extract", extract, "write the script that a log embeds")
-    added.add_argument("log", metavar="LOG")
-    added.add_argument("-o", "--out", required=True)
+    add = command(print_runs_needed, "how many runs a claim needs", name="runs-needed")
+    add("--sd", type=float, required=True, help="standard deviation of the final loss")
+    add("--margin", type=float, required=True, help="how far the mean lies below the target")
+    add("--p", type=float, default=0.01, help="bound of the p-value (default %(default)s)")
 
-    added = command("runs-needed", print_runs_needed, "how many runs a claim needs")
-    added.add_argument("--sd", type=float, required=True, help="standard deviation of the final loss")
-    added.add_argument("--margin", type=float, required=True, help="how far the mean lies below the target")
-    added.add_argument("--p", type=float, default=0.01)
-
-    added = command("ab", ab, "run two scripts alternately, A B A B ..., then verify B against A")
-    added.add_argument("a", metavar="A", help="the baseline's script")
-    added.add_argument("b", metavar="B", help="the candidate's script; both get what follows --")
-    added.add_argument("--runs", type=int, required=True, help="runs of each script, with seeds 0, 1, ...")
-    added.add_argument("--fresh", action="store_true", help="repeat runs that are complete")
-    add_rules(added)
+    add = command(ab, "run two scripts alternately, A B A B ..., then verify B against A")
+    add("a", metavar="A", help="the baseline's script")
+    add("b", metavar="B", help="the candidate's script; both get the flags that follow --")
+    add("--runs", type=int, required=True, help="runs of each script, with seeds 0, 1, ...")
+    add("--fresh", action="store_true", help="repeat runs that are complete")
+    add_rules(add)
     return parser
 
 
@@ -129,7 +123,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 1 (a claim does not hold), 2 (a mistake) or 130 (Ctrl-C)."""
+    """Runs a command; returns the exit code: 0, 1 (the claim does not hold), 2 or 130 (Ctrl-C)."""
     try:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
         return args.function(args)

@@ -1,6 +1,5 @@
 """Difference: what the code, settings and results of two logs do not have in common."""
 import difflib
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -16,9 +15,7 @@ COLOURS = {"@": 36, "-": 31, "+": 32}
 
 def code_lines(run: Run) -> list[str]:
     """The lines of the embedded script; empty if the log embeds none."""
-    if not run.code_span:
-        return []
-    return code_of(run).decode("utf-8", errors="replace").splitlines()
+    return code_of(run).decode("utf-8", errors="replace").splitlines() if run.code_span else []
 
 
 def code_diff(a: list[str], b: list[str], context: int = 3) -> list[str]:
@@ -28,10 +25,9 @@ def code_diff(a: list[str], b: list[str], context: int = 3) -> list[str]:
     """
     a = [line for line in a if line.strip()]
     b = [line for line in b if line.strip()]
-    a_squeezed = ["".join(line.split()) for line in a]
-    b_squeezed = ["".join(line.split()) for line in b]
+    squeezed = [["".join(line.split()) for line in lines] for lines in (a, b)]
     # difflib takes minutes for very long scripts unless it may skip frequent lines.
-    matcher = difflib.SequenceMatcher(None, a_squeezed, b_squeezed, autojunk=max(len(a), len(b)) > 4_000)
+    matcher = difflib.SequenceMatcher(None, *squeezed, autojunk=max(len(a), len(b)) > 4_000)
     lines = []
     for group in matcher.get_grouped_opcodes(context):
         _, a_begin, _, b_begin, _ = group[0]
@@ -47,28 +43,28 @@ def code_diff(a: list[str], b: list[str], context: int = 3) -> list[str]:
 
 
 def diff(args) -> int:
-    """Shows what differs between two logs: code, settings, environment, results. Of a folder one run
-    is shown, with the same seed on both sides if possible, and the results of all its runs.
+    """Shows what differs between two logs: code, settings, environment, results. Of a folder one
+    run is shown, with the same seed on both sides if possible, and the results of all its runs.
     """
     paths = [args.a, args.b]
     if all(path.endswith(".py") and Path(path).is_file() for path in paths):
         raise UserError(f"{args.a} and {args.b} are scripts, expected logs; to compare scripts: "
-                        f"{shlex.join(['diff', '-u', args.a, args.b])}")
+                        f"{shlex.join(['diff', '-u', *paths])}")
     sides = [fastest_group(path) for path in paths]
-    a, b = same_seed(*sides)
-    print(f"--- {a.path}")
-    print(f"+++ {b.path}")
-    without_code = [run.path for run in (a, b) if not run.code_span]
+    runs = same_seed(*sides)
+    print(f"--- {runs[0].path}")
+    print(f"+++ {runs[1].path}")
+    without_code = [run.path for run in runs if not run.code_span]
+    changes = code_diff(*map(code_lines, runs))
     if without_code:
         print(f"(no code in {without_code[0]})")
+    elif not changes:
+        print("(the code is the same)")
     else:
-        changes = code_diff(code_lines(a), code_lines(b))
         for line in changes:
             print(paint(line, COLOURS[line[0]]) if line[0] in COLOURS else line)
-        if not changes:
-            print("(the code is the same)")
     print()
-    facts = [{**facts_of(run), **results_of(group)} for run, group in zip((a, b), sides, strict=True)]
+    facts = [{**facts_of(run), **results_of(group)} for run, group in zip(runs, sides, strict=True)]
     for name, (old, new) in differing(facts).items():
         print(f"{name}: {paint(str(old), 31)} -> {paint(str(new), 32)}")
     if sides[0].runs and sides[1].runs:
@@ -83,31 +79,27 @@ def fastest_group(path: str) -> Group:
     fastest = groups[0]
     if len(groups) > 1:
         print(f"note: {path} holds {len(groups)} groups of runs; the fastest is shown: "
-              f"{count(len(fastest.runs), 'run')} of code {fastest.any.code_hash}, {fastest.any.steps} steps")
+              f"{count(len(fastest.runs), 'run')} of code {fastest.any.code_hash}")
     return fastest
 
 
 def facts_of(run: Run) -> dict:
     """What a log says about settings (under the names of their flags) and environment."""
-    facts = {f"--{name}": value for name, value in run.hyperparameters.items()}
-    for name, value in run.facts.items():
-        if name not in ("hyperparameters", "command", "run_id"):
-            facts[name] = value
-    return {**facts, "gpu": run.gpu, "world_size": run.world_size, "torch": run.torch, "steps": run.steps}
+    return {**{f"--{name}": value for name, value in run.hyperparameters.items()},
+            **{name: value for name, value in run.facts.items()
+               if name not in ("hyperparameters", "command", "run_id")},
+            "gpu": run.gpu, "world_size": run.world_size, "torch": run.torch, "steps": run.steps}
 
 
 def results_of(group: Group) -> dict[str, str | None]:
     """Final loss, training time and step time of a group as texts; None if unknown."""
-    results = {}
-    for name, values, form in (("val_loss", group.losses, ".4f"), ("train_time_ms", group.times, ".0f"),
-                               ("step_avg_ms", group.step_averages, ".2f")):
-        if not values:
-            results[name] = None
-        elif len(values) == 1:
-            results[name] = f"{values[0]:{form}}"
-        else:
-            results[name] = spread(values, form)
-    return results
+    def text(values, form):
+        if len(values) > 1:
+            return spread(values, form)
+        return f"{values[0]:{form}}" if values else None
+
+    return {"val_loss": text(group.losses, ".4f"), "train_time_ms": text(group.times, ".0f"),
+            "step_avg_ms": text(group.step_averages, ".2f")}
 
 
 def differing(facts: list[dict]) -> dict[str, list]:
@@ -127,7 +119,8 @@ def extract(args) -> int:
         print(f"note: {args.log} holds {len(others) + 1} runs; this is the script of the first",
               file=sys.stderr)
     code = code_of(run)
-    if os.path.exists(args.out) and Path(args.out).read_bytes() != code:
-        raise UserError(f"{args.out} exists and is another script; name a new file with -o")
-    Path(args.out).write_bytes(code)
+    out = Path(args.out)
+    if out.exists() and out.read_bytes() != code:
+        raise UserError(f"{out} exists and is another script; name a new file with -o")
+    out.write_bytes(code)
     return 0

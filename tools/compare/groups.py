@@ -39,11 +39,12 @@ class Group:
     @cached_property
     def properties(self) -> dict[str, str]:
         """Everything besides the code that distinguishes the group, as texts for its name."""
+        run = self.any
         found = {name: value if isinstance(value, str) else json.dumps(value)
-                 for name, value in self.any.config.items() if name != "num_steps"}
-        if host := host_entry(self.any):
+                 for name, value in run.config.items() if name != "num_steps"}
+        if host := host_entry(run):
             found["in"] = host
-        return {**found, "steps": str(self.any.steps), "on": self.device, "torch": str(self.any.torch)}
+        return {**found, "steps": str(run.steps), "on": self.device, "torch": str(run.torch)}
 
     @property
     def losses(self) -> list[float]:
@@ -89,7 +90,7 @@ def group_runs(runs: list[Run]) -> list[Group]:
 
 
 def host_entry(run: Run) -> str:
-    """The entry whose folder holds the log of another entry's script, as its baseline; else empty."""
+    """The entry whose folder holds a log of another entry's script, as its baseline; else empty."""
     dated = [folder for folder in run.folders if DATED.match(folder)]
     host = dated[-1] if dated else ""
     return "" if host == run.entry.split("/")[0] else host
@@ -184,7 +185,7 @@ def differences(properties: dict[str, str], usual: dict[str, str]) -> dict[str, 
 
 
 def labels_of(groups: list[Group]) -> list[str]:
-    """A unique name for each group: its entry, and what distinguishes groups of one code or one entry.
+    """A unique name for each group: its entry, and what distinguishes it from groups of its code.
 
     Properties of the place where runs ran are left out if all groups of an entry share them.
     """
@@ -197,7 +198,8 @@ def labels_of(groups: list[Group]) -> list[str]:
         apart = {number: differences(groups[number].properties, usual.properties)
                  for number in numbers}
         for number in numbers:
-            namesakes = [apart[n] for n in numbers if groups[n].any.entry == groups[number].any.entry]
+            entry = groups[number].any.entry
+            namesakes = [apart[other] for other in numbers if groups[other].any.entry == entry]
             for name, value in apart[number].items():
                 shared = all(other.get(name) == value for other in namesakes)
                 if not (name in WHERE and shared):

@@ -1,7 +1,7 @@
 """Reads logs, in our format and in all public ones.
 
-A log consists of the source code, a line of 100 '=', the versions, the line again, and the metrics; the first parts may
-be missing. Whatever a log does not contain is None in its Run.
+A log consists of the source code, a line of 100 '=', the versions, the line again, and the metrics;
+the first parts may be missing. Whatever a log does not contain is None in its Run.
 """
 import glob
 import hashlib
@@ -18,56 +18,52 @@ STEP = re.compile(rb"step:(\d{1,15})/(\d{1,15})\s+(\S.*)")  # a longer number is
 LLM_C = re.compile(rb"s:(\d{1,15}) (tel|trl):(\S+)")  # llm.c: validation and training loss
 FIELD = re.compile(rb"([\w/]+):(\S+)")
 DURATION = re.compile(rb"(\d+(?:\.\d+)?)(ms|s)$")
-RESUMED = re.compile(rb"resumed from .* at step (\d+)(?:$|; other runs)")  # logs of 2026-11-28 name other runs there
-MACHINE = re.compile(rb"track \S+, .*?(\d+ x .+?), log ")  # our first line, printed again by a resumed run
+RESUMED = re.compile(rb"resumed from .* at step (\d+)(?:$|; other runs)")
+MACHINE = re.compile(rb"track \S+, .*?(\d+ x .+?), log ")  # the first line of each part of our runs
 RUNNING = re.compile(r"Running PyTorch (\S+?),?(?: on (.+) with world_size (\d+)| .*)?$")
 GPU_ROW = re.compile(r"\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|")  # a row of nvidia-smi's table
 CODE_BEGINS = re.compile(rb'(import |from |#!|"""|\'\'\')')
-DATED = re.compile(r"\d{4}-\d\d-\d\d_|\d{6}_")  # the start of an entry's folder name; some public ones use MMDDYY
+DATED = re.compile(r"\d{4}-\d\d-\d\d_|\d{6}_")  # an entry's folder; some public ones use MMDDYY
 # Names of folders that do not say whose runs the folder holds.
-SAYS_NOTHING = {"this_pr", "pr", "baseline", "log", "logs", "run", "runs", "result", "results", "new", "old", "main",
-                "candidate"}
-# Hyperparameters that change no result: runs that differ in these alone are comparable. dtype and compile count through
-# the environment's "activations" and "compiled", which say what was really used.
-HARMLESS = {"seed", "entry", "resume", "resume_anyway", "keep", "val_every", "log_every", "save_every", "profile",
-            "prompt", "sample_tokens", "device", "compile", "dtype"}
+SAYS_NOTHING = {"this_pr", "pr", "baseline", "log", "logs", "run", "runs", "result", "results",
+                "new", "old", "main", "candidate"}
+# Hyperparameters that change no result: runs that differ in these alone are comparable. dtype and
+# compile count through the environment's "activations" and "compiled", which say what was used.
+HARMLESS = {"seed", "entry", "resume", "resume_anyway", "keep", "val_every", "log_every",
+            "save_every", "profile", "prompt", "sample_tokens", "device", "compile", "dtype"}
+# A value in a log's JSON object that has another type than this is ignored.
+FACT_TYPES = {"hyperparameters": dict, "target": (int, float), "script": str, "code_hash": str,
+              "run_id": str}
 
 
 class UserError(Exception):
     """A mistake that the user can correct. It becomes one line on stderr and exit code 2."""
 
 
-# A value in a log's JSON object that has another type than this is ignored.
-FACT_TYPES = {"hyperparameters": dict, "target": (int, float), "script": str, "code_hash": str, "run_id": str}
-
-
 @dataclass
 class Run:
     """One training run, as far as its log describes it."""
     path: str
-    index: int = 0                   # among the runs of the file
+    index: int = 0                    # among the runs of the file
     file_hash: str = ""
     code_hash: str | None = None
-    gpu: str | None = None           # model of the GPU, or of the CPU if the run used none
+    code_span: tuple[int, int] | None = None      # begin and end of the script in the log, in bytes
+    gpu: str | None = None            # model of the GPU, or of the CPU if the run used none
     world_size: int | None = None
-    torch: str | None = None         # version
-    facts: dict = field(default_factory=dict)       # the JSON object in this project's logs
-    steps: int | None = None                        # planned
-    last_step: int = -1                             # of any metric line
-    curve: list = field(default_factory=list)       # (step, validation loss, training time in ms or None), by step
-    tokens: dict = field(default_factory=dict)      # tokens read so far, by step, for validated steps
-    machines: list = field(default_factory=list)    # where its parts ran ("1 x AMD EPYC"); several if it was resumed
-    restart_step: int = 0                           # where the training time began again from zero
-    step_avg_ms: float | None = None                # of the last validation
-    train_hash: str = ""                            # hash of the training losses
-    code_span: tuple[int, int] | None = None        # begin and end of the script in the log, in bytes
+    torch: str | None = None          # version
+    facts: dict = field(default_factory=dict)     # the JSON object in this project's logs
+    steps: int | None = None          # planned
+    last_step: int = -1               # of any metric line
+    curve: list = field(default_factory=list)     # (step, validation loss, time in ms or None)
+    tokens: dict = field(default_factory=dict)    # tokens read so far, by validated step
+    machines: list = field(default_factory=list)  # "1 x AMD EPYC"; several if resumed elsewhere
+    restart_step: int = 0             # where the training time began again from zero
+    step_avg_ms: float | None = None  # of the last validation
+    train_hash: str = ""              # hash of the training losses
 
     @property
     def complete(self) -> bool:
-        """Whether the run was validated after its last step and ran on one kind of machine throughout.
-
-        Otherwise its last validation loss or its time is not a result.
-        """
+        """Whether the run was validated after its last step, and ran on one kind of machine."""
         finished = self.steps is not None and bool(self.curve) and self.curve[-1][0] == self.steps
         return finished and len(self.machines) < 2
 
@@ -90,8 +86,8 @@ class Run:
     def entry(self) -> str:
         """The name of the entry whose script ran.
 
-        A script outside an entry gives its own name. A log that names no script gives its folder: with the folders
-        below an entry, and with the folder above if its name says nothing (this_pr).
+        A script outside an entry gives its own name. A log that names no script gives its folder:
+        with the folders below an entry, or the folder above if its name says nothing (this_pr).
         """
         command = self.facts.get("command")
         started = Path(str(command[0])) if isinstance(command, list) and command else Path()
@@ -128,11 +124,10 @@ class Run:
     @property
     def config(self) -> dict:
         """What must be equal, besides code and hardware, for two runs to be comparable."""
-        found = {name: value for name, value in self.hyperparameters.items() if name not in HARMLESS}
-        for name in ("activations", "compiled", "data_fingerprint", "threads"):
-            if name in self.facts:
-                found[name] = self.facts[name]
-        return found
+        facts = ("activations", "compiled", "data_fingerprint", "threads")
+        settings = self.hyperparameters.items()
+        return {**{name: value for name, value in settings if name not in HARMLESS},
+                **{name: self.facts[name] for name in facts if name in self.facts}}
 
     @property
     def losses(self) -> tuple:
@@ -140,17 +135,17 @@ class Run:
         return tuple((step, loss) for step, loss, _ in self.curve), self.train_hash
 
     def tokens_before(self, step: int) -> int | None:
-        """Tokens over all ranks that the run had read when it came to a step; None if the log does not say.
+        """Tokens that the run had read before a step, over all ranks; None if the log does not say.
 
-        Metric lines of newer logs count them. For older logs the batch must be the same in all stages.
+        Newer metric lines count them. In older logs the batch must be the same in all stages.
         """
         if step in self.tokens:
             return self.tokens[step]
         by_stage = self.facts.get("stage_tokens")
         if isinstance(by_stage, list) and by_stage:
             tokens_a_step = by_stage[0] if by_stage == by_stage[:1] * len(by_stage) else None
-        elif by_stage is not None or "extension_steps" in self.hyperparameters:  # a script with stages
-            tokens_a_step = None
+        elif by_stage is not None or "extension_steps" in self.hyperparameters:
+            tokens_a_step = None  # a script with stages
         else:
             sizes = [self.hyperparameters.get(name) for name in ("batch_size", "sequence_length")]
             tokens_a_step = math.prod(sizes) if all(map(is_size, sizes)) else None
@@ -171,7 +166,10 @@ def milliseconds(word: bytes | None) -> float | None:
 
 
 class Metrics:
-    """The runs in a section of metric lines. A step that goes back begins a new run, unless the run was resumed."""
+    """The runs in a section of metric lines.
+
+    A step that goes back begins a new run, unless the run was resumed.
+    """
 
     def __init__(self):
         self.runs: list[Run] = []
@@ -209,20 +207,22 @@ class Metrics:
             self.last_line_ms = ms
         try:
             if val is not None:
-                run.curve = [point for point in run.curve if point[0] < step] + [(step, float(val), ms)]
+                earlier = [point for point in run.curve if point[0] < step]
+                run.curve = [*earlier, (step, float(val), ms)]
                 run.step_avg_ms = milliseconds(fields.get(b"step_avg"))
                 tokens = fields.get(b"tokens", b"")
                 if tokens.isdigit() and len(tokens) < 16:
                     run.tokens[step] = int(tokens)
             elif train is not None:
                 float(train)
-                run.train_hash = hashlib.sha256(run.train_hash.encode() + b"%d %s" % (step, train)).hexdigest()
+                text = run.train_hash.encode() + b"%d %s" % (step, train)
+                run.train_hash = hashlib.sha256(text).hexdigest()
         except ValueError:
             return False
         return True
 
     def run_at(self, step: int, steps: int | None) -> Run:
-        """The run that a metric line belongs to: a new one, or the last one, set back if it was resumed."""
+        """The run that a metric line belongs to: a new one, or the last, set back if resumed."""
         if not self.runs or (step < self.runs[-1].last_step and self.resumed_at is None):
             self.runs.append(Run("", steps=steps))
             self.last_line_ms = None
@@ -272,22 +272,23 @@ class Environment:
     def describe(self, run: Run) -> None:
         """Writes what was found into a run."""
         facts = self.values.get("facts", {})
-        run.facts = {name: fact for name, fact in facts.items() if isinstance(fact, FACT_TYPES.get(name, object))}
+        run.facts = {name: fact for name, fact in facts.items()
+                     if isinstance(fact, FACT_TYPES.get(name, object))}
         run.torch = self.values.get("torch")
         run.gpu = self.values.get("gpu") or (self.gpus[0] if self.gpus else None)
         run.world_size = self.values.get("world_size") or (len(self.gpus) or None)
 
 
 def lines_of(file):
-    """The lines of a binary file; a line beyond 64 KiB comes in pieces, so that no log fills the memory."""
+    """The lines of a binary file; those beyond 64 KiB in pieces, so that none fills the memory."""
     return iter(lambda: file.readline(2**16), b"")
 
 
 def read_log(path: str) -> list[Run]:
     """The runs in a file: usually one, none if the file is no log. Raises OSError.
 
-    Sections end at separators. The code is everything before the section with the versions, or before the last section;
-    it may contain separators itself. Metric lines count only after the code.
+    Sections end at separators. The code is everything before the section with the versions, or
+    before the last section; it may contain separators itself. Metric lines count only after it.
     """
     runs = []
     file_digest = hashlib.sha256()
@@ -298,7 +299,7 @@ def read_log(path: str) -> list[Run]:
     environment = Environment()  # of the current section
     described = Environment()    # of the current log
     metrics = Metrics()
-    doubtful: list[bytes] = []  # metric lines, unless a later separator shows that they belong to the next log's code
+    doubtful = []  # metric lines, unless a separator shows that they belong to the next log's code
 
     def finish():
         for run in metrics.runs:
@@ -318,7 +319,7 @@ def read_log(path: str) -> list[Run]:
             if line.rstrip(b"\r\n") == SEPARATOR:
                 if not begun:  # a leading separator
                     code_start = offset
-                elif described.found and metrics.runs:  # a whole log ends here, and another one follows
+                elif described.found and metrics.runs:  # a whole log ends, another one follows
                     finish()
                     described = Environment()
                     code_span = (code_start or begin, begin)
@@ -350,9 +351,10 @@ def read_log(path: str) -> list[Run]:
 
 
 def steps_shown(run: Run) -> int | None:
-    """The number of steps of a run whose log does not state it (llm.c); None if the run may have been cut off.
+    """The number of steps of a run whose log does not state it (llm.c).
 
-    Such a run is known to be complete if its last line is a validation between two regular ones.
+    It is known if the last line is a validation between two regular ones; else the result is None,
+    because the run may have been cut off.
     """
     steps = [step for step, *_ in run.curve]
     if len(steps) < 3 or steps[-1] != run.last_step:
@@ -361,7 +363,7 @@ def steps_shown(run: Run) -> int | None:
 
 
 def code_hash(file, span: tuple[int, int] | None) -> str | None:
-    """The first 12 hexadecimal digits of the SHA-256 of some bytes of an open file; None if there are none."""
+    """12 hexadecimal digits of the SHA-256 of a span of an open file; None if it is empty."""
     if not span or span[0] == span[1]:
         return None
     digest = hashlib.sha256()
@@ -390,11 +392,12 @@ def why_incomplete(run: Run) -> str:
     if len(run.machines) > 1:
         return f"begun on {run.machines[0]}, resumed on {', '.join(run.machines[1:])}"
     last = f"step {run.curve[-1][0]}, val loss {run.curve[-1][1]:.4f}" if run.curve else "none"
-    return f"last step {run.last_step} of {run.steps or 'an unknown number'}, last validation: {last}"
+    steps = run.steps or "an unknown number"
+    return f"last step {run.last_step} of {steps}, last validation: {last}"
 
 
 def has_separator(path: str) -> bool:
-    """Whether a file contains a separator line, as the log of a run that failed before its first step does.
+    """Whether a file without a run is a log all the same, of a run that failed before step 0.
 
     Raises OSError.
     """
@@ -408,7 +411,8 @@ def logs_below(folder: str, direct: bool) -> list[str]:
     If direct is set but the folder itself holds no log, those below it are returned.
     """
     def among(paths):
-        return sorted(str(path) for path in paths if path.suffix in (".txt", ".log") and not path.is_dir())
+        return sorted(str(path) for path in paths
+                      if path.suffix in (".txt", ".log") and not path.is_dir())
 
     here = among(Path(folder).glob("*")) if direct else []
     return here or among(Path(folder).rglob("*"))
@@ -417,9 +421,9 @@ def logs_below(folder: str, direct: bool) -> list[str]:
 def find_runs(paths: list[str], direct: bool = False) -> tuple[list[Run], list[str]]:
     """All runs in logs, folders and globs, and remarks on files that could not be used.
 
-    A remark names a file that can't be read, a log that ends before its first step, or a file that was named but is no
-    log. Other files in a folder are skipped silently. direct: see logs_below. Raises UserError if a path does not exist
-    or if there is no run at all.
+    A remark names a file that can't be read, a log that ends before its first step, or a file that
+    was named but is no log. Other files in a folder are skipped silently. direct: see logs_below.
+    Raises UserError if a path does not exist or if there is no run at all.
     """
     files = []
     named = set()

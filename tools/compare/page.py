@@ -136,7 +136,8 @@ def page_of(subject: Subject, args) -> str:
         curves=curves_image(subject.main[:MAX_PLOTTED], labels, args.target),
         settings=settings_of(subject.main[:MAX_COLUMNS], labels),
         runs=run_table(groups, labels),
-        links=[link_to(run.path, args.out) for group in groups for run in group.runs + group.incomplete],
+        links=[link_to(run.path, args.out) for group in groups
+               for run in group.runs + group.incomplete],
         diffs=diffs_of(subject.main, labels),
         footer=f"{time.strftime('%Y-%m-%d %H:%M')}, {shortened(command, 2_000)}")
 
@@ -169,7 +170,8 @@ def group_table(groups: list[Group], labels: list[str], args, main: list[Group] 
     rows = [cells_of(row_of(group, label, args.target))
             for group, label in zip(groups, labels, strict=False)]
     for group, row in zip(groups, rows, strict=True):
-        same = [other for other in main if other.runs and other.any.code_hash == group.any.code_hash]
+        code = group.any.code_hash
+        same = [other for other in main if other.runs and other.any.code_hash == code]
         if main:
             row["difference"] = row["p of difference"] = ""
         if same and group.runs:
@@ -192,7 +194,9 @@ def settings_of(groups: list[Group], labels: list[str]) -> Table:
     """The settings and facts of the environment that differ between groups; all for one group."""
     runs = same_seed(*groups) if len(groups) == 2 else [group.typical for group in groups]
     facts = [facts_of(run) for run in runs]
-    values = differing(facts) if len(facts) > 1 else {name: [facts[0][name]] for name in sorted(facts[0])}
+    values = {name: [value] for name, value in sorted(facts[0].items())}
+    if len(facts) > 1:
+        values = differing(facts)
     rows = []
     for name, found in values.items():
         if name not in ("--seed", "--entry"):
@@ -209,8 +213,9 @@ def run_table(groups: list[Group], labels: list[str]) -> Table:
             seed = str(run.hyperparameters.get("seed", ""))
             loss = why_incomplete(run) if run.val_loss is None else f"{run.val_loss:.4f}"
             step = "" if run.step_avg_ms is None else f"{run.step_avg_ms:.2f} ms"
-            rows.append([label, shortened(seed, MAX_CHARACTERS), loss, seconds(run.train_time_ms, 2),
-                         step, str(run.last_step), os.path.basename(run.path)])
+            rows.append([label, shortened(seed, MAX_CHARACTERS), loss,
+                         seconds(run.train_time_ms, 2), step, str(run.last_step),
+                         os.path.basename(run.path)])
     columns = ["group", "seed", "final val loss", "training time", "step", "last step", "log"]
     return Table(columns, rows)
 
@@ -222,7 +227,8 @@ def diffs_of(groups: list[Group], labels: list[str]) -> list[dict]:
         if group.any.code_span:
             scripts.setdefault(group.any.code_hash, (group, label))
     found = []
-    for (old, old_label), (new, new_label) in itertools.pairwise(list(scripts.values())[:MAX_DIFFS + 1]):
+    shown = list(scripts.values())[:MAX_DIFFS + 1]
+    for (old, old_label), (new, new_label) in itertools.pairwise(shown):
         a, b = same_seed(old, new)
         lines = code_diff(code_lines(a), code_lines(b))[:MAX_DIFF_LINES]
         found.append({"old": old_label, "new": new_label,

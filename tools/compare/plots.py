@@ -8,7 +8,8 @@ from .logs import UserError, find_runs
 from .stats import mean
 from .text import count, shortened, visible
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe, Ito
+# The palette of Okabe and Ito.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vPX"
 UNITS = {"laptop": "byte", "fineweb": "token", "": "token"}  # public logs name no track
 
@@ -53,7 +54,7 @@ def draw(groups: list[Group], labels: list[str], target: float | None):
     targets = {group.any.target if target is None else target for group in groups}
     units = {UNITS.get(group.any.track, "") for group in groups}
     unit = f" a {units.pop()}" if len(units) == 1 and "" not in units else ""
-    names = [f"{visible(shortened(label, 160))} ({count(len(group.runs), 'run')})".replace("$", r"\$")
+    names = [f"{shortened(visible(label), 160)} ({count(len(group.runs), 'run')})"
              for group, label in zip(groups, labels, strict=False)]
     # For each panel: the label of its x axis, and x of a point (None: not drawn).
     panels = {"step": lambda point: point.step}
@@ -73,11 +74,12 @@ def draw(groups: list[Group], labels: list[str], target: float | None):
             # When the colours begin again, they come with other markers.
             marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
             axis.plot(xs, [point.mean for point in shown], color=colour, marker=marker,
-                      markersize=4, linewidth=1.6, label=names[number])
+                      markersize=4, linewidth=1.6, label=names[number].replace("$", r"\$"))
             axis.fill_between(xs, [point.low for point in shown], [point.high for point in shown],
                               color=colour, alpha=0.2, linewidth=0)
         for loss in targets:
-            axis.axhline(loss, color="#555555", linestyle="--", linewidth=1, label=f"target {loss:g}")
+            axis.axhline(loss, color="#555555", linestyle="--", linewidth=1,
+                         label=f"target {loss:g}")
         axis.set(xlabel=x_label)
         axis.set_xlim(left=-0.02 * axis.get_xlim()[1])  # shows the marker at zero whole
         axis.grid(alpha=0.3)
@@ -104,7 +106,7 @@ def loss_limits(curves: list[list[CurvePoint]], targets: set[float]) -> tuple[fl
 
 
 def plot(args) -> int:
-    """Draws the validation loss against steps, tokens (if all logs state them) and training time."""
+    """Draws the validation loss against steps, tokens (if the logs state them) and time."""
     if Path(args.out).suffix not in (".svg", ".png", ".pdf"):
         raise UserError(f"-o is {args.out}, expected a name that ends in .svg, .png or .pdf")
     groups = group_runs(find_runs(args.paths)[0])

@@ -1,15 +1,22 @@
 """Table: one row for each group of comparable runs."""
 import json
+import math
 import sys
 
 from .groups import Group, claims_of, first_at_target, group_runs, labels_of
 from .logs import find_runs, why_incomplete
 from .stats import deviation, mean, t_test_below
-from .text import finite, seconds, shortened, visible
+from .text import seconds, shortened, visible
 
 WIDTH = 120  # columns of a terminal
 MAX_NOTES = 12
-SHORT = ("entry", "track", "runs", "steps", "val loss", "p", "training time", "device")  # without --all
+# The columns without --all.
+SHORT = ("entry", "track", "runs", "steps", "val loss", "p", "training time", "device")
+
+
+def finite(value: float | None) -> float | None:
+    """The value, or None if it is NaN or infinite, which JSON does not know."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def row_of(group: Group, label: str, target: float | None, claim: bool = False) -> dict:
@@ -135,8 +142,8 @@ def table(args) -> int:
         hidden = len(notes) - MAX_NOTES + 1
         notes = notes[:MAX_NOTES - 1] + [f"... and {hidden} more notes (--all)"]
     if shown is claims and len(claims) > 1:
-        notes.append("these rows were not all run alternately or on one day; to compare two times, use "
-                     "`verify ENTRY`, whose baseline/ was run alternately with it")
+        notes.append("these rows were not all run alternately or on one day; to compare two times, "
+                     "use `verify ENTRY`, whose baseline/ was run alternately with it")
     if left := len(groups) - len(shown):
         notes.append(f"{left} other groups of runs (ablations, trials, baselines, studies): --all")
     if notes:
@@ -146,7 +153,7 @@ def table(args) -> int:
 
 def notes_on(groups: list[Group]) -> list[str]:
     """Which logs do not count, and why."""
-    notes = [f"incomplete: {run.path}: {why_incomplete(run)}"
-             for group in groups for run in group.incomplete]
-    notes += [f"duplicate: {run.path}, counted once" for group in groups for run in group.duplicates]
-    return notes
+    incomplete = [run for group in groups for run in group.incomplete]
+    duplicates = [run for group in groups for run in group.duplicates]
+    return [*(f"incomplete: {run.path}: {why_incomplete(run)}" for run in incomplete),
+            *(f"duplicate: {run.path}, counted once" for run in duplicates)]

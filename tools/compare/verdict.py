@@ -87,8 +87,8 @@ def only_group(groups: list[Group], side: str) -> Group:
     """The group of a side ("candidate" or "baseline"). Raises UserError if there are several."""
     if len(groups) == 1:
         return groups[0]
-    lines = [f"the {side} holds {len(groups)} groups of runs, expected one script on one machine with "
-             "one setting; name the logs of one group:"]
+    lines = [f"the {side} holds {len(groups)} groups of runs, expected one script on one machine "
+             "with one setting; name the logs of one group:"]
     for group, label in list(zip(groups, labels_of(groups), strict=True))[:8]:
         logs = [os.path.relpath(run.path) for run in group.runs or group.incomplete]
         more = f" and {len(logs) - 2} more" if len(logs) > 2 else ""
@@ -124,7 +124,7 @@ def rule_same(name: str, values: list, known: bool) -> Rule:
 
 
 def hardware_of(group: Group) -> str | None:
-    """The number and model of the devices, on a CPU with the threads; None if the log does not say."""
+    """Number and model of the devices, on a CPU with the threads; None if the log does not say."""
     run = group.any
     if not (run.gpu and run.world_size):
         return None
@@ -147,8 +147,8 @@ def rule_interleaved(new: Group, old: Group) -> Rule:
     figures = " and ".join(f"{times[0][:16]} to {times[-1][:16]}" for times in begun)
     if begun[0][0] < begun[1][-1] and begun[1][0] < begun[0][-1]:
         return Rule("interleaved runs", True, figures)
-    return Rule("interleaved runs", None, f"{figures}: one side ran after the other, so the machine "
-                "may have caused a part of the difference in time")
+    return Rule("interleaved runs", None, f"{figures}: one side ran after the other, so the "
+                "machine may have caused a part of the difference in time")
 
 
 def rule_loss(new: Group, target: float, p: float) -> Rule:
