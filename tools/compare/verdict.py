@@ -119,7 +119,8 @@ def rule_distinct_seeds(group: Group, side: str) -> Rule:
 
 def rule_same(name: str, values: list, known: bool) -> Rule:
     """Something has the same value on both sides."""
-    figures = " and ".join(str(value or "not in the logs") for value in values)
+    texts = ["not in the logs" if value in (None, "") else str(value) for value in values]
+    figures = " and ".join(texts)
     return Rule(f"same {name}", values[0] == values[1] if known else None, figures)
 
 
