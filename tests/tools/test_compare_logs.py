@@ -71,22 +71,29 @@ def test_a_resumed_run_is_one_run_also_with_windows_line_ends(tmp_path):
             assert curve == [(0, 9), (1, 8), (2, 7), (3, 6), (4, 5.5), (6, 3)]
 
 
-@pytest.mark.parametrize("second, complete", [
-    ("1 x AMD EPYC, threads 1", True), ("2 x AMD EPYC, threads 1", False),
-    ("1 x NVIDIA H200, threads 1", False)])
-def test_a_run_that_was_resumed_on_other_hardware_is_no_result(tmp_path, capsys, second, complete):
+@pytest.mark.parametrize("second, change, complete", [
+    ("1 x AMD EPYC, 1 threads", "setting changed: val_every was 5, now 6", True),
+    ("2 x AMD EPYC, 1 threads", "2 x AMD EPYC", False),
+    ("1 x AMD EPYC, 1 threads", "setting changed: muon_lr was 0.045, now 0.05", False),
+    ("1 x AMD EPYC, 1 threads", "torch changed: was 2.11.0, now 2.13.0", False)])
+@pytest.mark.parametrize("name", ["log", "log:"])
+def test_a_run_that_changed_when_it_was_resumed_is_no_result(tmp_path, capsys, name, second, change,
+                                                             complete):
     def begin(machine):
-        return f"track laptop, 6 steps, 42 parameters, bfloat16, {machine}, log /a/x.txt\n"
+        return f"track laptop, 6 steps, bfloat16, {machine}, {name} /a/x.txt\n"
 
-    body = (begin("1 x AMD EPYC, threads 1")
+    body = (begin("1 x AMD EPYC, 1 threads")
             + "step:3/6 val_loss:5.0 train_time:300ms step_avg:1.00ms\n"
-            + begin(second) + "resumed from /a/x_step000003.pt at step 3\n"
+            + begin(second) + f"resumed from /a/x_step000003.pt at step 3\n{change}\n"
             + "step:6/6 val_loss:3.0 train_time:600ms step_avg:1.00ms\n")
     folder = write(tmp_path, [log(body=body)])
     found = row(capsys, folder)
-    assert found["runs"] == complete and found["incomplete"] == (not complete)
+    assert (found["runs"], found["incomplete"]) == ((1, 0) if complete else (0, 1))
     main("table", folder)
-    assert (second in capsys.readouterr().out) == (not complete)
+    assert (change in capsys.readouterr().out) == (not complete)
+    (first, second) = read(tmp_path / "two", log(body=begin("1 x A") + metrics() + begin("2 x A")
+                                                + metrics()))  # two runs, none of them resumed
+    assert first.complete and second.complete
 
 
 @pytest.mark.parametrize("environment, tokens", [

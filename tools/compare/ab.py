@@ -88,7 +88,7 @@ def run_script(command: list[str]) -> tuple[int, str | None]:
     try:
         for line in process.stdout:
             print(line, end="", flush=True)
-            if found := re.search(r", log (\S.*)$", line):
+            if found := re.search(r", log:? (\S.*)$", line):
                 log = found[1]
         process.wait()
     except BaseException:

@@ -19,7 +19,9 @@ LLM_C = re.compile(rb"s:(\d{1,15}) (tel|trl):(\S+)")  # llm.c: validation and tr
 FIELD = re.compile(rb"([\w/]+):(\S+)")
 DURATION = re.compile(rb"(\d+(?:\.\d+)?)(ms|s)$")
 RESUMED = re.compile(rb"resumed from .* at step (\d+)(?:$|; other runs)")
-MACHINE = re.compile(rb"track \S+, .*?(\d+ x .+?), log ")  # the first line of each part of our runs
+# Lines of our logs, when a run starts or is resumed: where it runs; what changed at the resume.
+MACHINE = re.compile(rb"track \S+, .*?(\d+ x .+?), log:? ")
+CHANGED = re.compile(rb"(?:setting changed: (\w+)|(\w+) changed:) was .*, now .*")
 RUNNING = re.compile(r"Running PyTorch (\S+?),?(?: on (.+) with world_size (\d+)| .*)?$")
 GPU_ROW = re.compile(r"\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|")  # a row of nvidia-smi's table
 CODE_BEGINS = re.compile(rb'(import |from |#!|"""|\'\'\')')
@@ -56,16 +58,16 @@ class Run:
     last_step: int = -1               # of any metric line
     curve: list = field(default_factory=list)     # (step, validation loss, time in ms or None)
     tokens: dict = field(default_factory=dict)    # tokens read so far, by validated step
-    machines: list = field(default_factory=list)  # "1 x AMD EPYC"; several if resumed elsewhere
+    changes: list = field(default_factory=list)   # of machine, settings, ... when it was resumed
     restart_step: int = 0             # where the training time began again from zero
     step_avg_ms: float | None = None  # of the last validation
     train_hash: str = ""              # hash of the training losses
 
     @property
     def complete(self) -> bool:
-        """Whether the run was validated after its last step, and ran on one kind of machine."""
+        """Whether the run was validated after its last step, and nothing changed in between."""
         finished = self.steps is not None and bool(self.curve) and self.curve[-1][0] == self.steps
-        return finished and len(self.machines) < 2
+        return finished and not self.changes
 
     @property
     def val_loss(self) -> float | None:
@@ -175,7 +177,8 @@ class Metrics:
         self.runs: list[Run] = []
         self.last_line_ms: float | None = None
         self.resumed_at: int | None = None
-        self.machine = ""  # where the lines that follow were computed
+        self.machine = ""  # such as "1 x AMD EPYC, 1 threads"
+        self.changes: list[str] = []  # since the last metric line
 
     def feed(self, line: bytes) -> bool:
         """Reads a line; returns whether it was a metric line."""
@@ -193,10 +196,7 @@ class Metrics:
             val = found[3] if found[2] == b"tel" else None
             train = found[3] if found[2] == b"trl" else None
         else:
-            if found := RESUMED.match(line):
-                self.resumed_at = int(found[1])
-            elif found := MACHINE.match(line):
-                self.machine = found[1].decode(errors="replace")
+            self.feed_other(line)
             return False
         run = self.run_at(step, steps)
         run.last_step = step
@@ -221,18 +221,33 @@ class Metrics:
             return False
         return True
 
+    def feed_other(self, line: bytes) -> None:
+        """Reads a line that is no metric line: it may say that the run was resumed."""
+        if found := RESUMED.match(line):
+            self.resumed_at = int(found[1])
+        elif found := MACHINE.match(line):
+            machine = found[1].decode(errors="replace")
+            if self.machine not in ("", machine):
+                self.changes.append(f"{self.machine} -> {machine}")
+            self.machine = machine
+        elif found := CHANGED.match(line):
+            name = (found[1] or found[2]).decode()
+            if name not in HARMLESS:
+                self.changes.append(line.decode(errors="replace"))
+
     def run_at(self, step: int, steps: int | None) -> Run:
         """The run that a metric line belongs to: a new one, or the last, set back if resumed."""
         if not self.runs or (step < self.runs[-1].last_step and self.resumed_at is None):
             self.runs.append(Run("", steps=steps))
             self.last_line_ms = None
+            self.changes = []
         run = self.runs[-1]
         if self.resumed_at is not None:  # the steps after the checkpoint are repeated
             run.curve = [point for point in run.curve if point[0] <= self.resumed_at]
             self.resumed_at = None
             self.last_line_ms = None  # the time goes back with the step, which is no restart
-        if self.machine and self.machine not in run.machines:
-            run.machines.append(self.machine)
+        run.changes += self.changes
+        self.changes = []
         return run
 
 
@@ -334,7 +349,7 @@ def read_log(path: str) -> list[Run]:
             begun = begun or bool(line.strip())
             environment.feed(line)
             if described.found and metrics.runs and code_start is not None:
-                if line.startswith((b"step:", b"resumed", b"track ")):
+                if line.startswith((b"step:", b"resumed", b"track ", b"setting changed")):
                     doubtful.append(line)
             elif metrics.feed(line):
                 code_start = None if described.found else code_start
@@ -388,9 +403,9 @@ def code_of(run: Run) -> bytes:
 
 
 def why_incomplete(run: Run) -> str:
-    """Why a run is incomplete: it stopped early, or it was resumed on other hardware."""
-    if len(run.machines) > 1:
-        return f"begun on {run.machines[0]}, resumed on {', '.join(run.machines[1:])}"
+    """Why a run is incomplete: it changed when it was resumed, or it stopped early."""
+    if run.changes:
+        return f"resumed with changes: {'; '.join(run.changes)}"
     last = f"step {run.curve[-1][0]}, val loss {run.curve[-1][1]:.4f}" if run.curve else "none"
     steps = run.steps or "an unknown number"
     return f"last step {run.last_step} of {steps}, last validation: {last}"
