@@ -200,9 +200,16 @@ def settings_of(groups: list[Group], labels: list[str]) -> Table:
     rows = []
     for name, found in values.items():
         if name not in ("--seed", "--entry"):
-            texts = [value if isinstance(value, str) else json.dumps(value) for value in found]
-            rows.append([shortened(text, MAX_CHARACTERS) for text in (name, *texts)])
+            texts = [text_of(value) for value in (name, *found)]
+            rows.append([shortened(text, MAX_CHARACTERS) for text in texts])
     return Table(["setting", *labels[:len(groups)]], rows)
+
+
+def text_of(value) -> str:
+    """A setting as text; empty for None, which means that the log does not name it."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def run_table(groups: list[Group], labels: list[str]) -> Table:
