@@ -230,7 +230,7 @@ class Metrics:
             if self.machine not in ("", machine):
                 self.changes.append(f"{self.machine} -> {machine}")
             self.machine = machine
-        elif found := CHANGED.match(line):
+        elif b" was " in line and (found := CHANGED.match(line)):  # most lines are code: be quick
             name = (found[1] or found[2]).decode()
             if name not in HARMLESS:
                 self.changes.append(line.decode(errors="replace"))
