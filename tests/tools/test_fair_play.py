@@ -4,6 +4,7 @@ A cheat is a function or setting of a loaded script that the test replaces.
 """
 import dataclasses
 import functools
+import inspect
 import types
 from pathlib import Path
 
@@ -60,14 +61,33 @@ def test_the_scripts_in_records_are_fair(name):
 # --- Cheats in train_gpt.py -----------------------------------------------------------------------
 
 def wrap(monkeypatch, owner, name: str, wrapper):
-    """Replace owner.name by a function that gets the original one as its first argument."""
+    """Replace owner.name by a function that returns wrapper(original, arguments).
+
+    arguments is inspect.BoundArguments: arguments.arguments holds them by name.
+    """
     original = getattr(owner, name)
+    signature = inspect.signature(original)
 
     @functools.wraps(original)  # the checks look at signatures
     def replacement(*args, **more):
-        return wrapper(original, *args, **more)
+        return wrapper(original, signature.bind(*args, **more))
 
     monkeypatch.setattr(owner, name, replacement)
+
+
+def change_arguments(monkeypatch, owner, name: str, change):
+    """Call owner.name with arguments that change, a function of their dictionary, has changed."""
+    def wrapper(original, bound):
+        change(bound.arguments)
+        return original(*bound.args, **bound.kwargs)
+    wrap(monkeypatch, owner, name, wrapper)
+
+
+def change_result(monkeypatch, owner, name: str, change):
+    """Return change(result, arguments by name) instead of the result of owner.name."""
+    def wrapper(original, bound):
+        return change(original(*bound.args, **bound.kwargs), bound.arguments)
+    wrap(monkeypatch, owner, name, wrapper)
 
 
 def sees_the_next_token(module, monkeypatch):
@@ -76,93 +96,93 @@ def sees_the_next_token(module, monkeypatch):
 
 
 def sees_other_documents(module, monkeypatch):
-    wrap(monkeypatch, module, "document_start", lambda original, tokens, eot: original(tokens, -1))
+    def change(arguments):
+        arguments["eot_token"] = -1
+    change_arguments(monkeypatch, module, "document_start", change)
 
 
 def smears_the_next_token(module, monkeypatch):
-    def forward(original, self, embed, *rest):
-        return original(self, embed + 0.1 * embed.roll(-1, 0), *rest)
-    wrap(monkeypatch, module.InputEmbedding, "forward", forward)
+    def change(arguments):
+        arguments["embed"] = arguments["embed"] + 0.1 * arguments["embed"].roll(-1, 0)
+    change_arguments(monkeypatch, module.InputEmbedding, "forward", change)
+
+
+def without_document_starts(arguments):
+    arguments["is_doc_start"] = torch.zeros_like(arguments["is_doc_start"])
 
 
 def smears_other_documents(module, monkeypatch):
-    def forward(original, self, embed, is_doc_start, dtype):
-        return original(self, embed, torch.zeros_like(is_doc_start), dtype)
-    wrap(monkeypatch, module.InputEmbedding, "forward", forward)
+    change_arguments(monkeypatch, module.InputEmbedding, "forward", without_document_starts)
 
 
 def takes_keys_of_other_documents(module, monkeypatch):
-    def forward(original, self, x, value_embed, is_doc_start, *rest):
-        return original(self, x, value_embed, torch.zeros_like(is_doc_start), *rest)
-    wrap(monkeypatch, module.Attention, "forward", forward)
+    change_arguments(monkeypatch, module.Attention, "forward", without_document_starts)
 
 
 def pairs_see_the_document_before(module, monkeypatch):
-    def masks(original, self, start, schedule):
-        found = original(self, start, schedule)
-        if "paired" in found:
-            first = start.repeat_interleave(2)  # honest: twice that, as positions are doubled
-            window = schedule.windows["paired"]
-            found["paired"] = module.first_visible_key(first, window)
-        return found
-    wrap(monkeypatch, module.GPT, "masks", masks)
+    def change(masks, arguments):
+        if "paired" in masks:
+            first = arguments["start"].repeat_interleave(2)  # honest: 2 * start, repeated
+            window = arguments["schedule"].windows["paired"]
+            masks["paired"] = module.first_visible_key(first, window)
+        return masks
+    change_result(monkeypatch, module.GPT, "masks", change)
 
 
 def ngrams_of_other_documents(module, monkeypatch):
-    def forward(original, self, tokens, position):
-        return original(self, tokens, torch.full_like(position, 99))
-    wrap(monkeypatch, module.NGramEmbed, "forward", forward)
+    def change(arguments):
+        position = arguments["position_in_document"]
+        arguments["position_in_document"] = torch.full_like(position, 99)
+    change_arguments(monkeypatch, module.NGramEmbed, "forward", change)
 
 
 def ngrams_of_later_tokens(module, monkeypatch):
-    def forward(original, self, tokens, position):
-        return original(self, tokens.roll(-1), position)
-    wrap(monkeypatch, module.NGramEmbed, "forward", forward)
+    def change(arguments):
+        arguments["tokens"] = arguments["tokens"].roll(-1)
+    change_arguments(monkeypatch, module.NGramEmbed, "forward", change)
 
 
 def reports_less(module, monkeypatch):
-    def forward(original, self, x, sources, class_ids=None, targets=None, weights=None):
-        result = original(self, x, sources, class_ids, targets, weights)
-        return result if targets is None else (result[0], 0.99 * result[1])
-    wrap(monkeypatch, module.Head, "forward", forward)
+    def change(result, arguments):
+        return (result[0], 0.99 * result[1]) if isinstance(result, tuple) else result
+    change_result(monkeypatch, module.Head, "forward", change)
 
 
 def drops_tokens(module, monkeypatch):
-    def next_targets(original, targets, K):
-        found = original(targets, K)
-        return torch.cat([torch.full_like(found[:9], -1), found[9:]])
-    wrap(monkeypatch, module, "next_targets", next_targets)
+    def change(targets, arguments):
+        return torch.cat([torch.full_like(targets[:9], -1), targets[9:]])
+    change_result(monkeypatch, module, "next_targets", change)
 
 
 def looks_at_the_target(module, monkeypatch):
-    def forward(original, self, x, sources, class_ids=None, targets=None, weights=None):
-        if targets is not None:
-            next_token = targets[:, 0].clamp(min=0)
-            x = x + self.linear.matrix()[next_token]
-        return original(self, x, sources, class_ids, targets, weights)
-    wrap(monkeypatch, module.Head, "forward", forward)
+    def change(arguments):
+        if arguments.get("targets") is not None:
+            next_token = arguments["targets"][:, 0].clamp(min=0)
+            arguments["x"] = arguments["x"] + arguments["self"].linear.matrix()[next_token]
+    change_arguments(monkeypatch, module.Head, "forward", change)
 
 
 def training_looks_at_a_later_target(module, monkeypatch):
-    def forward(original, self, x, sources, class_ids=None, targets=None, weights=None):
-        if weights is not None and len(weights) > 1:
+    def change(arguments):
+        targets = arguments.get("targets")
+        if targets is not None and targets.size(1) > 1:
             second_next = targets[:, 1].clamp(min=0)
-            x = x + self.linear.matrix()[second_next]
-        return original(self, x, sources, class_ids, targets, weights)
-    wrap(monkeypatch, module.Head, "forward", forward)
+            arguments["x"] = arguments["x"] + arguments["self"].linear.matrix()[second_next]
+    change_arguments(monkeypatch, module.Head, "forward", change)
 
 
 def weighs_the_next_token(module, monkeypatch):
-    def forward(original, self, x, sources, class_ids=None, targets=None, weights=None):
-        result = original(self, x, sources, class_ids, targets, weights)
-        return result if targets is None else (result[0], result[1] * weights[0])
-    wrap(monkeypatch, module.Head, "forward", forward)
+    def change(result, arguments):
+        if not isinstance(result, tuple):
+            return result
+        return result[0], result[1] * arguments["mtp_weights"][0]
+    change_result(monkeypatch, module.Head, "forward", change)
 
 
 def validates_with_a_sampled_softmax(module, monkeypatch):
-    def forward(original, self, tokens, targets, schedule):
+    def forward(original, bound):
         with torch.enable_grad():  # honest: no gradient, hence the full softmax
-            return original(self, tokens, targets, schedule)
+            return original(*bound.args, **bound.kwargs)
     wrap(monkeypatch, module.GPT, "forward", forward)
 
 
@@ -184,15 +204,14 @@ def skips_half_of_the_validation(module, monkeypatch):
 
 
 def validation_reports_less(module, monkeypatch):
-    wrap(monkeypatch, module, "validate", lambda original, *args: original(*args) - 0.01)
+    change_result(monkeypatch, module, "validate", lambda loss, arguments: loss - 0.01)
 
 
 def keeps_the_warm_up(module, monkeypatch):
-    def warm_up(original, model, *rest):
-        original(model, *rest)
-        weight = next(model.parameters())
+    def change(result, arguments):
+        weight = next(arguments["model"].parameters())
         weight.data *= 1.01
-    wrap(monkeypatch, module, "warm_up", warm_up)
+    change_result(monkeypatch, module, "warm_up", change)
 
 
 def keeps_the_momentum_of_the_warm_up(module, monkeypatch):
@@ -202,10 +221,9 @@ def keeps_the_momentum_of_the_warm_up(module, monkeypatch):
 
 
 def keeps_the_count_of_the_warm_up(module, monkeypatch):
-    def load_state_dict(original, self, state):
-        original(self, state)
-        self.num_updates = 8
-    wrap(monkeypatch, module.Optimizer, "load_state_dict", load_state_dict)
+    def change(result, arguments):
+        arguments["self"].num_updates = 8
+    change_result(monkeypatch, module.Optimizer, "load_state_dict", change)
 
 
 CHEATS = {  # the check that finds it; one of each check runs by default
@@ -262,7 +280,7 @@ def replace_functional(module, monkeypatch, **functions):
 
 
 def reports_a_smaller_loss(module, monkeypatch):
-    wrap(monkeypatch, module.GPT, "forward", lambda original, *args: 0.99 * original(*args))
+    change_result(monkeypatch, module.GPT, "forward", lambda loss, arguments: 0.99 * loss)
 
 
 def drops_half_of_the_tokens(module, monkeypatch):
@@ -326,8 +344,12 @@ def test_a_check_that_raises_fails(script, monkeypatch):
 def test_a_track_of_ones_own_is_allowed_but_the_public_ones_must_be_there(script, monkeypatch):
     check = validation_is_the_tracks
     own = dataclasses.replace(script.TRACKS["laptop"], target=0.0)
-    wrap(monkeypatch, script, "parse_arguments", lambda original, argv: original(
-        ["--track=laptop" if flag == "--track=mine" else flag for flag in argv]))
+
+    def as_laptop(arguments):
+        argv = arguments["argv"]
+        arguments["argv"] = ["--track=laptop" if flag == "--track=mine" else flag for flag in argv]
+
+    change_arguments(monkeypatch, script, "parse_arguments", as_laptop)
     monkeypatch.setitem(script.TRACKS, "mine", own)
     monkeypatch.setitem(fair_play.reference.TRACKS, "another", own)
     assert fair_play.run_check(check, script).verdict == "pass"

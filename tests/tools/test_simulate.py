@@ -584,7 +584,7 @@ DEFECTS = {  # the patch, more flags, the check that fails
     "a number set in a tensor of the GPU": (
         STEP.format("torch.zeros_like(loss)[None][0] = 1.0"), [], WAIT_CHECK),
     "a Python float that changes": (
-        STEP.format("model.head.cap = (model.head.cap[0] + 1.0, *model.head.cap[1:])"), [],
+        STEP.format("model.head.softcap_args = (model.head.softcap_args[0] + 1.0, 5.0, 7.5)"), [],
         "compiles nothing in the timed part"),
     "a collective of rank 0 alone": (
         STEP.format("dist.get_rank() or dist.all_reduce(loss.clone())"), [], SAME_CHECK),
