@@ -1,5 +1,5 @@
-"""Attention: both kernels against a plain softmax, rotary embeddings and one layer's attention against
-the float64 reference, paired heads, key offset, XSA."""
+"""Attention: both kernels against a plain softmax, rotary embeddings and one layer's attention
+against the float64 reference, paired heads, key offset, XSA."""
 import math
 from dataclasses import replace
 
@@ -103,7 +103,8 @@ def test_rotated_products_depend_only_on_the_distance():
 
 
 def test_rotation_agrees_with_complex_multiplication():
-    """Position p multiplies x[i] + i x[i + d / 4] by exp(-i p frequency). Half of each head stays."""
+    """Position p multiplies x[i] + i x[i + d / 4] by exp(-i p frequency). Half of each head
+    stays."""
     torch.manual_seed(0)
     frequencies = frequencies_of(16)
     x = torch.randn(10, 2, 16)
@@ -117,8 +118,8 @@ def test_rotation_agrees_with_complex_multiplication():
 
 
 def test_rotary_tables_are_as_precise_as_float32_angles():
-    """Paired heads have up to 2 * 262,144 positions in a validation. Angles of 2^19 radians are 2^-5
-    apart in float32."""
+    """Paired heads have up to 2 * 262,144 positions in a validation. Angles of 2^19 radians are
+    2^-5 apart in float32."""
     frequencies = reference_model.yarn([384], 32)[0].float()
     position = torch.tensor([0, 1, 77_777, 2 * 262_144 - 1])
     cos, sin = rotary_tables(frequencies, 2 * 262_144)[:, position]
@@ -155,7 +156,8 @@ def run_layer(hp, layer, x, tokens, value_embed=None, window=9):
 
 
 def run_reference(hp, layer, number, x, tokens, value_embed=None, window=9):
-    """The same by the reference; number: a layer of the recipe that has the same kind of attention."""
+    """The same by the reference; number: a layer of the recipe that has the same kind of
+    attention."""
     parameters = {f"blocks.{number}.attention.{name}": p.detach().double()
                   for name, p in layer.named_parameters()}
     return reference_model.attention(
@@ -226,8 +228,8 @@ def test_xsa_of_a_zero_value_is_zero_with_a_finite_gradient(recipe):
 
 
 def test_the_first_head_of_a_pair_does_not_see_the_second_at_its_own_token(recipe):
-    """The second head's key and value at a token reach the second head there, and both heads at later
-    tokens."""
+    """The second head's key and value at a token reach the second head there, and both heads at
+    later tokens."""
     torch.manual_seed(0)
     layer = make_layer(recipe, "paired")
     layer.proj.weight.data.copy_(torch.eye(32)[None])  # the output shows the heads one by one

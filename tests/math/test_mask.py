@@ -56,9 +56,9 @@ def listed(blocks, name: str) -> torch.Tensor:
 @pytest.mark.parametrize("window", [64, 200, 512])
 @pytest.mark.parametrize("seed", range(3))
 def test_block_lists_hold_each_block_once(window, seed):
-    """A block is in the list of full blocks if all of it is visible, and in the list of partial blocks
-    if only a part is. This holds for the key blocks of each query block, which the forward pass reads,
-    and for the query blocks of each key block, which the backward pass reads."""
+    """A block is in the list of full blocks if all of it is visible, and in the list of partial
+    blocks if only a part is. This holds for the key blocks of each query block, which the forward
+    pass reads, and for the query blocks of each key block, which the backward pass reads."""
     tokens = random_tokens(1024, seed, mean_length=300)
     first_key = first_visible_key(tokens[None], window)
     blocks = block_mask(first_key)
@@ -73,7 +73,8 @@ def test_block_lists_hold_each_block_once(window, seed):
 
 @pytest.mark.parametrize("kind, window", [("short", 128), ("long", 384), ("paired", 128)])
 def test_the_models_masks_agree_with_the_rule_for_both_kernels(recipe, kind, window):
-    """Two sequences. Paired heads have two positions per token, and their window counts positions."""
+    """Two sequences. Paired heads have two positions per token, and their window counts
+    positions."""
     tokens = random_tokens(512, seed=3, mean_length=150).view(2, 256)
     tokens[:, 0] = EOT  # the rule, as it is written here, knows only one sequence
     if kind == "paired":

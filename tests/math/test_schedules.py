@@ -1,4 +1,5 @@
-"""Schedules: stages, batches, learning rates, momentum, windows, rotary frequencies, target weights."""
+"""Schedules: stages, batches, learning rates, momentum, windows, rotary frequencies, and the
+weights of multi-token prediction."""
 import math
 from dataclasses import replace
 from fractions import Fraction
@@ -24,8 +25,8 @@ from train_gpt import (
 
 CPU = torch.device("cpu")
 FINEWEB = Hyperparameters()
-# 1,365 scheduled steps, then the extension of 40. Thirds of the schedule end at 455 and 910, and 95% of
-# it at 1,297 (1,296.75, rounded).
+# 1,365 scheduled steps, then the extension of 40. Thirds of the schedule end at 455 and 910, and
+# 95% of it at 1,297 (1,296.75, rounded).
 STAGE_BEGINS = (0, 455, 910, 1297, 1365)
 
 
@@ -43,8 +44,8 @@ def test_stages_of_the_fineweb_track_begin_at_the_published_steps():
 
 
 def test_batches_of_the_fineweb_track_are_the_published_ones():
-    """8, 16 and 24 sequences of 16,384 tokens in the thirds of the schedule, and 24 in the extension:
-    373.6 million tokens in all."""
+    """8, 16 and 24 sequences of 16,384 tokens in the thirds of the schedule, and 24 in the
+    extension: 373.6 million tokens in all."""
     sequences = 0
     for step in range(1405):
         assert sequences_before(step, FINEWEB) == sequences
@@ -88,9 +89,9 @@ def test_the_embedding_is_untied_once_after_two_thirds_of_the_schedule():
 
 
 def test_the_sampled_softmax_has_at_least_the_published_sizes():
-    """Published (pull request 360 of 2026-08-31): 10,240 entries at first, 14,336 after 57% of the run,
-    24,576 after 80%, all after 92%. Here each size begins with a stage, which is earlier, except for
-    one step before the last change."""
+    """Published (pull request 360 of 2026-08-31): 10,240 entries at first, 14,336 after 57% of the
+    run, 24,576 after 80%, all after 92%. Here each size begins with a stage, which is earlier,
+    except for one step before the last change."""
     sizes = [Schedule(step, FINEWEB, CPU).softmax_size for step in range(1406)]
     assert sizes == [10_240] * 455 + [14_336] * 455 + [24_576] * 387 + [0] * 109
     for step, size in enumerate(sizes[:-1]):
@@ -113,7 +114,7 @@ def test_the_sampled_softmax_has_at_least_the_published_sizes():
 @pytest.mark.parametrize("step, expected", [
     (0, 1.0),                                         # there is no warmup
     (454, 1.0), (455, 1.52),                          # the second stage begins
-    (546, 1.52),                                      # the decay begins: 0.6 of the schedule is left
+    (546, 1.52),                                      # the decay begins: 0.6 of it is left
     (547, 1.52 * 818 / 819 + 0.15 * 1 / 819),
     (909, 1.52 * 456 / 819 + 0.15 * 363 / 819),
     (910, 1.73 * 455 / 819 + 0.15 * 364 / 819),       # the third stage begins
@@ -171,7 +172,8 @@ def test_weights_of_multi_token_prediction(step, weights):
 @pytest.mark.parametrize("step, long, short", [
     (0, 3, 1), (455, 7, 3), (910, 11, 5), (1297, 11, 5), (1365, 13, 6), (1405, 20, 6)])
 def test_windows_of_the_fineweb_track_in_blocks_of_128(step, long, short):
-    """At the beginning of each stage, and in the last validation, where long layers see 20 blocks."""
+    """At the beginning of each stage, and in the last validation, where long layers see 20
+    blocks."""
     windows = {kind: w.item() for kind, w in Schedule(step, FINEWEB, CPU).windows.items()}
     assert windows == {"long": 128 * long, "short": 128 * short, "paired": 128 * short}
 
@@ -184,8 +186,8 @@ def test_short_windows_are_whole_blocks_or_the_window():
 @pytest.mark.parametrize("stage, factor",
                          [(0, 0.1), (1, 0.1170), (2, 0.1275), (3, 0.1275), (4, 0.1318)])
 def test_yarn_in_each_stage_agrees_with_the_reference(stage, factor):
-    """The frequencies agree with the formula in float64, and the factors of the attention scores with
-    the published ones."""
+    """The frequencies agree with the formula in float64, and the factors of the attention scores
+    with the published ones."""
     windows = [384, 896, 1408, 1408, 1664][:stage + 1]
     expected, expected_scale = reference_model.yarn(windows, num_frequencies=32)
     frequencies, scale = rotary_frequencies(stage, FINEWEB)
@@ -199,8 +201,8 @@ def test_yarn_in_each_stage_agrees_with_the_reference(stage, factor):
 
 
 def test_yarn_slows_down_only_dimensions_that_rotate_rarely():
-    """A dimension with more than 32 rotations in the old window keeps its frequency. One with less than
-    one rotation is slowed down by the factor by which the window grows."""
+    """A dimension with more than 32 rotations in the old window keeps its frequency. One with less
+    than one rotation is slowed down by the factor by which the window grows."""
     before = rotary_frequencies(0, FINEWEB)[0]
     after = rotary_frequencies(1, FINEWEB)[0]
     rotations = 384 * before / (2 * math.pi)

@@ -24,5 +24,8 @@ def rule(tokens: torch.Tensor, window: int) -> torch.Tensor:
         count += token == EOT
         document.append(count)
     T = len(tokens)
-    return torch.tensor([[k <= q and document[q] == document[k] and q - k < window for k in range(T)]
-                         for q in range(T)])
+    mask = torch.zeros(T, T, dtype=torch.bool)
+    for q in range(T):
+        for k in range(T):
+            mask[q, k] = k <= q and document[q] == document[k] and q - k < window
+    return mask

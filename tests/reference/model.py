@@ -91,8 +91,8 @@ def paired_heads(q, k, v, starts, window, frequencies, scale):
 
 
 def query_or_key(p, name: str, which: int, x, H: int):
-    """Q (which = 0) or K (which = 1) of x (T, D), as (T, H, d). Each matrix of the weight belongs to
-    heads 2 i and 2 i + 1; a wide one is stored transposed."""
+    """Q (which = 0) or K (which = 1) of x (T, D), as (T, H, d). Each matrix of the weight belongs
+    to heads 2 i and 2 i + 1; a wide one is stored transposed."""
     matrices = p[name + "qk.weight"]
     D = x.size(-1)
     pairs = len(matrices) // 2
@@ -230,8 +230,8 @@ def logits(model, tokens: list[int], eot_token: int, windows: dict[str, int], fr
 
 
 def yarn(windows: list[int], num_frequencies: int, scale: float = 0.1):
-    """The rotary frequencies in radians per token, and the factor of the attention scores, after the
-    windows of all stages so far."""
+    """The rotary frequencies in radians per token, and the factor of the attention scores, after
+    the windows of all stages so far."""
     frequencies = [1024 ** (-j / (num_frequencies - 1)) for j in range(num_frequencies)]
     for old, new in zip(windows, windows[1:], strict=False):
         for j, frequency in enumerate(frequencies):

@@ -66,8 +66,8 @@ def adam_settings(name):
 
 
 class ReferenceOptimizer:
-    """Muon and Adam. values and moments are dicts by the parameters' names; Muon's matrices have the
-    shape (parts, rows, columns)."""
+    """Muon and Adam. values and moments are dicts by the parameters' names; Muon's matrices have
+    the shape (parts, rows, columns)."""
 
     def __init__(self, model):
         self.values = {name: p.detach().double().clone() for name, p in model.named_parameters()}
