@@ -24,8 +24,7 @@ def rule(tokens: torch.Tensor, window: int) -> torch.Tensor:
         count += token == EOT
         document.append(count)
     T = len(tokens)
-    mask = torch.zeros(T, T, dtype=torch.bool)
+    mask = []
     for q in range(T):
-        for k in range(T):
-            mask[q, k] = k <= q and document[q] == document[k] and q - k < window
-    return mask
+        mask.append([k <= q and document[q] == document[k] and q - k < window for k in range(T)])
+    return torch.tensor(mask)
