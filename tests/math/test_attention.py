@@ -11,8 +11,8 @@ from reference.mask import EOT, random_tokens, rule
 
 import train_gpt
 from train_gpt import (
+    LAYERS,
     Attention,
-    Layer,
     Schedule,
     attention,
     block_mask,
@@ -24,6 +24,8 @@ from train_gpt import (
 )
 
 CPU = torch.device("cpu")
+# It warns that it is slow without torch.compile.
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention")
 
 
 def plain_attention(q, k, v, mask):
@@ -134,8 +136,8 @@ def test_rotary_tables_are_as_precise_as_float32_angles():
 
 def make_layer(hp, kind: str, value_table=None) -> Attention:
     """The attention of one layer, with noise on all weights that start at zero."""
-    layer = Layer(kind, value_table, skip_from=None, attn_input_layer=None, xsa=kind != "paired",
-                  mudd=False, head_skip_init=None)
+    layer = LAYERS["fineweb"][0]._replace(
+        attention=kind, value_table=value_table, xsa=kind != "paired", mudd=False)
     return away_from_zero(Attention(hp, layer))
 
 

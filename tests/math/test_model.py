@@ -14,7 +14,6 @@ from train_gpt import (
     LAYERS,
     TRACKS,
     Hyperparameters,
-    Layer,
     Linear,
     NGramEmbed,
     Schedule,
@@ -185,18 +184,22 @@ def test_the_layers_of_the_fineweb_track_are_the_published_ones():
 
 
 @pytest.mark.parametrize("num_heads, layers", [
-    # attention, value_table, skip_from, attn_input_layer, xsa, mudd, head_skip_init
-    (2, [("short", 0, None, None, True, True, None)]),  # MUDD in the first layer
-    (2, [("short", None, None, None, False, True, 0.0),  # MUDD without value embeddings
-         (None, None, 0, None, False, True, None)]),     # and without attention
-    (4, [("long", 0, None, None, True, False, 0.3),
-         ("paired", 0, None, 0, True, True, -0.5)]),
-    (3, [("short", None, None, None, True, False, None),  # an odd number of heads
-         ("long", 0, None, 0, True, False, 1.0)]),
-    (1, [("long", 0, None, None, True, False, None)])])
+    # MUDD in the first layer
+    (2, [dict(attention="short", value_table=0, xsa=True, mudd=True)]),
+    # MUDD without value embeddings, and without attention
+    (2, [dict(attention="short", mudd=True, head_skip_init=0.0), dict(skip_from=0, mudd=True)]),
+    (4, [dict(attention="long", value_table=0, xsa=True, head_skip_init=0.3),
+         dict(attention="paired", value_table=0, attn_input_layer=0, xsa=True, mudd=True,
+              head_skip_init=-0.5)]),
+    # an odd number of heads
+    (3, [dict(attention="short", xsa=True),
+         dict(attention="long", value_table=0, attn_input_layer=0, xsa=True, head_skip_init=1.0)]),
+    (1, [dict(attention="long", value_table=0, xsa=True)])])
 def test_other_tables_of_layers_have_finite_gradients_of_all_parameters(
         monkeypatch, num_heads, layers):
-    monkeypatch.setitem(LAYERS, "laptop", tuple(Layer(*layer) for layer in layers))
+    only_mlp = LAYERS["fineweb"][6]._replace(skip_from=None)
+    table = tuple(only_mlp._replace(**changes) for changes in layers)
+    monkeypatch.setitem(LAYERS, "laptop", table)
     hp = replace(parse_arguments(small.TINY), num_heads=num_heads, model_dim=16 * num_heads)
     check_hyperparameters(hp, 1)
     model = away_from_zero(build_model(hp, CPU, torch.float32, flex=False))

@@ -1,5 +1,6 @@
 """Settings: defaults and presets, flags, which hyperparameters and tables are refused."""
 import math
+import re
 from dataclasses import fields, replace
 
 import pytest
@@ -91,8 +92,10 @@ def test_presets_can_run_on_1_2_4_and_8_ranks(track):
 def test_impossible_hyperparameters_are_refused_by_name_and_value(change, name):
     hp = Hyperparameters(batch_size=9)
     check_hyperparameters(hp, world_size=3)
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(UserError) as error:
         check_hyperparameters(replace(hp, **change), world_size=3)
+    flag, value = name.split()
+    assert flag in str(error.value) and value in str(error.value)
 
 
 @pytest.mark.parametrize("track", LAYERS)
@@ -120,8 +123,8 @@ def test_a_wrong_row_is_refused_by_table_number_and_field(monkeypatch, table, ro
     with pytest.raises(UserError) as error:
         check_tables(tables["LAYERS"], tables["STAGES"])
     (field,) = change
-    for name in (table, f" {row} ", field):
-        assert name in str(error.value)
+    for name in (table, str(row), field):
+        assert re.search(rf"\b{name}\b", str(error.value))
     # A run with these tables ends before it starts.
     monkeypatch.setitem(getattr(train_gpt, table), "fineweb", tuple(rows))
     with pytest.raises(UserError, match=table):
