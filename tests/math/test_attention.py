@@ -154,7 +154,8 @@ def run_layer(hp, layer, x, tokens, value_embed=None, window=9):
             rotary=rotary_tables(frequencies, positions_per_token * len(x)),
             scale=torch.tensor(0.3),
             mask=first_visible_key(start, torch.tensor(window)),
-            mudd=None)
+            value_gates=None,
+            v_skip=None)
 
 
 def run_reference(hp, layer, number, x, tokens, value_embed=None, window=9):
@@ -223,7 +224,8 @@ def test_xsa_of_a_zero_value_is_zero_with_a_finite_gradient(recipe):
         rotary=torch.ones(2, 6, 4),
         scale=torch.tensor(1.0),
         mask=first_visible_key(torch.zeros(6, dtype=torch.long), torch.tensor(9)),
-        mudd=None)
+        value_gates=None,
+        v_skip=None)
     y.sum().backward()
     assert not y.any()
     assert x.grad.isfinite().all()
