@@ -2045,10 +2045,10 @@ class Progress:
     target_step: int | None = None  # when a validation first reached the target
     target_ms: float | None = None
 
-    def note_validation(self, val_loss: float, target: float) -> None:
+    def note_validation(self, loss: float, target: float) -> None:
         """Note a validation at `step`."""
         self.validated_step = self.step
-        if val_loss <= target and self.target_step is None:
+        if loss <= target and self.target_step is None:
             self.target_step, self.target_ms = self.step, self.train_ms
 
 

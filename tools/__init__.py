@@ -1,1 +1,1 @@
-"""Tools around the training script; each is started as `python -m tools.NAME` from the repository's root."""
+"""Tools around the training script; `python -m tools.NAME` starts one."""

@@ -55,6 +55,21 @@ def num_gpus(device: str | None) -> int:
     return torch.cuda.device_count()
 
 
+def track_of(flags: list[str], processes: int) -> str:
+    """Return the track of a run of train_gpt.py; a checkpoint can name it, too.
+
+    Raises UserError for wrong flags, so that nobody downloads data for a run that can't start.
+    """
+    import train_gpt
+
+    try:
+        settings = train_gpt.parse_arguments(flags)
+        train_gpt.check_hyperparameters(settings, processes)
+    except train_gpt.UserError as error:
+        raise UserError(str(error)) from None
+    return settings.track
+
+
 def fetch(track: str | None) -> int:
     """Fetch or build what is missing of a track's data. Returns an exit code.
 
@@ -123,7 +138,7 @@ def start(argv: list[str]) -> int:
     args, flags = parser.parse_known_args(argv)
     script = script_of(args.record)
     # The script's own parser reports a flag without its value, so here a value is optional.
-    for flag in ("--track", "--device", "--resume"):
+    for flag in ("--track", "--device"):
         parser.add_argument(flag, nargs="?")
     parser.add_argument("-h", "--help", action="store_true")
     given = parser.parse_known_args(flags)[0]
@@ -134,12 +149,11 @@ def start(argv: list[str]) -> int:
     if processes == 0:
         processes = max(num_gpus(given.device), 1)
     track = given.track
-    if track is None and given.resume is None:  # a checkpoint knows its track
-        gpus = num_gpus(given.device)
-        track = "fineweb" if gpus else "laptop"
+    if script == "train_gpt.py":
+        track = track_of(flags, processes)
+    elif track is None:  # some entries have another default
+        track = "fineweb" if num_gpus(given.device) else "laptop"
         flags = ["--track", track, *flags]
-        print(f"track {track}, because the run has {gpus} CUDA GPUs; --track chooses another",
-              flush=True)
     code = fetch(track)
     if code:
         return code

@@ -7,11 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 
+import train_gpt
 from data import run_as_program
 from tools import start
 
@@ -59,6 +61,7 @@ class Launch:
         for name, value in variables.items():
             self.monkeypatch.setenv(name, value)
         self.monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        self.monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
         try:
             return run_as_program(start.start, list(words))
         except Ended:
@@ -77,20 +80,27 @@ def launch(monkeypatch):
     (["--device", "cpu"], 8, "laptop", 1),
     (["--device=cpu", "--track=fineweb"], 8, "fineweb", 1),
     (["--track", "laptop"], 8, "laptop", 8),
-    (["--track=mine", "--num_steps", "3"], 0, "mine", 1),
 ])
 def test_track_and_number_of_processes(launch, words, gpus, track, processes):
     assert launch(*words, gpus=gpus) == 0
     assert launch.fetched == track
     assert launch.processes == processes
-    added = [] if "--track" in " ".join(words) else ["--track", track]
-    assert launch.command == ["train_gpt.py", *added, *words]
+    assert launch.command == ["train_gpt.py", *words]
 
 
-def test_a_checkpoint_decides_the_track(launch):
-    assert launch("--resume", "latest", "--num_steps=5", gpus=1) == 0
-    assert launch.fetched is None
-    assert launch.command == ["train_gpt.py", "--resume", "latest", "--num_steps=5"]
+def test_a_checkpoint_decides_the_track(launch, monkeypatch):
+    saved = {"hyperparameters": {"track": "fineweb"}, "info": {"activations": "float32"}}
+    monkeypatch.setattr(train_gpt, "open_checkpoint", lambda path: saved)
+    assert launch("--resume", "mine.pt") == 0
+    assert launch.fetched == "fineweb"
+
+
+@pytest.mark.parametrize("flag", ["--no_such_flag=1", "--num_steps=0"])
+def test_wrong_flags_end_it_before_anything_is_fetched(launch, capsys, flag):
+    assert launch(flag) == 2
+    errors = capsys.readouterr().err
+    assert len(errors.splitlines()) == 1 and flag.partition("=")[0] in errors
+    assert launch.fetched is None and launch.command is None
 
 
 def test_nproc(launch):
@@ -98,8 +108,8 @@ def test_nproc(launch):
     assert launch.processes == 2
     assert launch(NPROC="1", gpus=8) == 0
     assert launch.processes == 1
-    assert launch(NPROC="", gpus=3) == 0  # empty is unset
-    assert launch.processes == 3
+    assert launch(NPROC="", gpus=4) == 0  # empty is unset
+    assert launch.processes == 4
 
 
 @pytest.mark.parametrize("value", ["0", "two", "-1", "1.5"])
@@ -188,6 +198,28 @@ def project(tmp_path):
     return folder
 
 
+SCRIPT = """
+class UserError(Exception):
+    pass
+
+class Settings:
+    track = "laptop"
+
+def parse_arguments(flags):
+    return Settings()
+
+def check_hyperparameters(settings, processes):
+    pass
+
+if __name__ == "__main__":
+"""
+
+
+def write_script(project, body):
+    """A train_gpt.py that accepts all flags and does what body says."""
+    (project / "train_gpt.py").write_text(SCRIPT + textwrap.indent(body, "    "))
+
+
 def begin(command, cwd, **variables):
     """run.sh in a process group of its own, as a terminal starts it."""
     env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
@@ -198,8 +230,7 @@ def begin(command, cwd, **variables):
 
 def test_started_by_a_link_it_runs_in_its_own_folder(project, tmp_path):
     """The flags and the exit code pass through; the .venv beside the link is not touched."""
-    (project / "train_gpt.py").write_text(
-        "import os, sys\nprint(os.getcwd(), sys.argv)\nsys.exit(7)\n")
+    write_script(project, "import os, sys\nprint(os.getcwd(), sys.argv)\nsys.exit(7)\n")
     other = tmp_path / "other"
     (other / ".venv").mkdir(parents=True)
     (other / "first").symlink_to("../the project/run.sh")
@@ -227,8 +258,7 @@ FAILS = {
     pytest.param("user error", marks=pytest.mark.slow)])
 def test_a_rank_that_fails_is_named_in_one_line(project, kind):
     action, code, named = FAILS[kind]
-    (project / "train_gpt.py").write_text(
-        "import os, signal, sys, time\n"
+    write_script(project, "import os, signal, sys, time\n"
         f"if os.environ['RANK'] == '1':\n    {action}\n"
         "time.sleep(1000)\n")
     process = begin(["./run.sh", "--track=laptop"], project, NPROC="2")
@@ -240,8 +270,7 @@ def test_a_rank_that_fails_is_named_in_one_line(project, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_ctrl_c_ends_all_ranks(project, processes):
-    (project / "train_gpt.py").write_text(
-        "import signal, sys, time\n"
+    write_script(project, "import signal, sys, time\n"
         "signal.signal(signal.SIGINT, lambda *args: sys.exit(130))\n"
         "sys.stdout.write('started\\n')\n"
         "sys.stdout.flush()\n"
@@ -258,7 +287,7 @@ def test_ctrl_c_ends_all_ranks(project, processes):
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_download(project):
-    (project / "train_gpt.py").write_text("print('trains')\n")
+    write_script(project, "print('trains')\n")
     (project / "data" / "laptop.py").write_text(
         "import sys, time\n"
         "from data import run_as_program\n"
@@ -278,8 +307,7 @@ def test_ctrl_c_ends_a_download(project):
 def test_a_host_whose_name_does_not_resolve(project):
     if subprocess.run(["unshare", "-u", "true"], capture_output=True).returncode:
         pytest.skip("unshare is not allowed here")
-    (project / "train_gpt.py").write_text(
-        "import os, sys\nsys.stdout.write(f'rank {os.environ[\"RANK\"]}\\n')\n")
+    write_script(project, "import os, sys\nsys.stdout.write(f'rank {os.environ[\"RANK\"]}\\n')\n")
     command = "hostname no-such-host.invalid && ./run.sh --track=laptop"
     process = begin(["unshare", "-u", "bash", "-c", command], project, NPROC="2")
     out, errors = process.communicate(timeout=HANG)

@@ -73,7 +73,10 @@ def group_runs(runs: list[Run]) -> list[Group]:
     groups: dict[str, Group] = {}
     seen = set()
     for run in runs:
-        properties = [run.code_hash, run.gpu, run.world_size, run.torch, run.steps, run.config,
+        # Only logs with an environment tell the torch version reliably; a table of public logs has
+        # one row per script and hardware.
+        torch = run.torch if run.facts else None
+        properties = [run.code_hash, run.gpu, run.world_size, torch, run.steps, run.config,
                       host_entry(run)]
         key = json.dumps(properties, sort_keys=True)
         group = groups.setdefault(key, Group([], [], []))
