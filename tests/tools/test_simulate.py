@@ -262,17 +262,18 @@ def lacks_tensor_cores(record):
     record["kernels"][0]["wgmma"] = 0
 
 
-ATTENTION, KERNELS = "FlexAttention forward", "kernels compile for sm_90"
-PREDICTIONS = {"a step", "the whole run", "its price"}
+FITS, KERNELS = judge.fits_check(H100), judge.kernels_check(H100)
+ATTENTION = judge.attention_check("forward")
+PREDICTIONS = {judge.STEP, judge.RUN, judge.PRICE}
 
 
 @pytest.mark.parametrize("defect, check, verdict, without", [
-    (ends_early, "runs to its end", "FAIL", PREDICTIONS),  # half a step predicts nothing
-    (compiles_late, "compiles nothing in the timed part", "FAIL", set()),
-    (gives_up_compiling, "compiles nothing in the timed part", "FAIL", set()),
-    (waits_after_each_step, "host waits for the GPU inside a step", "FAIL", set()),
-    (waits_in_a_step, "host waits for the GPU inside a step", "FAIL", set()),
-    (is_too_large, f"fits into {H100.name}", "FAIL", set()),
+    (ends_early, judge.ENDS, "FAIL", PREDICTIONS),  # half a step predicts nothing
+    (compiles_late, judge.COMPILES, "FAIL", set()),
+    (gives_up_compiling, judge.COMPILES, "FAIL", set()),
+    (waits_after_each_step, judge.WAITS, "FAIL", set()),
+    (waits_in_a_step, judge.WAITS, "FAIL", set()),
+    (is_too_large, FITS, "FAIL", set()),
     (has_a_broken_kernel, KERNELS, "FAIL", {ATTENTION}),
     (wants_too_much_shared_memory, KERNELS, "FAIL", {ATTENTION}),
     (spills_registers, ATTENTION, "slow", set()),
@@ -301,7 +302,7 @@ def test_an_error_is_given_only_where_it_is_known(record):
         return judge.error_of(record, CARDS[card], world_size, tokens)
 
     known = f"{100 * model.ERROR:.0f} %"
-    assert known in error("H100", 8) and known in findings(record)["a step"].why
+    assert known in error("H100", 8) and known in findings(record)[judge.STEP].why
     for other in (("H100", 16), ("H200", 8), ("A100", 8), ("H100", 8, 8 * 49_152 - 1)):
         assert "%" not in error(*other)
     assert known in error("H100", 4, 8 * 49_152 - 1)
@@ -337,12 +338,12 @@ def test_a_run_in_stages_is_the_sum_over_its_real_steps(record):
         assert stage.slowest == pytest.approx(ms(10 * i + 2))
     assert judge.mean_step(found).total == pytest.approx(ms(11.5))
     lines = findings(record, price=60.0)
-    steps = [check for check in lines if check.startswith("a step")]
+    steps = [check for check in lines if check.startswith(judge.STEP)]
     assert [re.findall(r"\d+", check) for check in steps] == [["2"], ["4"], ["6"]]
     minutes = f"{1500 * ms(11.5) / 60_000:.2f}"
     for value in (minutes, "1,500", "6,000"):  # steps, tokens
-        assert value in lines["the whole run"].why
-    assert minutes in lines["its price"].why  # 60 an hour
+        assert value in lines[judge.RUN].why
+    assert minutes in lines[judge.PRICE].why  # 60 an hour
 
 
 def with_a_sampled_softmax(record):
@@ -367,26 +368,26 @@ def test_a_sampled_softmax_is_a_stage_of_its_own(record):
         (524_288, 1000, 1000), (524_288, 0, 530)]
     sampled, full = (stage.mean.ms["head and loss"] for stage in found)
     assert full / sampled == pytest.approx(50.304, rel=0.05)
-    assert sum(finding.check.startswith("a step") for finding in
+    assert sum(finding.check.startswith(judge.STEP) for finding in
                judge.predicted(record, H100, 8, None)) == 2
 
 
 @pytest.mark.parametrize("code", ["sampled", "full"])
 def test_many_instructions_a_logit_are_slow_in_every_stage(record, code):
     with_a_sampled_softmax(record)
-    assert verdicts(record)["instructions a logit"] == "ok"
+    assert verdicts(record)[judge.LOGITS] == "ok"
     (kernel,) = [kernel for kernel in record["kernels"] if kernel["code"] == code]
     kernel["instructions"] = [[320, 320], 700]
-    finding = findings(record)["instructions a logit"]
+    finding = findings(record)[judge.LOGITS]
     assert finding.verdict == "slow" and "160" in finding.why and kernel["name"] in finding.why
 
 
 def test_a_stage_that_the_short_run_does_not_reach_is_not_predicted(record):
     staged(record)["short"] = [[12, [2, [64]]]]
     lines = findings(record)
-    assert lines["a step"].verdict == "not run" and "the whole run" not in lines
+    assert lines[judge.STEP].verdict == "not run" and judge.RUN not in lines
     del staged(record)["phases"][-1]  # a step of the short run is missing
-    assert findings(record)["a step"].verdict == "not run"
+    assert findings(record)[judge.STEP].verdict == "not run"
 
 
 def test_kernels_of_a_kind_are_one_line(record):
@@ -419,9 +420,9 @@ def test_ranks_whose_collectives_differ_would_hang(record, change):
 
 def test_every_time_and_price_is_a_prediction(record):
     for check, finding in findings(record).items():
-        if re.search(r"\d (ms|s|minutes)\b", finding.why) or check == "its price":
+        if re.search(r"\d (ms|s|minutes)\b", finding.why) or check == judge.PRICE:
             assert finding.verdict == "predicted"
-    assert "its price" not in findings(record, price=None)
+    assert judge.PRICE not in findings(record, price=None)
 
 
 def test_the_sequence_is_halved_until_the_run_fits(record):
@@ -575,21 +576,19 @@ STAGES["laptop"] = tuple(
     STAGES["laptop"][0]._replace(until=until, batch_multiplier=multiplier)
     for until, multiplier in ((1 / 3, 1), (2 / 3, 2), (1.0, 4)))
 """
-WAIT_CHECK = "host waits for the GPU inside a step"
-SAME_CHECK = "first and last rank call the same collectives"
 DEFECTS = {  # the patch, more flags, the check that fails
     "nothing": ("", [], None),
-    "an item": (STEP.format("loss.item()"), [], WAIT_CHECK),
-    "a synchronization": (STEP.format("torch.cuda.synchronize()"), [], WAIT_CHECK),
+    "an item": (STEP.format("loss.item()"), [], judge.WAITS),
+    "a synchronization": (STEP.format("torch.cuda.synchronize()"), [], judge.WAITS),
     "a number set in a tensor of the GPU": (
-        STEP.format("torch.zeros_like(loss)[None][0] = 1.0"), [], WAIT_CHECK),
+        STEP.format("torch.zeros_like(loss)[None][0] = 1.0"), [], judge.WAITS),
     "a Python float that changes": (
         STEP.format("model.head.softcap_args = (model.head.softcap_args[0] + 1.0, 5.0, 7.5)"), [],
-        "compiles nothing in the timed part"),
+        judge.COMPILES),
     "a collective of rank 0 alone": (
-        STEP.format("dist.get_rank() or dist.all_reduce(loss.clone())"), [], SAME_CHECK),
-    "a batch that 8 does not divide": ("", ["--batch_size=12"], "runs to its end"),
-    "too much shared memory": (LARGE_TILES, ["--model_dim=1024"], "runs to its end"),
+        STEP.format("dist.get_rank() or dist.all_reduce(loss.clone())"), [], judge.COLLECTIVES),
+    "a batch that 8 does not divide": ("", ["--batch_size=12"], judge.ENDS),
+    "too much shared memory": (LARGE_TILES, ["--model_dim=1024"], judge.ENDS),
 }
 
 
@@ -658,6 +657,6 @@ def test_flags_that_fit_are_found_for_an_older_script(node):
     flags = ["--num_layers=8", "--sequence_length=262144"]
     report = simulation.simulate(node, script, flags, "H100", 8, None)
     failed = {finding.check for finding in report["findings"] if finding.verdict == "FAIL"}
-    assert failed == {f"fits into {H100.name}", WAIT_CHECK}, report["findings"]
+    assert failed == {FITS, judge.WAITS}, report["findings"]
     tried = report["findings"][-1]
     assert tried.verdict == "ok" and "--sequence_length=" in tried.why

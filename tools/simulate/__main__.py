@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tools.simulate.judge import (
+    COLLECTIVES,
     Finding,
     ends,
     fits,
@@ -241,8 +242,7 @@ def simulate(node: Node, script: Path, flags: list[str], card_name: str, gpus: i
             try:
                 compared = same_collectives(record, last.result())
             except CannotRun as error:
-                compared = Finding("first and last rank call the same collectives", "not run",
-                                   str(error))
+                compared = Finding(COLLECTIVES, "not run", str(error))
             findings.insert(3, compared)
     report = dict(script=str(script), card=card.name, gpus=gpus, flags=flags,
                   torch=record.get("torch"), findings=findings, kernels=record.get("kernels", []))

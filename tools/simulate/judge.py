@@ -23,6 +23,29 @@ MOST_STACK = 256  # bytes of spilled registers that an attention kernel may have
 # takes an H100 as long as 56 instructions.
 MOST_INSTRUCTIONS = 75
 
+# Names of checks
+ENDS = "runs to its end"
+COMPILES = "compiles nothing in the timed part"
+WAITS = "host waits for the GPU inside a step"
+COLLECTIVES = "first and last rank call the same collectives"
+LOGITS = "instructions a logit"
+STEP = "a step"
+RUN = "the whole run"
+PRICE = "its price"
+
+
+def fits_check(card: Card) -> str:
+    return f"fits into {card.name}"
+
+
+def kernels_check(card: Card) -> str:
+    major, minor = card.capability
+    return f"kernels compile for sm_{major}{minor}"
+
+
+def attention_check(direction: str) -> str:
+    return f"FlexAttention {direction}"
+
 
 class Finding(NamedTuple):
     """A line of the report."""
@@ -77,29 +100,27 @@ def ends(record: dict) -> Finding:
     """Does the script run to its end?"""
     lines = record["error"].strip().splitlines()
     verdict = "FAIL" if record["code"] or record["error"] else "ok"
-    return Finding("runs to its end", verdict, lines[-1][:400] if lines else "")
+    return Finding(ENDS, verdict, lines[-1][:400] if lines else "")
 
 
 def compiles(record: dict) -> Finding:
     """Is everything compiled before the clock runs?"""
-    check = "compiles nothing in the timed part"
     why = f"{record['compilations']} compilations"
     for message in record["messages"]:
         if "hit config." in message:  # other graphs of this function then run uncompiled
-            return Finding(check, "FAIL", f"{why}; {in_one_line(message)}")
+            return Finding(COMPILES, "FAIL", f"{why}; {in_one_line(message)}")
     late = [phase for phase in timed(record) if phase["compiled"]]
     if not late:
-        return Finding(check, "ok", why)
+        return Finding(COMPILES, "ok", why)
     reasons = [in_one_line(message) for message in record["messages"] if "ecompil" in message]
     names = ", ".join(sorted({phase["name"] for phase in late}))
     count = sum(phase["compiled"] for phase in late)
     why += f", {count} of them late, in {names}: {' | '.join(reasons[-2:])}"
-    return Finding(check, "FAIL", why)
+    return Finding(COMPILES, "FAIL", why)
 
 
 def waits(record: dict) -> Finding:
     """Does the host wait for the GPU inside a step?"""
-    check = "host waits for the GPU inside a step"
     # Without a warm-up, the first two steps are not timed.
     found = steps_of_the_run(record)[0 if has_warm_up(record) else 2:]
     inside, between = collections.Counter(), collections.Counter()
@@ -112,11 +133,11 @@ def waits(record: dict) -> Finding:
     only_between = [sync for sync in between if sync not in inside]
     if inside:
         counts = [f"{sync}, {n / len(found):.1f} times a step" for sync, n in inside.items()]
-        return Finding(check, "FAIL", "; ".join(counts))
+        return Finding(WAITS, "FAIL", "; ".join(counts))
     if only_between:
         why = f"never; between steps, when a line is logged: {', '.join(only_between)}"
-        return Finding(check, "ok", why)
-    return Finding(check, "ok", "never")
+        return Finding(WAITS, "ok", why)
+    return Finding(WAITS, "ok", "never")
 
 
 def fits(record: dict, card: Card) -> Finding:
@@ -126,9 +147,9 @@ def fits(record: dict, card: Card) -> Finding:
     by_phase = ", ".join(f"{name} {peak / GIB:.1f}" for name, peak in peaks(record).items())
     why = f"GiB, {usable / GIB:.1f} usable of {card.memory / GIB:.1f}: {by_phase}"
     if largest["peak"] <= usable:
-        return Finding(f"fits into {card.name}", "ok", why)
+        return Finding(fits_check(card), "ok", why)
     tensors = [f"{size / GIB:.1f} GiB {what}" for what, size in largest["peak_tensors"][:3]]
-    return Finding(f"fits into {card.name}", "FAIL", f"{why}; largest: {', '.join(tensors)}")
+    return Finding(fits_check(card), "FAIL", f"{why}; largest: {', '.join(tensors)}")
 
 
 def compiled_kernels(record: dict, card: Card) -> list[Finding]:
@@ -154,8 +175,7 @@ def compiled_kernels(record: dict, card: Card) -> list[Finding]:
 
 def compiles_for(card: Card, compiled: list[dict], broken: list[str]) -> Finding:
     """The finding about all kernels."""
-    major, minor = card.capability
-    check = f"kernels compile for sm_{major}{minor}"
+    check = kernels_check(card)
     if broken:
         return Finding(check, "FAIL", "; ".join(broken))
     if not compiled:
@@ -176,7 +196,7 @@ def attention_kernels(direction: str, kernels: list[dict], card: Card) -> Findin
            f"{span(kernels, 'spilled')} B spilled, {span(kernels, 'warps')} warps")
     if hopper:
         why += f", {span(kernels, 'wgmma')} wgmma"
-    return Finding(f"FlexAttention {direction}", "slow" if slow else "ok", why)
+    return Finding(attention_check(direction), "slow" if slow else "ok", why)
 
 
 def instructions_of_a_logit(record: dict, compiled: list[dict]) -> list[Finding]:
@@ -191,7 +211,7 @@ def instructions_of_a_logit(record: dict, compiled: list[dict]) -> list[Finding]
         return []
     each = ", ".join(f"{count:.0f} in {name[:40]}" for name, count in most.items())
     slow = sum(most.values()) > MOST_INSTRUCTIONS
-    return [Finding("instructions a logit", "slow" if slow else "ok",
+    return [Finding(LOGITS, "slow" if slow else "ok",
                     f"{each} (slow from {MOST_INSTRUCTIONS} on in all)")]
 
 
@@ -233,21 +253,20 @@ def collectives(record: dict) -> list[tuple[str, list]]:
 
 def same_collectives(first: dict, last: dict) -> Finding:
     """Do two ranks call the same collectives? A difference is a deadlock on a real node."""
-    check = "first and last rank call the same collectives"
     if last["error"] and not first["error"]:
-        return Finding(check, "FAIL", f"the last rank ends early: {ends(last).why}")
+        return Finding(COLLECTIVES, "FAIL", f"the last rank ends early: {ends(last).why}")
     a, b = collectives(first), collectives(last)
     common = min(len(a), len(b))
     differs = [i for i in range(common) if a[i] != b[i]]
     if not differs and len(a) == len(b):
-        return Finding(check, "ok", f"{len(a)} calls")
+        return Finding(COLLECTIVES, "ok", f"{len(a)} calls")
     at = differs[0] if differs else common
 
     def call(calls):
         return f"{calls[at][0]} of {calls[at][1]}" if at < len(calls) else "no call"
 
-    return Finding(check, "FAIL", f"call {at} of {len(a)} and {len(b)}: {call(a)}; the last rank: "
-                   f"{call(b)}")
+    why = f"call {at} of {len(a)} and {len(b)}: {call(a)}; the last rank: {call(b)}"
+    return Finding(COLLECTIVES, "FAIL", why)
 
 
 # --- Predictions ----------------------------------------------------------------------------------
@@ -351,11 +370,11 @@ def predicted(record: dict, card: Card, world_size: int, price: float | None) ->
     try:
         found = predictions(record, card, world_size)
     except LookupError as error:
-        return [Finding("a step", "not run", str(error))]
+        return [Finding(STEP, "not run", str(error))]
     findings, num_steps = [], sum(stage.steps for stage in found)
     for stage in found:
         error = error_of(record, card, world_size, stage.tokens)
-        name, why = "a step", predicted_step(stage, error, card, world_size)
+        name, why = STEP, predicted_step(stage, error, card, world_size)
         if len(found) > 1:
             name += f" of {stage.tokens:,} tokens"
             if stage.softmax_size:
@@ -368,10 +387,10 @@ def predicted(record: dict, card: Card, world_size: int, price: float | None) ->
     each = f"steps, {tokens:,} tokens"
     if len(found) == 1:
         each = f"steps of {found[0].tokens:,} tokens"
-    findings.append(Finding("the whole run", "predicted", f"{minutes:.2f} minutes ({error}): "
+    findings.append(Finding(RUN, "predicted", f"{minutes:.2f} minutes ({error}): "
                             f"{num_steps:,} {each}, without compilation and validation"))
     if price is not None:
-        findings.append(Finding("its price", "predicted",
+        findings.append(Finding(PRICE, "predicted",
                                 f"{price * minutes / 60:.2f} at {price:g} an hour ({error})"))
     return findings
 
