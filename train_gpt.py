@@ -167,7 +167,7 @@ STAGES = {
         #     until     batch  window  max_doc  lr    mtp_weights, at the end        tied   softmax
         Stage(1 / 3,    1,     384,    896,     1.0,  (1, 0.5, 0.25), (1, 0.5, 0),   True,  10_240),
         Stage(2 / 3,    2,     896,    2048,    1.52, (1, 0.5),       (1, 0),        True,  14_336),
-        Stage(0.95,     3,     1408,   2048,    1.73, (1,),           (1,),          False, 24_576),
+        Stage(0.927,    3,     1408,   2048,    1.73, (1,),           (1,),          False, 24_576),
         Stage(1.0,      3,     1408,   2048,    1.73, (1,),           (1,),          False, 0),
         Stage(math.inf, 3,     1664,   2048,    1.73, (1,),           (1,),          False, 0)),
     "laptop": (
@@ -188,7 +188,7 @@ class Hyperparameters:
     seed: int = setting(0, "random seed of the weights (the order of the data is fixed)")
     # work
     num_steps: int = setting(1405, "optimizer steps")
-    extension: float = setting(40 / 1405, "fraction of the steps that come after the schedule")
+    extension: float = setting(10 / 1405, "fraction of the steps that come after the schedule")
     batch_size: int = setting(8, "sequences per step over all ranks; a stage multiplies it")
     sequence_length: int = setting(16_384, "tokens per training sequence")
     micro_batch: int = setting(3, "sequences that a rank computes at once, at most")
@@ -406,9 +406,9 @@ def document_start(tokens: Tensor, eot_token: int) -> Tensor:
 
 
 def first_visible_key(start: Tensor, window: Tensor) -> Tensor:
-    """The earliest key that each query sees, (N,): in its document, within its last `window`
-    positions. start: document_start's result."""
-    return torch.maximum(start, torch.arange(len(start), device=start.device) - window + 1)
+    """The earliest key that each query sees, (N,): in its document, at most `window` positions back
+    (so with its own position, a query sees window + 1 keys). start: document_start's result."""
+    return torch.maximum(start, torch.arange(len(start), device=start.device) - window)
 
 
 def visible(query: Tensor, key: Tensor, first_key: Tensor) -> Tensor:
@@ -475,7 +475,10 @@ def gate(weight: Tensor, x: Tensor) -> Tensor:
 
 class Mudd(nn.Module):
     """A small MLP by which each token x (N, D) predicts its own n weights, (n, N, 1). At
-    initialization they are `init` for every token (MUDD, arXiv 2502.12170, record 2026-04-22)."""
+    initialization they are `init` for every token (MUDD, arXiv 2502.12170, record 2026-04-22).
+
+    The parameters are float32. Those of modded-nanogpt are bfloat16, like its gates', so that the
+    largest biases never change: an Adam update of 0.002 is below their precision."""
     def __init__(self, model_dim: int, init: tuple[float, ...]):
         super().__init__()
         self.fc = nn.Parameter(torch.empty(64, model_dim).uniform_(-1, 1) / model_dim ** 0.5)
@@ -495,17 +498,27 @@ def weighted_sum(weights: Tensor, activations: list[Tensor]) -> Tensor:
 
 
 def rotary_tables(frequencies: Tensor, N: int) -> Tensor:
-    """Cosines and sines for positions 0 to N - 1 (arXiv 2104.09864), (2, N, d / 4), float32."""
-    angle = torch.arange(N, device=frequencies.device)[:, None] * frequencies
+    """Cosines and sines for positions 0 to N - 1 (arXiv 2104.09864), (2, N, 1, d / 4), float32."""
+    angle = torch.arange(N, device=frequencies.device)[:, None, None] * frequencies
     return torch.stack([angle.cos(), angle.sin()])
+
+
+def paired_rotary_tables(frequencies: Tensor, N: int, H: int) -> Tensor:
+    """The same for paired heads, (2, N, H, d / 4): head h of token t rotates by 2 t + (h mod 2).
+
+    Its position in the pair's attention is 2 t + (h >= H / 2). The two differ in every second pair,
+    where a token's first member rotates further than its second. modded-nanogpt does so, whether
+    or not it was meant."""
+    tables = rotary_tables(frequencies, 2 * N)
+    return tables.view(2, N, 2, -1).repeat(1, 1, H // 2, 1)
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """Rotate each head's first two quarters by the angles of their positions; the other half stays.
-    x and the result: (N, H, d); rotary: (2, N, d / 4)."""
+    x and the result: (N, H, d); rotary: (2, N, H or 1, d / 4)."""
     quarter = x.size(-1) // 4
     a, b, fixed = x.float().split([quarter, quarter, 2 * quarter], dim=-1)
-    cos, sin = rotary[:, :, None]
+    cos, sin = rotary
     return torch.cat([a * cos + b * sin, b * cos - a * sin, fixed], dim=-1).to(x.dtype)
 
 
@@ -553,7 +566,8 @@ class Attention(nn.Module):
         self.v = Linear(hp.model_dim, hp.model_dim)
         self.proj = Linear(hp.model_dim, hp.model_dim)
         self.gate = nn.Parameter(torch.zeros(hp.num_heads, GATE_DIMS))
-        self.v_lambda = nn.Parameter(torch.tensor(0.5))
+        self.v_lambda = nn.Parameter(torch.tensor(0.5))     # factors of the maps V and proj
+        self.proj_lambda = nn.Parameter(torch.tensor(1.0))  # (records 2025-12-10, 2025-12-11)
         self.value_gate = self.xsa_lambdas = None
         if layer.value_table is not None and not layer.mudd:
             self.value_gate = nn.Parameter(torch.zeros(hp.num_heads, GATE_DIMS))
@@ -564,19 +578,12 @@ class Attention(nn.Module):
                 scale: Tensor, mask: Mask, value_gates: Tensor | None,
                 v_skip: Tensor | None) -> Tensor:
         """x, value_embed and the result: (N, D). is_doc_start: (N,), a document's first token.
-        rotary: (2, N, d / 4), for paired heads (2, 2 N, d / 4). scale: the softmax scale, 0-dim.
-        With MUDD, value_gates: gates of the value embeddings, (2, N, 1), one per half of the heads;
-        v_skip: what is added to V, (N, D)."""
+        rotary: (2, N, 1, d / 4), for paired heads (2, N, H, d / 4). scale: the softmax scale,
+        0-dim. With MUDD, value_gates: gates of the value embeddings, (2, N, 1), one per half of the
+        heads; v_skip: what is added to V, (N, D)."""
         N, D = x.shape
         H, d = self.num_heads, D // self.num_heads
-        # Paired heads (record 2026-01-07): heads i and i + H / 2 become one head over 2 N
-        # positions, two per token. Each pair's rows lie in one matrix of self.qk, so that Muon
-        # orthogonalizes the pair together. Reordering the weight's rows is cheaper than reordering
-        # activations.
-        P = 2 if self.kind == "paired" else 1           # positions per token
-        qk = self.qk.matrix().view(2, H // P, P, d, D)  # Q or K, pair, member of the pair, row
-        qk = qk.transpose(1, 2).reshape(2 * H * d, D)   # Q or K, member of the pair, pair, row
-        weight = torch.cat([qk, self.v.matrix()]).to(x.dtype)
+        weight = torch.cat([self.qk.matrix(), self.v.matrix()]).to(x.dtype)
         q, k, v = F.linear(x, weight).view(N, 3, H, d).unbind(1)  # each (N, H, d)
 
         v = self.v_lambda * v
@@ -591,8 +598,11 @@ class Attention(nn.Module):
                 gates = 2 * gate(self.value_gate, gate_input)
             v = v + gates[..., None] * value_embed.view_as(v)
 
-        q, k, v = (t.reshape(P * N, H // P, d) for t in (norm(q), norm(k), v))
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k = rotate(norm(q), rotary), rotate(norm(k), rotary)
+        if self.kind == "paired":
+            # Paired heads (record 2026-01-07): heads h and h + H / 2 become one head over 2 N
+            # positions, two per token.
+            q, k, v = (t.reshape(2 * N, H // 2, d) for t in (q, k, v))
         if self.kind == "long":
             # Key offset (record 2025-12-14): the half of a key that is not rotated comes from the
             # previous token of the document.
@@ -605,7 +615,7 @@ class Attention(nn.Module):
             dot = (y * v).sum(-1, keepdim=True)
             along_v = dot / (v * v).sum(-1, keepdim=True).clamp(min=1e-8)
             y = y - torch.tanh(self.xsa_lambdas).to(y.dtype)[:, None] * along_v * v
-        y = y * gate(self.gate, x[:, :GATE_DIMS])[..., None]
+        y = self.proj_lambda * gate(self.gate, x[:, :GATE_DIMS])[..., None] * y
         return self.proj(y.flatten(1))
 
 
@@ -641,8 +651,9 @@ class Block(nn.Module):
     """A transformer block: a gated skip from an earlier layer, attention, MLP.
 
     x0 and the n-gram embeddings are added after attention (records 2025-11-18, 2026-02-12); a layer
-    without attention adds neither. With MUDD, each token predicts the block's coefficients, and
-    weighted sums of (layer 0's input, attention's input, x) are added to V and to x."""
+    without attention adds neither, and layer 0, whose input has the n-grams already, adds only x0.
+    With MUDD, each token predicts the block's coefficients, and weighted sums of (layer 0's input,
+    attention's input, x) are added to V and to x."""
     def __init__(self, hp: Hyperparameters, layer: Layer):
         super().__init__()
         self.attention = Attention(hp, layer) if layer.attention else None
@@ -660,9 +671,10 @@ class Block(nn.Module):
             self.skip_lambda = nn.Parameter(torch.tensor(-1.5))
             self.skip_gate = nn.Parameter(torch.zeros(1, GATE_DIMS))
 
-    def forward(self, x: Tensor, attn_input: Tensor, x0: Tensor, ngram: Tensor, h0: Tensor | None,
-                skip: Tensor | None, value_embed: Tensor | None, is_doc_start: Tensor,
-                rotary: Tensor, scale: Tensor, mask: Mask | None) -> Tensor:
+    def forward(self, x: Tensor, attn_input: Tensor, x0: Tensor, ngram: Tensor | None,
+                h0: Tensor | None, skip: Tensor | None, value_embed: Tensor | None,
+                is_doc_start: Tensor, rotary: Tensor | None, scale: Tensor,
+                mask: Mask | None) -> Tensor:
         """x, attn_input, x0, ngram, h0, skip, value_embed and the result: (N, D). h0: layer 0's
         input, for MUDD; skip: the earlier layer's output. The last four are Attention's."""
         resid, branch = self.resid_lambdas, self.branch_lambdas  # (2,), (4,)
@@ -678,7 +690,9 @@ class Block(nn.Module):
             y = self.attention(
                 norm(attn_input), value_embed, is_doc_start, rotary, scale, mask,
                 value_gates=value_gates, v_skip=v_skip)
-            x = resid[0] * x + branch[0] * y + branch[2] * x0 + branch[3] * ngram
+            x = resid[0] * x + branch[0] * y + branch[2] * x0
+            if ngram is not None:
+                x = x + branch[3] * ngram
         return resid[1] * x + branch[1] * self.mlp(norm(x))
 
 
@@ -720,14 +734,16 @@ class GPT(nn.Module):
         """tokens, targets: (S, T), targets one token later.
 
         Returns (objective, loss), both 0-dim. objective is what training minimizes: the loss summed
-        over the tokens, not averaged, as in modded-nanogpt; Muon's and Adam's updates do not depend
-        on the gradient's scale. loss is the mean cross-entropy of the next token in nats (in
+        over the tokens, not averaged; Muon's and Adam's updates do not depend on the gradient's
+        scale. loss is the mean cross-entropy of the next token in nats (in
         training over schedule.softmax_size entries). Without gradients the loss is over the whole
         vocabulary. If targets is None, returns float32 logits (N, V), for sampling text."""
         start = document_start(tokens, self.eot_token)
         position = torch.arange(len(start), device=start.device) - start  # in the document
         masks = self.masks(start, schedule)
-        rotary = rotary_tables(schedule.frequencies, 2 * len(start))
+        single = rotary_tables(schedule.frequencies, len(start))
+        paired = paired_rotary_tables(schedule.frequencies, len(start), self.hp.num_heads)
+        rotary = {None: None, "short": single, "long": single, "paired": paired}
         tokens = tokens.flatten()
         is_doc_start = position == 0
         table = self.head.linear.weight.squeeze(0) if schedule.tied else self.embed.weight
@@ -753,7 +769,7 @@ class GPT(nn.Module):
                          schedule.attention_scale, masks)
 
     def body(self, x0: Tensor, values: tuple[Tensor, ...], ngram: Tensor, pieces: list | None,
-             mtp_weights: Tensor | None, is_doc_start: Tensor, rotary: Tensor, scale: Tensor,
+             mtp_weights: Tensor | None, is_doc_start: Tensor, rotary: dict, scale: Tensor,
              masks: dict):
         """The part of forward() after the lookups: the blocks, the head, the loss; on CUDA it is
         one compiled graph. pieces: (class ids, targets) of sample_softmax_classes for each piece.
@@ -766,12 +782,13 @@ class GPT(nn.Module):
             if layer.attn_input_layer is not None:
                 attn_input = outputs[layer.attn_input_layer]
             x = block(
-                x, attn_input, x0, ngram,
+                x, attn_input, x0,
+                ngram=None if block is self.blocks[0] else ngram,  # its input has them already
                 h0=h0 if layer.mudd else None,
                 skip=None if layer.skip_from is None else outputs[layer.skip_from],
                 value_embed=None if layer.value_table is None else values[layer.value_table],
                 is_doc_start=is_doc_start,
-                rotary=rotary if layer.attention == "paired" else rotary[:, :len(x)],
+                rotary=rotary[layer.attention],
                 scale=scale,
                 mask=masks[layer.attention])
             outputs.append(x.view_as(x))
@@ -960,6 +977,7 @@ def optimizer_groups(hp: Hyperparameters, dtype: torch.dtype) -> list[Group]:
     fast = dict(rule="adam", betas=(0.9, 0.95), decay=0.0, comm_dtype=fp32)
     slow = dict(rule="adam", betas=(0.9, 0.99), decay=0.0, comm_dtype=fp32)
     lr = hp.scalar_lr
+    gates = {**slow, "decay": hp.adam_decay * lr / 5}
     block = r"blocks\.\d+\."
     attn = block + r"attention\."
     return [
@@ -968,8 +986,8 @@ def optimizer_groups(hp: Hyperparameters, dtype: torch.dtype) -> list[Group]:
         Group("mlp_out", block + r"mlp\.proj\.weight", lr=4 * hp.muon_lr, **muon),
         Group("resid", block + "resid_lambdas", lr=lr, **fast),
         Group("branch", ".*(branch_lambdas|ngram_lambda|xsa_lambdas)", lr=lr / 5, **fast),
-        Group("scalars", ".*(v|skip|smear)_lambda", lr=lr, **slow),
-        Group("gates", attn + "(value_)?gate", lr=lr / 5, **slow),
+        Group("scalars", ".*(v|proj|skip|smear)_lambda", lr=lr, **slow),
+        Group("gates", attn + "(value_)?gate", lr=lr / 5, **gates),
         Group("mudd", r".*mudd\..*", lr=lr / 20, **slow),
         Group("skip_gate", block + "skip_gate", lr=lr / 100, **slow),
         Group("smear_gate", r"input_embedding\.smear_gate", lr=lr / 500, **slow),
@@ -1015,7 +1033,7 @@ def muon_direction(group: Group, grad: Tensor, momentum_buffer: Tensor, second_m
     direction = grad + momentum * (momentum_buffer - grad)
     direction = orthogonalize(direction.to(group.comm_dtype)).float()
     second_moment.lerp_(direction.square().mean(-1, keepdim=True), 1 - group.betas[0])
-    normalized = direction / second_moment.sqrt().clamp(min=1e-10)
+    normalized = direction * second_moment.clamp(min=1e-10).rsqrt()
     norm_before = direction.norm(dim=(-2, -1), keepdim=True)
     norm_after = normalized.norm(dim=(-2, -1), keepdim=True)
     return normalized * (norm_before / norm_after.clamp(min=1e-10))
@@ -1032,7 +1050,8 @@ def adam_direction(group: Group, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tens
         active_rows = (grad != 0).any(-1, keepdim=True).float()
     exp_avg.lerp_(grad, (1 - beta1) * active_rows)
     exp_avg_sq.lerp_(grad.square(), (1 - beta2) * active_rows)
-    return active_rows * (exp_avg / bias1) / ((exp_avg_sq / bias2).sqrt() + 1e-10)
+    # eps is added before the bias correction, as in modded-nanogpt.
+    return active_rows * (exp_avg / bias1) * bias2.sqrt() / (exp_avg_sq.sqrt() + 1e-10)
 
 
 class Rule(NamedTuple):
@@ -1065,7 +1084,9 @@ def compute_update(direction: Callable, group: Group, grad: Tensor, values: Tens
     update is applied, so it falls with the square of the schedule."""
     update = direction(group, grad, *state, *direction_args)
     if group.decay:
-        shrinks = update * values > 0
+        product = update * values
+        # Muon also decays a weight whose update is zero, as in modded-nanogpt.
+        shrinks = product >= 0 if group.rule == "muon" else product > 0
         update = update + group.decay * lr_scale * values * shrinks
     return (lr * update).to(group.comm_dtype)
 
@@ -1236,7 +1257,9 @@ def training_step(model: GPT, optimizer: Optimizer, batch: list, schedule: Sched
     mean_loss = torch.zeros((), device=batch[0][0].device)
     for tokens, targets in batch:
         objective, loss = model(tokens, targets, schedule)
-        objective.backward()
+        # modded-nanogpt's gradient is the mean over its 8 ranks. Here it is that for any number of
+        # ranks. Only the epsilons of the optimizers depend on this factor.
+        (objective / 8).backward()
         mean_loss += loss / len(batch)
     optimizer.step(schedule)
     return mean_loss
