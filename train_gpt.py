@@ -1404,7 +1404,7 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, window
     it is faster for long layers in training, but slower for paired heads, and several times slower
     in validations of 2,048 tokens (records/studies/2026-11-29_PlainCode)."""
     _, H, N, d = q.shape
-    size = window // 2
+    size = math.ceil(window / 2)
     num_chunks = math.ceil(N / size)
     padding = num_chunks * size - N
     query = torch.arange(num_chunks * size, device=q.device).view(num_chunks, size, 1)

@@ -51,9 +51,9 @@ def logits_of(model, tokens, schedule):
 
 
 @pytest.mark.parametrize("step, stage, num_heads", [
-    (0, 0, 2), (4, 1, 2), (8, 2, 2), (14, 4, 2), (8, 2, 4)])
+    (0, 0, 2), (4, 1, 2), (8, 2, 2), (14, 4, 2), (8, 2, 4), (0, 0, 6)])
 def test_logits_agree_with_the_reference(recipe, step, stage, num_heads):
-    """All 11 layers, tied and untied, up to the last validation. 4 heads make two pairs."""
+    """All 11 layers, tied and untied, up to the last validation. 4 heads make two pairs, 6 heads three."""
     hp = replace(recipe, num_heads=num_heads, model_dim=16 * num_heads)
     model = amplified(away_from_zero(build_model(hp, CPU, torch.float32, flex=False)))
     schedule = Schedule(step, hp, CPU)
@@ -82,6 +82,7 @@ def test_logits_depend_on_each_kind_of_parameter(recipe, recipe_model):
     for name in ("input_embedding.smear_lambda", "input_embedding.smear_gate",
                  "input_embedding.ngram_lambda", "value_embed.weight", "ngram.tables.0.weight",
                  "blocks.1.attention.value_gate", "blocks.4.attention.v_lambda",
+                 "blocks.4.attention.proj_lambda",
                  "blocks.3.attention.gate", "blocks.7.attention.xsa_lambdas",
                  "blocks.6.skip_lambda", "blocks.6.skip_gate", "blocks.0.mlp.proj.weight",
                  "blocks.8.branch_lambdas", "blocks.9.resid_lambdas", "blocks.10.mudd.fc",
@@ -116,15 +117,15 @@ def test_no_logit_depends_on_a_later_token_or_another_document(request, changed,
 
 
 def test_logits_depend_on_the_window(tiny_model):
-    """A window of 128 instead of 64 changes the logits from the 65th token of each document on."""
+    """A query sees the keys of its own position and of `window` positions before. So a window of
+    128 instead of 64 changes the logits from the 66th token of each document on."""
     narrow, wide = at_window(64), at_window(128)
     wide.windows["paired"] = torch.tensor(64)  # positions of half a token
     tokens = random_tokens()
     differs = (logits_of(tiny_model, tokens, narrow) != logits_of(tiny_model, tokens, wide)).any(-1)
-    assert not differs[:64].any()
-    assert differs[64:100].any()
-    assert not differs[100:164].any()
-    assert differs[164:].any()
+    for document_start, document_end in ((0, 100), (100, 256)):
+        assert not differs[document_start:document_start + 65].any()
+        assert differs[document_start + 65:document_end].all()
 
 
 @pytest.mark.parametrize("model", ["tiny_model", "recipe_model"])
@@ -301,7 +302,7 @@ def test_initial_weights_are_the_published_ones(recipe):
     model = build_model(replace(recipe, model_dim=128), CPU, torch.float32, flex=False)
     resid = [1.1 ** 0.5] * 2
     branch = [1.0, 1.0, 0.0, 0.05]
-    lambdas = {"v_lambda": 0.5, "skip_lambda": -1.5, "smear_lambda": 0.0, "ngram_lambda": 0.05}
+    lambdas = {"v_lambda": 0.5, "proj_lambda": 1.0, "skip_lambda": -1.5, "smear_lambda": 0.0, "ngram_lambda": 0.05}
     for name, p in model.named_parameters():
         p = p.detach()
         if name.endswith(("qk.weight", "v.weight", "attention.proj.weight", "fc.weight")):
