@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 import small
 import torch
+import torch.nn.functional as F
 from conftest import at_window, away_from_zero
 from reference import model as reference_model
 
+import train_gpt
 from train_gpt import (
     GPT,
     LAYERS,
@@ -123,9 +125,9 @@ def test_logits_depend_on_the_window(tiny_model):
     wide.windows["paired"] = torch.tensor(64)  # positions of half a token
     tokens = random_tokens()
     differs = (logits_of(tiny_model, tokens, narrow) != logits_of(tiny_model, tokens, wide)).any(-1)
-    for document_start, document_end in ((0, 100), (100, 256)):
-        assert not differs[document_start:document_start + 65].any()
-        assert differs[document_start + 65:document_end].all()
+    for begin, end in ((0, 100), (100, 256)):  # the two documents
+        assert not differs[begin:begin + 65].any()
+        assert differs[begin + 65:end].all()
 
 
 @pytest.mark.parametrize("model", ["tiny_model", "recipe_model"])
@@ -182,6 +184,108 @@ def test_the_layers_of_the_fineweb_track_are_the_published_ones():
     assert list(layers_with("xsa")) == [1, 3, 4, 7, 8, 10]
     assert list(layers_with("mudd")) == [10]
     assert layers_with("head_skip_init") == {3: 0.0, 7: -0.5, 9: 0.0}
+
+
+def test_the_output_map_of_each_attention_has_a_learned_factor(recipe_model):
+    """Scaling the factor by 2 gives the same logits, bit for bit, as scaling the map. There is no
+    factor in the layer without attention."""
+    model = amplified(recipe_model)
+    tokens = random_tokens(T=128)
+    schedule = Schedule(0, model.hp, CPU)
+    before = logits_of(model, tokens, schedule)
+    for layer, block in enumerate(model.blocks):
+        if block.attention is None:
+            assert layer == 6
+            continue
+        logits = []
+        for p in (block.attention.proj_lambda, block.attention.proj.weight):
+            with torch.no_grad():
+                p.mul_(2)
+                logits.append(logits_of(model, tokens, schedule))
+                p.div_(2)
+        assert torch.equal(*logits), layer
+        assert not torch.equal(logits[0], before), layer
+
+
+def test_n_grams_reach_layer_0_only_in_its_input(recipe_model):
+    """All other layers with attention add them, too, after the attention."""
+    model = amplified(recipe_model)
+    with torch.no_grad():
+        model.ngram.tables[0].weight.normal_()
+    tokens = random_tokens(T=128)
+    schedule = Schedule(0, model.hp, CPU)
+    before = logits_of(model, tokens, schedule)
+    for layer in range(10):  # layer 10 predicts its coefficients
+        coefficients = model.blocks[layer].branch_lambdas
+        with torch.no_grad():
+            coefficients[3] += 1
+            changed = (logits_of(model, tokens, schedule) - before).abs().max() > 0.01
+            coefficients[3] -= 1
+        assert changed == (layer not in (0, 6)), layer
+    with torch.no_grad():
+        model.input_embedding.ngram_lambda += 1
+    assert (logits_of(model, tokens, schedule) - before).abs().max() > 0.01
+
+
+def six_heads(recipe):
+    """The recipe's model with 6 heads of 16 dimensions, in 3 pairs."""
+    hp = replace(recipe, num_heads=6, model_dim=96)
+    return away_from_zero(build_model(hp, CPU, torch.float32, flex=False))
+
+
+def heads_of_layer_0(model, tokens):
+    """What attention in layer 0, a paired layer, gives to its output map: (T, 6, 16)."""
+    outputs = []
+    proj = model.blocks[0].attention.proj
+    hook = proj.register_forward_pre_hook(lambda module, args: outputs.append(args[0]))
+    logits_of(model, tokens, at_window(500, model.hp))
+    hook.remove()
+    return outputs[0].view(len(tokens), 6, 16)
+
+
+@pytest.mark.parametrize("matrix, heads", [
+    (0, [0, 1]), (1, [2, 3]), (2, [4, 5]),             # queries
+    (3, [0, 1, 3, 4]), (4, [2, 5, 0, 3]), (5, [4, 5, 1, 2])])  # keys, which the partner sees, too
+def test_head_h_attends_with_h_plus_3_and_shares_a_matrix_with_its_neighbor(recipe, matrix, heads):
+    """In a paired layer the softmax pairs heads (0, 3), (1, 4), (2, 5), but Muon's matrices of Q and
+    K are those of heads (0, 1), (2, 3), (4, 5)."""
+    model = six_heads(recipe)
+    tokens = random_tokens(T=128)
+    before = heads_of_layer_0(model, tokens)
+    with torch.no_grad():
+        weight = model.blocks[0].attention.qk.weight[matrix]
+        weight.copy_(weight.flip(-1))
+    differs = (heads_of_layer_0(model, tokens) - before).abs().amax((0, 2)) > 1e-3
+    assert differs.nonzero().flatten().tolist() == sorted(heads)
+
+
+def test_head_h_of_a_pair_rotates_by_twice_its_token_plus_the_parity_of_h(recipe, monkeypatch):
+    """The queries and keys that attention receives in layer 0 are those of the reference."""
+    received = []
+    attention = train_gpt.attention
+
+    def record(q, k, v, *args):
+        received.append((q, k))
+        return attention(q, k, v, *args)
+
+    monkeypatch.setattr(train_gpt, "attention", record)
+    model = six_heads(recipe)
+    weights = model.blocks[0].attention.qk.weight
+    with torch.no_grad():  # all heads have the same Q and K
+        same = weights[0, :, :16].clone()
+        weights.copy_(same.repeat(1, 2).expand_as(weights))
+    inputs = []
+    model.blocks[0].attention.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    schedule = Schedule(0, model.hp, CPU)
+    logits_of(model, random_tokens(T=128), schedule)
+    unrotated = F.rms_norm(inputs[0] @ same, (16,))
+    scaled_q, k = (t.reshape(128, 6, 16) for t in received[0])
+    q = scaled_q / schedule.attention_scale
+    for t in (0, 1, 50, 127):
+        for h in range(6):
+            expected = reference_model.rotate(unrotated[t], 2 * t + h % 2, schedule.frequencies)
+            torch.testing.assert_close(q[t, h], expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(k[t, h], expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("num_heads, layers", [
