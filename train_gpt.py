@@ -147,9 +147,9 @@ class Stage(NamedTuple):
     until: float           # its end, as a fraction of the scheduled steps; inf: the extension,
                            # which are the steps after the schedule, with learning rates at lr_floor
     batch_multiplier: int  # a step trains on batch_multiplier * batch_size sequences
-    window: int            # tokens that a query sees in a long layer (others: short_window)
-    max_doc_len: int       # documents are truncated to this many tokens; 0: not truncated. If 0 in
-                           # all stages, sequences need not begin with a document
+    window: int            # tokens before its own that a query sees in a long layer
+    max_doc_len: int       # documents are cut to this many tokens; 0: not cut. If any stage has it,
+                           # all sequences begin with a document; else the text is cut anywhere
     lr_multiplier: float   # of all learning rates, before they decay to lr_floor
     # Multi-token prediction: weights of the losses of the next token, the one after, ..., at the
     # beginning and at the end of the stage, with linear interpolation between.
@@ -329,9 +329,9 @@ def muon_momentum(step: int, hp: Hyperparameters) -> float:
 
 
 def short_window(window: int) -> int:
-    """Positions that a query sees in short and paired layers: half the window, rounded down to a
-    multiple of 128, but at least 128 or the whole window. A paired layer has two positions per
-    token, so its queries see half as many tokens."""
+    """Positions before its own that a query sees in short and paired layers: half the window,
+    rounded down to a multiple of 128, but at least 128 or the whole window. A paired layer has two
+    positions per token, so its queries see half as many tokens."""
     return max(window // 256 * 128, min(window, 128))
 
 
@@ -354,7 +354,7 @@ def rotary_frequencies(index: int, hp: Hyperparameters) -> tuple[Tensor, float]:
 
 
 class Schedule:
-    """All values that depend on the step; the model and the optimizer receive it.
+    """What the model and the optimizer need to know about the step.
 
     Values that the compiled model uses are tensors: torch.compile would recompile for each
     new Python number. softmax_size is a Python number on purpose, because it sets shapes; each of
@@ -380,7 +380,7 @@ class Schedule:
 @functools.lru_cache(maxsize=64)  # without the cache, each step would wait for copies to the GPU
 def _stage_tensors(index: int, final: bool, hp: Hyperparameters, stages: tuple[Stage, ...],
                    device: torch.device) -> tuple:
-    """Windows by kind of attention (0-dim; record 2025-09-03), rotary frequencies, score factor,
+    """Windows by kind of attention (0-dim; record 2025-09-03), rotary frequencies, softmax scale,
     and the stage's two sets of multi-token weights. final: the validation after the last step,
     which uses a larger window (record 2025-09-15)."""
     stage = stages[index]
@@ -421,7 +421,8 @@ Mask = BlockMask | Tensor  # FlexAttention (compiled, CUDA) or first_visible_key
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, max_window: int) -> Tensor:
-    """softmax(q k^T) v over the visible keys. q, k, v and the result: (N, H, d). max_window: an
+    """softmax(q k^T) v over the visible keys. q, k, v and the result: (N, H, d), or (2 N, H / 2, d)
+    for paired heads. max_window: an
     upper bound of the mask's window, which sets shapes on a CPU."""
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, H, N, d)
     if isinstance(mask, BlockMask):
@@ -477,8 +478,8 @@ class Mudd(nn.Module):
     """A small MLP by which each token x (N, D) predicts its own n weights, (n, N, 1). At
     initialization they are `init` for every token (MUDD, arXiv 2502.12170, record 2026-04-22).
 
-    The parameters are float32. Those of modded-nanogpt are bfloat16, like its gates', so that the
-    largest biases never change: an Adam update of 0.002 is below their precision."""
+    The parameters are float32. In modded-nanogpt these and the gates' are bfloat16, and the largest
+    biases never change, because an Adam update of 0.002 is rounded away."""
     def __init__(self, model_dim: int, init: tuple[float, ...]):
         super().__init__()
         self.fc = nn.Parameter(torch.empty(64, model_dim).uniform_(-1, 1) / model_dim ** 0.5)
@@ -506,9 +507,8 @@ def rotary_tables(frequencies: Tensor, N: int) -> Tensor:
 def paired_rotary_tables(frequencies: Tensor, N: int, H: int) -> Tensor:
     """The same for paired heads, (2, N, H, d / 4): head h of token t rotates by 2 t + (h mod 2).
 
-    Its position in the pair's attention is 2 t + (h >= H / 2). The two differ in every second pair,
-    where a token's first member rotates further than its second. modded-nanogpt does so, whether
-    or not it was meant."""
+    In the attention it stands at 2 t + (h >= H / 2). So if H / 2 is odd, a pair with an odd
+    h < H / 2 is rotated in reverse order. modded-nanogpt does so, whether or not it was meant."""
     tables = rotary_tables(frequencies, 2 * N)
     return tables.view(2, N, 2, -1).repeat(1, 1, H // 2, 1)
 
@@ -560,9 +560,10 @@ class Attention(nn.Module):
         self.max_window = short_window(window)
         if self.kind == "long":
             self.max_window = max(window, hp.final_window)
-        # Muon orthogonalizes Q and K in pairs of heads (record 2026-04-08), V and proj as a whole.
-        pairs = hp.num_heads // 2 if hp.num_heads % 2 == 0 else 1
-        self.qk = Linear(hp.model_dim, hp.model_dim // pairs, parts=2 * pairs)
+        # Muon orthogonalizes Q and K in matrices of two adjacent heads (record 2026-04-08; these
+        # are not the pairs of paired heads), V and proj as a whole.
+        num_matrices = hp.num_heads // 2 if hp.num_heads % 2 == 0 else 1
+        self.qk = Linear(hp.model_dim, hp.model_dim // num_matrices, parts=2 * num_matrices)
         self.v = Linear(hp.model_dim, hp.model_dim)
         self.proj = Linear(hp.model_dim, hp.model_dim)
         self.gate = nn.Parameter(torch.zeros(hp.num_heads, GATE_DIMS))
@@ -751,6 +752,7 @@ class GPT(nn.Module):
         if self.value_embed is not None:
             values = self.value_embed(tokens).split(self.hp.model_dim, -1)
         ngram = self.ngram(tokens, position)
+        # ngram has the dtype of the activations; see build_model.
         x0 = self.input_embedding(F.embedding(tokens, table), is_doc_start, ngram.dtype)
 
         mtp_weights = pieces = None
@@ -777,7 +779,8 @@ class GPT(nn.Module):
         h0 = x = x0 + self.input_embedding.ngram_lambda * ngram
         outputs = []
         for block, layer in zip(self.blocks, self.hp.layers, strict=True):
-            # view_as: if two arguments were one tensor, torch.compile would compile another graph.
+            # view_as: where blocks are compiled one by one (CPU), a block whose x and attn_input
+            # were the same tensor would be compiled once more.
             attn_input = x.view_as(x)
             if layer.attn_input_layer is not None:
                 attn_input = outputs[layer.attn_input_layer]
@@ -852,13 +855,13 @@ def sample_softmax_classes(targets: Tensor, vocab_size: int,
 
     Returns class ids (softmax_size,) and the index of each target among them (N, K): -1 for a
     target that is -1 or did not fit. (None, targets) stands for the whole vocabulary: if
-    softmax_size is 0, and for texts of more than 4 softmax_size tokens, of which too many targets
+    softmax_size is 0 or not below vocab_size, or if N > 4 * softmax_size, when too many targets
     would not fit."""
     is_sampled = 0 < softmax_size < vocab_size and len(targets) <= 4 * softmax_size
     if not is_sampled:
         return None, targets
     entry = torch.arange(vocab_size, device=targets.device)
-    order = (entry + targets.sum()) * 20_011 % vocab_size  # 20,011 is prime: a permutation
+    order = (entry + targets.sum()) * 20_011 % vocab_size  # a permutation: 20,011 is prime
     is_target = torch.zeros(vocab_size + 1, dtype=torch.int64, device=targets.device)
     is_target[targets] = 1  # target -1 sets the extra element at the end
     class_ids = (order - vocab_size * is_target[:-1]).argsort()[:softmax_size]  # targets come first
@@ -970,8 +973,8 @@ def optimizer_groups(hp: Hyperparameters, dtype: torch.dtype) -> list[Group]:
     value_decay = 5 * hp.adam_decay * hp.value_lr
     ngram_decay = 5 * hp.adam_decay * hp.ngram_lr
     head_decay = 150 * hp.adam_decay * hp.head_lr
-    # What several groups share. Muon's learning rates of the MLP have the factors 2 and 4, instead
-    # of a factor for a matrix's shape. Adam's second moment decays fast or slowly.
+    # What several groups share. Muon's usual factor for a matrix's shape is absent; instead, the
+    # MLP's groups have 2 and 4 times the learning rate. Adam's second moment decays fast or slowly.
     muon = dict(rule="muon", betas=(hp.muon_beta2,), decay=muon_decay, comm_dtype=dtype)
     table = dict(betas=(0.75, 0.95), comm_dtype=dtype)
     fast = dict(rule="adam", betas=(0.9, 0.95), decay=0.0, comm_dtype=fp32)
@@ -1061,13 +1064,14 @@ class Rule(NamedTuple):
     direction: Callable
     state: tuple[str, ...]      # state tensors of the parameter's shape
     row_state: tuple[str, ...]  # state tensors with one number per row of a matrix
-    is_matrix_rule: bool        # works on stacks of equal matrices, and updates in every step
+    is_matrix_rule: bool        # works on stacks of equal matrices
+    every_step: bool            # updates in every step, else in every adam_every-th
 
 
 RULES = {
-    "muon": Rule(muon_direction, ("momentum_buffer",), ("second_moment",), is_matrix_rule=True),
-    "adam": Rule(adam_direction, ("exp_avg", "exp_avg_sq"), (), is_matrix_rule=False),
-    "lazy_adam": Rule(adam_direction, ("exp_avg", "exp_avg_sq"), (), is_matrix_rule=False),
+    "muon": Rule(muon_direction, ("momentum_buffer",), ("second_moment",), True, every_step=True),
+    "adam": Rule(adam_direction, ("exp_avg", "exp_avg_sq"), (), False, every_step=False),
+    "lazy_adam": Rule(adam_direction, ("exp_avg", "exp_avg_sq"), (), False, every_step=False),
 }
 
 
@@ -1076,7 +1080,8 @@ def compute_update(direction: Callable, group: Group, grad: Tensor, values: Tens
                    *direction_args: Tensor) -> Tensor:
     """The update to subtract from values, in comm_dtype, before the schedule's factor lr_scale.
 
-    grad, values, state: this rank's rows of a bucket. lr: 0-dim or one number per row. lr_scale and
+    grad, values, state: this rank's rows of a bucket, (matrices, rows, columns) for Muon, (rows,
+    columns) of a table, or (numbers,). lr: 0-dim or one number per row. lr_scale and
     direction_args (momentum and bias corrections): 0-dim.
 
     Cautious weight decay (arXiv 2510.12402, records 2025-11-10, 2025-12-18) decays a weight only
@@ -1102,7 +1107,7 @@ class Optimizer:
                  world_size: int = 1):
         """dtype: of the activations. Raises UserError if a parameter is in no group or in two."""
         self.adam_every = hp.adam_every
-        self.num_updates = 0
+        self.num_updates = 0  # calls of step()
         self.update_fns = dict.fromkeys(RULES, compute_update)  # compile_model compiles them
         is_sparse = {id(module.weight) for module in model.modules()
                      if isinstance(module, nn.Embedding) and module.sparse}
@@ -1143,9 +1148,10 @@ class Optimizer:
         """Update the weights and clear the gradients, except those that Adam sums up for its next
         update. Collective."""
         self.num_updates += 1
+        # Muon updates in each step, Adam in each adam_every-th. While tied, embed has no gradient.
         adam_is_due = self.num_updates % self.adam_every == 0
         due = [bucket for bucket in self.buckets
-               if (adam_is_due or RULES[bucket.group.rule].is_matrix_rule)
+               if (adam_is_due or RULES[bucket.group.rule].every_step)
                and any(p.grad is not None for p in bucket.params)]
         for bucket in due:
             bucket.reduce_scatter_grads()
@@ -1154,12 +1160,13 @@ class Optimizer:
             group = bucket.group
             rule = RULES[group.rule]
             grad, values, state = bucket.local_grad_and_state()
-            t = self.num_updates // (1 if rule.is_matrix_rule else self.adam_every)
+            t = self.num_updates // (1 if rule.every_step else self.adam_every)
             bias_corrections = [1 - beta ** t for beta in group.betas]
             numbers = [schedule.lr_scale, schedule.momentum, *bias_corrections]  # 0-dim tensors
             update = self.update_fns[group.rule](
                 rule.direction, group, grad, values, state, bucket.lr, *map(torch.tensor, numbers))
-            updates.append(bucket.apply_update(update, state, schedule.lr_scale))
+            # Starts the all-gather. Returns None if the bucket has subtracted the update itself.
+            updates.append(bucket.start_update(update, state, schedule.lr_scale))
         for bucket, update in zip(due, updates, strict=True):
             bucket.wait()
             if update is not None:
@@ -1182,7 +1189,8 @@ class Optimizer:
 
 class BatchLoader:
     """This rank's micro-batches of each step; a thread reads ahead. Rank r reads the sequences of a
-    step whose index is r modulo W, so the batches depend neither on W nor on a resume."""
+    step whose index in the step is r modulo W, so the batches depend neither on W nor on a resume.
+    """
     def __init__(self, stream: "TokenStream", hp: Hyperparameters, runtime: "Runtime",
                  step: int = 0):
         self.stream = stream
@@ -1204,7 +1212,8 @@ class BatchLoader:
         """How often all training tokens have been read before a step."""
         index = sequences_before(step, self.hp)
         if self.first_docs is not None:
-            return int(self.first_docs[index]) // (len(self.stream.documents) - 1)
+            num_documents = len(self.stream.documents) - 1  # the last element is an end
+            return int(self.first_docs[index]) // num_documents
         return index // len(self.order)
 
     def _sequence(self, index: int, max_doc_len: int) -> tuple[Tensor, Tensor]:
@@ -1257,8 +1266,8 @@ def training_step(model: GPT, optimizer: Optimizer, batch: list, schedule: Sched
     mean_loss = torch.zeros((), device=batch[0][0].device)
     for tokens, targets in batch:
         objective, loss = model(tokens, targets, schedule)
-        # modded-nanogpt's gradient is the mean over its 8 ranks. Here it is that for any number of
-        # ranks. Only the epsilons of the optimizers depend on this factor.
+        # 1/8, not 1/W: the optimizer sums over the ranks, and modded-nanogpt averages over its 8.
+        # So the gradient is the same for any W. Only the optimizers' epsilons depend on the factor.
         (objective / 8).backward()
         mean_loss += loss / len(batch)
     optimizer.step(schedule)
@@ -1283,8 +1292,9 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
     """Train one model. Returns the exit code: 0, or 128 + n after signal n. Raises UserError."""
     track = TRACKS[hp.track]
     device = runtime.device
-    train_stream = TokenStream(track.train_files, track, hp.batch_size * hp.sequence_length + 1)
-    val_stream = TokenStream(track.val_files, track, track.val_tokens + 1)
+    min_tokens = hp.batch_size * hp.sequence_length + 1
+    train_stream = TokenStream(track.train_files, track, min_tokens)
+    val_stream = TokenStream(track.val_files, track, min_tokens=track.val_tokens + 1)
     dtype = activation_dtype(hp, device)
     compiled = is_compiled(hp, device)
     info = run_info(hp, runtime, train_stream, val_stream, dtype, compiled)
@@ -1295,7 +1305,7 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
     model = build_model(hp, device, dtype, flex, sparse)
     optimizer = Optimizer(model, hp, dtype, runtime.rank, runtime.world_size)
     compile_and_warm_up(model, optimizer, train_stream, hp, runtime, compiled)
-    progress = load_checkpoint(model, optimizer, hp, info)
+    progress = load_checkpoint(model, optimizer, hp, info)  # without --resume, of a new run
     first_step = progress.step
     loader = BatchLoader(train_stream, hp, runtime, first_step)
 
@@ -1309,10 +1319,11 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
                 optimizer.untie()
             is_last = step == hp.num_steps
             # Checkpoints don't hold the gradients that Adam sums up between its updates.
+            # (save_every is a multiple of adam_every.)
             can_save = is_last or step % hp.adam_every == 0
             stops = can_save and stop.agreed
             val_due = is_last or (hp.val_every and step % hp.val_every == 0)
-            if stops or step <= progress.validated_step:  # at step 0, or before the run was resumed
+            if stops or step <= progress.validated_step:  # not twice; step 0 counts as validated
                 val_due = False
             save_due = stops or (hp.save_every and step % hp.save_every == 0 and step > first_step)
             if val_due or save_due:  # neither counts as training time
@@ -1333,16 +1344,17 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
             if profile:
                 profile.step()
             if (step + 1) % hp.log_every == 0:
-                # Without validation and checkpoint, this is where the host waits for the device.
+                # Without validation and checkpoint, the host waits for the device only here. After
+                # that, perf_counter is what runtime.seconds() would return.
                 loss_sum, signal_sum = runtime.sum(loss, stop.number)
                 train_ms = progress.train_ms + 1000 * (time.perf_counter() - started)
                 log_metric("train_loss", loss_sum / runtime.world_size, step + 1, hp, train_ms)
                 if not math.isfinite(loss_sum):
                     raise UserError(f"the loss is not finite at step {step + 1}; use lower "
-                                    "learning rates, or --resume from a checkpoint with them")
+                                    "learning rates (they can also be given with --resume)")
                 stop.agreed = signal_sum > 0
             if loader.epoch(step + 1) > loader.epoch(step):
-                log.info(f"all {len(train_stream):,} training tokens were read; "
+                log.info(f"all {len(train_stream):,} training tokens were used; "
                          f"epoch {loader.epoch(step + 1) + 1} begins")
     loader.close()
     return finish(progress, stop, hp, runtime, info)
@@ -1450,16 +1462,16 @@ def open_shard(path: Path, get_data: str) -> np.ndarray:
 class TokenStream:
     """All shards that match a pattern, in the order of their names, as one endless stream of
     tokens."""
-    def __init__(self, pattern: str, track: Track, minimum: int):
+    def __init__(self, pattern: str, track: Track, min_tokens: int):
         """pattern: a glob below the repository. Raises UserError for damaged or missing shards, and
-        for fewer than `minimum` tokens."""
+        for fewer than min_tokens."""
         self.track = track
         self.paths = sorted(ROOT.glob(pattern))
         self.shards = [open_shard(path, track.get_data) for path in self.paths]
         self.ends = np.cumsum([0, *map(len, self.shards)])  # 0, then the end of each shard
-        if len(self) < minimum:
+        if len(self) < min_tokens:
             raise UserError(f"{ROOT / pattern}: found {len(self.paths)} shards with {len(self):,} "
-                            f"tokens, expected at least {minimum:,} tokens; run: {track.get_data}")
+                            f"tokens, expected at least {min_tokens:,}; run: {track.get_data}")
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -1667,7 +1679,7 @@ class Bucket:
             handle.wait()
         self.pending.clear()
 
-    def apply_update(self, update: Tensor, state: list[Tensor], lr_scale: float) -> Tensor | None:
+    def start_update(self, update: Tensor, state: list[Tensor], lr_scale: float) -> Tensor | None:
         """Subtract lr_scale * update from the rows of local_grad_and_state(), and start to gather
         all ranks' values. If values are more precise than comm_dtype, gather the updates instead
         and return them, for the caller to subtract after wait(). Collective."""
