@@ -2329,10 +2329,13 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         message = str(error)
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not re.search("MemoryError|out of memory|allocate memory", repr(error)):
+        if re.search("MemoryError|out of memory|allocate memory", repr(error)):
+            message = ("out of memory; use a smaller --micro_batch, then a smaller --val_length and "
+                       "--sequence_length (`./run.sh simulate` predicts the memory on a GPU)")
+        elif dist.is_initialized() and re.search("DistBackendError|Connection", repr(error)):
+            message = "the connection to another rank is lost; see why that rank ended"
+        else:
             raise
-        message = ("out of memory; use a smaller --micro_batch, then a smaller --val_length and "
-                   "--sequence_length (`./run.sh simulate` predicts the memory on a GPU)")
     finally:
         handlers = log.handlers[:]
         log.handlers.clear()
