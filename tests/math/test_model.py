@@ -55,7 +55,8 @@ def logits_of(model, tokens, schedule):
 @pytest.mark.parametrize("step, stage, num_heads", [
     (0, 0, 2), (4, 1, 2), (8, 2, 2), (14, 4, 2), (8, 2, 4), (0, 0, 6)])
 def test_logits_agree_with_the_reference(recipe, step, stage, num_heads):
-    """All 11 layers, tied and untied, up to the last validation. 4 heads make two pairs, 6 heads three."""
+    """All 11 layers, tied and untied, up to the last validation. 4 heads make two pairs, 6 heads
+    three."""
     hp = replace(recipe, num_heads=num_heads, model_dim=16 * num_heads)
     model = amplified(away_from_zero(build_model(hp, CPU, torch.float32, flex=False)))
     schedule = Schedule(step, hp, CPU)
@@ -247,8 +248,8 @@ def heads_of_layer_0(model, tokens):
     (0, [0, 1]), (1, [2, 3]), (2, [4, 5]),             # queries
     (3, [0, 1, 3, 4]), (4, [2, 5, 0, 3]), (5, [4, 5, 1, 2])])  # keys, which the partner sees, too
 def test_head_h_attends_with_h_plus_3_and_shares_a_matrix_with_its_neighbor(recipe, matrix, heads):
-    """In a paired layer the softmax pairs heads (0, 3), (1, 4), (2, 5), but Muon's matrices of Q and
-    K are those of heads (0, 1), (2, 3), (4, 5)."""
+    """In a paired layer the softmax pairs heads (0, 3), (1, 4), (2, 5), but Muon's matrices of Q
+    and K are those of heads (0, 1), (2, 3), (4, 5)."""
     model = six_heads(recipe)
     tokens = random_tokens(T=128)
     before = heads_of_layer_0(model, tokens)
@@ -406,7 +407,8 @@ def test_initial_weights_are_the_published_ones(recipe):
     model = build_model(replace(recipe, model_dim=128), CPU, torch.float32, flex=False)
     resid = [1.1 ** 0.5] * 2
     branch = [1.0, 1.0, 0.0, 0.05]
-    lambdas = {"v_lambda": 0.5, "proj_lambda": 1.0, "skip_lambda": -1.5, "smear_lambda": 0.0, "ngram_lambda": 0.05}
+    lambdas = {"v_lambda": 0.5, "proj_lambda": 1.0, "skip_lambda": -1.5, "smear_lambda": 0.0,
+               "ngram_lambda": 0.05}
     for name, p in model.named_parameters():
         p = p.detach()
         if name.endswith(("qk.weight", "v.weight", "attention.proj.weight", "fc.weight")):

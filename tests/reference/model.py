@@ -1,6 +1,7 @@
 """The recipe's model in float64, computed token by token with loops.
 
-It is written from the specification of modded-nanogpt's record of 2026-05-07 and uses nothing of
+It is written from the specification of modded-nanogpt's script of 2026-05-24, with the differences
+that the README of records/candidates/2026-11-29_ParityRecipe declares, and uses nothing of
 train_gpt.py. Layers are named by their number here, whereas train_gpt.py keeps them in a table.
 In all functions `p` is the dict of the model's parameters, from parameters().
 """
@@ -73,8 +74,8 @@ def single_heads(q, k, v, starts, window, frequencies, scale, key_offset):
 
 def paired_heads(q, k, v, starts, window, frequencies, scale):
     """H heads of T tokens become H / 2 heads of 2 T positions, by viewing (T, H, d) as
-    (2 T, H / 2, d). The rotary position of head h at token t is 2 t + (h mod 2), which the view does
-    not imply."""
+    (2 T, H / 2, d). The rotary position of head h at token t is 2 t + (h mod 2), which is not
+    always its position in the view."""
     T, H, d = q.shape
     viewed_q = q.reshape(2 * T, H // 2, d)
     viewed_k = k.reshape(2 * T, H // 2, d)
