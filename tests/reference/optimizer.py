@@ -1,7 +1,8 @@
 """The recipe's optimizers in float64, computed parameter by parameter.
 
 They are written from the specification of modded-nanogpt's script of 2026-05-24 and use nothing of
-train_gpt.py. MUDD's matrices do not decay, which is a declared difference. Learning rates, decays and betas stand here by the names of the parameters.
+train_gpt.py. MUDD's matrices do not decay, which is a declared difference. Learning rates, decays
+and betas stand here by the names of the parameters.
 """
 import re
 
@@ -92,8 +93,9 @@ class ReferenceOptimizer:
         self.moments["embed.weight"] = [moment[0].clone() for moment in head_moments]
 
     def step(self, grads, lr_scale, momentum):
-        """grads: by name, of the loss summed over the tokens of a step and divided by 8. lr_scale: the schedule's factor of all learning rates. Adam updates in
-        every second step with the summed gradients."""
+        """grads: by name, of the loss summed over the tokens of a step and divided by 8. lr_scale:
+        the schedule's factor of all learning rates. Adam updates in every second step with the
+        summed gradients."""
         self.steps += 1
         for name, grad in grads.items():
             if muon_lr_factor(name):
