@@ -1957,7 +1957,7 @@ def run_info(hp: Hyperparameters, runtime: Runtime, train_stream: TokenStream,
     fingerprints = val_stream.fingerprint(track.val_tokens + 1), train_stream.fingerprint(2 ** 26)
     run_id = f"{hp.track}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}"
     if hp.resume not in ("", "latest"):
-        run_id = Path(open_checkpoint(hp.resume)["info"]["run_id"]).name  # goes on in the same log
+        run_id = Path(str(open_checkpoint(hp.resume)["info"].get("run_id"))).name  # the same log
     return runtime.broadcast_object({
         "run_id": run_id,
         "command": sys.argv,
@@ -2227,13 +2227,25 @@ def parse_arguments(argv: list[str] | None = None) -> Hyperparameters:
         track = given.track or ("fineweb" if has_gpu else "laptop")
         parser.set_defaults(track=track, **of_track(PRESETS, track))
     else:
-        saved = open_checkpoint(resume)
-        settings = {**saved["hyperparameters"], "dtype": saved["info"]["activations"]}
-        for field in dataclasses.fields(Hyperparameters):
-            if field.name in settings and field.name not in ("resume", "profile"):
-                parser.set_defaults(**{field.name: field.type(settings[field.name])})
+        parser.set_defaults(**settings_of_checkpoint(resume))
     args = vars(parser.parse_args(argv))
     return Hyperparameters(**{**args, "resume": resume})
+
+
+def settings_of_checkpoint(path: str) -> dict:
+    """The settings of the run that saved a checkpoint. Settings that its script did not have are
+    those of the track. Raises UserError."""
+    saved = open_checkpoint(path)
+    try:
+        dtype = saved["info"]["activations"]
+        old = {**saved["hyperparameters"], "dtype": dtype}
+        settings = {"track": old["track"], **of_track(PRESETS, old["track"])}
+        for field in dataclasses.fields(Hyperparameters):
+            if field.name in old and field.name not in ("resume", "profile"):
+                settings[field.name] = field.type(old[field.name])
+        return settings
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint {path} has damaged settings: {error!r}") from None
 
 
 def require(condition: bool, message: str) -> None:
@@ -2330,8 +2342,8 @@ def main(argv: list[str] | None = None) -> int:
         message = str(error)
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if re.search("MemoryError|out of memory|allocate memory", repr(error)):
-            message = ("out of memory; use a smaller --micro_batch, then a smaller --val_length and "
-                       "--sequence_length (`./run.sh simulate` predicts the memory on a GPU)")
+            message = ("out of memory; use a smaller --micro_batch, then a smaller --val_length "
+                       "and --sequence_length (`./run.sh simulate` predicts a GPU's memory)")
         elif dist.is_initialized() and re.search("DistBackendError|Connection", repr(error)):
             message = "the connection to another rank is lost; see why that rank ended"
         else:
