@@ -14,7 +14,7 @@ import train_gpt
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CUDA = torch.device("cuda")
 # First steps of the stages of the fineweb run; at the last one there is only a validation.
-STAGE_BEGINS = (0, 455, 910, 1297, 1365, 1405)
+STAGE_BEGINS = (0, 465, 930, 1293, 1395, 1405)
 
 
 def text(num_sequences, length):
