@@ -22,6 +22,11 @@ FLAGS = {
     "laptop": [*small.TINY, *SMALLER, "--num_steps=3", "--model_dim=24"],
     "recipe": [*small.RECIPE, *SMALLER, "--num_steps=8", "--extension=0.25"]}
 
+# What a checkpoint says about its run; load_checkpoint reports differences.
+INFO = dict.fromkeys(
+    ["code_hash", "data_fingerprint", "train_tokens", "activations", "torch", "device"], "same")
+INFO["run_id"] = "laptop-20260101-000000-aaaaaa"
+
 
 class Handle:
     """The handle of a collective that is complete."""
@@ -131,8 +136,9 @@ def gradients_of_first_step(model, optimizer, stream, hp, runtime):
     return gradients
 
 
-def train_some(hp, rank=0, world_size=1, comm_dtype=torch.float32):
-    """All that a rank knows after the scheduled steps, in a dictionary."""
+def train_some(hp, rank=0, world_size=1, comm_dtype=torch.float32, save_at=None):
+    """All that a rank knows after the scheduled steps, in a dictionary. hp.resume names the checkpoint to
+    begin with. save_at: end at this step, with a checkpoint."""
     runtime = train_gpt.Runtime(rank, world_size, CPU)
     stream = train_gpt.TokenStream("x_*.bin", train_gpt.TRACKS["laptop"], 1)
     model = train_gpt.build_model(hp, CPU, torch.float32, flex=False)
@@ -142,10 +148,16 @@ def train_some(hp, rank=0, world_size=1, comm_dtype=torch.float32):
             p.add_(0.05 * torch.randn(p.shape, generator=generator))
     optimizer = train_gpt.Optimizer(model, hp, comm_dtype, rank, world_size)
     gradients = gradients_of_first_step(model, optimizer, stream, hp, runtime)
+    progress = train_gpt.load_checkpoint(model, optimizer, hp, INFO)
 
-    loader = train_gpt.BatchLoader(stream, hp, runtime)
+    loader = train_gpt.BatchLoader(stream, hp, runtime, progress.step)
     losses = []
-    for step in range(hp.scheduled_steps):
+    for step in range(progress.step, hp.scheduled_steps):
+        if step == save_at:
+            progress.step = step
+            train_gpt.save_checkpoint(progress, model, optimizer, hp, runtime, INFO)
+            loader.close()
+            return None
         schedule = train_gpt.Schedule(step, hp, CPU)
         if schedule.unties:
             optimizer.untie()
@@ -204,6 +216,27 @@ def test_any_number_of_ranks_is_one(setup, monkeypatch, tables, batch_size, worl
     if tables == "recipe":
         weights = alone["model"]
         assert not torch.equal(weights["embed.weight"], weights["head.linear.weight"][0])
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
+def test_another_number_of_ranks_resumes(setup, monkeypatch, before, after):
+    """From a checkpoint in the middle of the second stage, before the untying, that another number of
+    ranks has saved."""
+    hp = dataclasses.replace(setup("recipe", 2), num_steps=12)  # stages begin at steps 0, 3, 6, ...
+    hp.folder.mkdir(parents=True)
+    alone = train_some(hp)
+    with monkeypatch.context() as patch:
+        ranks = ThreadRanks(before, patch)
+        ranks.run(lambda rank: train_some(hp, rank, before, save_at=4))
+    (path,) = hp.folder.glob("*.pt")
+    hp = dataclasses.replace(hp, resume=str(path))
+    with monkeypatch.context() as patch:
+        ranks = ThreadRanks(after, patch)
+        results = ranks.run(lambda rank: train_some(hp, rank, after))
+    for result in results:
+        assert result["losses"] == pytest.approx(alone["losses"][4:], abs=1e-4)
+        assert_alike(result["model"], alone["model"])
+        assert_alike(result["optimizer"], alone["optimizer"])
 
 
 def test_rounded_updates_reach_all_ranks(setup, monkeypatch):
