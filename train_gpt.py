@@ -7,16 +7,17 @@
     python train_gpt.py --help              # every setting, with its unit and default
 
 @CLAIM@
-The task and nearly all ideas come from modded-nanogpt, https://github.com/KellerJordan/modded-nanogpt.
-This recipe ports its script of 2026-05-24 (MUDD and XSA) to plain PyTorch and adds a sampled
-softmax. "Record 2025-12-14" in a comment is the folder of that date in modded-nanogpt's records/;
-other ideas are cited by their arXiv number.
+The task and nearly all ideas come from modded-nanogpt,
+https://github.com/KellerJordan/modded-nanogpt. This recipe ports its script of 2026-05-24 (MUDD and
+XSA) to plain PyTorch and adds a sampled softmax. "Record 2025-12-14" in a comment is the folder of
+that date in modded-nanogpt's records/; other ideas are cited by their arXiv number.
 
 `./run.sh` sets up Python and the data, then starts this script. Each run writes a log to
 records/scratch/<run_id>.txt: this source, the environment, the losses.
 
 Shapes in comments: S sequences of T tokens; N = S T tokens in all; D model width; H heads of width
-d; V vocabulary entries; K prediction targets of a token (the next one, the one after, ...); W ranks.
+d; V vocabulary entries; K prediction targets of a token (the next one, the one after, ...); W
+ranks.
 """
 import argparse
 import dataclasses
@@ -27,7 +28,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import platform
 import re
 import resource
@@ -55,7 +55,6 @@ try:
     from torch import Tensor, nn
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
     from tqdm import tqdm
-    from tqdm.contrib.logging import logging_redirect_tqdm
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
@@ -78,10 +77,10 @@ class Track:
     """What an entry may not change. Paths are relative to the repository."""
     train_files: str
     val_files: str
-    val_tokens: int   # every validation predicts the first val_tokens tokens of the validation files
+    val_tokens: int   # a validation predicts so many tokens, the first of the validation files
     vocab_size: int   # all token ids are smaller
     eot_token: int    # stands before each document
-    shuffled: bool    # read sequences in a fixed random order, because neighbors in the files are alike
+    shuffled: bool    # sequences are read in a fixed random order, because neighbors are alike
     target: float     # validation loss to reach, in nats per token
     get_data: str     # the command that downloads or builds the data
 
@@ -113,16 +112,17 @@ class Layer(NamedTuple):
     attention: str | None         # "short" or "long" window, "paired" heads; None: only an MLP
     value_table: int | None       # which table of value embeddings its attention adds
     skip_from: int | None         # earlier layer whose output is added to this layer's input
-    attn_input_layer: int | None  # earlier layer whose output attention reads; None: the layer's input
-    xsa: bool                     # remove from attention's output its part along the token's own value
-    mudd: bool                    # each token predicts the weights of the activations that are summed
-    head_skip_init: float | None  # initial weight of this layer's output in the head; None: not used
+    attn_input_layer: int | None  # earlier layer whose output attention reads; None: its own input
+    xsa: bool                     # attention's output loses its part along the token's own value
+    mudd: bool                    # each token predicts the block's coefficients
+    head_skip_init: float | None  # initial weight of the layer's output in the head; None: unused
 
 
 LAYERS = {
     "fineweb": (
         # Paired heads: record 2026-01-07. Value tables: 2026-02-03. No attention in layer 6:
-        # 2025-09-21. Skip: 2025-11-18. Attention input: 2026-03-06. XSA: 2026-04-29. MUDD: 2026-04-22.
+        # 2025-09-21. Skip: 2025-11-18. Attention input: 2026-03-06. XSA: 2026-04-29. MUDD and
+        # head_skip_init: 2026-04-22.
         #     attention  value_table  skip_from  attn_input  xsa    mudd   head_skip_init
         Layer("paired",  None,        None,      None,       False, False, None),
         Layer("short",   0,           None,      None,       True,  False, None),
@@ -143,15 +143,17 @@ LAYERS = {
 
 class Stage(NamedTuple):
     """The settings of one part of the run."""
-    until: float                       # its end, as a share of the scheduled steps; inf: the extension
-    batch_multiplier: int              # a step trains on batch_multiplier * batch_size sequences
-    window: int                        # tokens that a query sees in a long layer (others: short_window)
-    max_doc_len: int                   # documents are cut to so many tokens; 0: plain text, not packed
-    lr_multiplier: float               # of all learning rates, before they decay to lr_floor
-    mtp_weights: tuple[float, ...]     # multi-token prediction: weights of the losses of the next token,
-    mtp_weights_end: tuple[float, ...]  # the one after, ... at the beginning and the end of the stage
-    tied: bool                         # embedding and head are one matrix
-    softmax_size: int                  # vocabulary entries in the sampled softmax; 0: all of them
+    until: float           # its end, as a share of the scheduled steps; inf: the extension
+    batch_multiplier: int  # a step trains on batch_multiplier * batch_size sequences
+    window: int            # tokens that a query sees in a long layer (others: short_window)
+    max_doc_len: int       # documents are cut to so many tokens; 0: plain text, not packed
+    lr_multiplier: float   # of all learning rates, before they decay to lr_floor
+    # Multi-token prediction: weights of the losses of the next token, the one after, ..., at the
+    # beginning and at the end of the stage, with linear interpolation between.
+    mtp_weights: tuple[float, ...]
+    mtp_weights_end: tuple[float, ...]
+    tied: bool             # embedding and head are one matrix
+    softmax_size: int      # vocabulary entries in the sampled softmax; 0: all of them
 
 
 STAGES = {
@@ -186,15 +188,15 @@ class Hyperparameters:
     extension: float = setting(40 / 1405, "share of the steps that come after the schedule's end")
     batch_size: int = setting(8, "sequences per step over all ranks; a stage multiplies it")
     sequence_length: int = setting(16_384, "tokens per training sequence")
-    micro_batch: int = setting(3, "most sequences that a rank computes at once; uses less memory if low")
+    micro_batch: int = setting(3, "sequences that a rank computes at once, at most")
     val_length: int = setting(262_144, "tokens per validation sequence")
     # model
     num_heads: int = setting(6, "attention heads")
     model_dim: int = setting(768, "width of the residual stream")
-    ngrams: int = setting(2, "attention layers add embeddings of the 2- to n-grams that end at a token")
+    ngrams: int = setting(2, "n-gram embeddings for n from 2 to this")
     ngram_rows: int = setting(251_520, "rows of the hash table of each n")
     attention_scale: float = setting(0.1, "factor of the attention scores at the first window")
-    final_window: int = setting(2560, "tokens that a query sees in a long layer in the last validation")
+    final_window: int = setting(2560, "window of the long layers in the last validation, in tokens")
     logit_cap: float = setting(23.0, "softcap: logits z become cap * sigmoid((z + shift) / scale)")
     logit_shift: float = setting(5.0, "softcap: shift")
     logit_scale: float = setting(7.5, "softcap: scale")
@@ -204,7 +206,7 @@ class Hyperparameters:
     ngram_lr: float = setting(0.6, "Adam learning rate of the n-gram embeddings")
     ngram_rule: str = setting(
         "adam", "lazy_adam skips rows that did not occur in the batch", ("adam", "lazy_adam"))
-    scalar_lr: float = setting(0.04, "Adam learning rate of scalars; optimizer_groups derives others")
+    scalar_lr: float = setting(0.04, "Adam learning rate of scalars; see optimizer_groups")
     adam_every: int = setting(2, "Adam updates once in so many steps, with their summed gradients")
     adam_decay: float = setting(0.005, "weight decay of Adam's matrices; see optimizer_groups")
     muon_lr: float = setting(0.023, "Muon learning rate of the attention matrices")
@@ -220,13 +222,13 @@ class Hyperparameters:
     val_every: int = setting(125, "steps between validations; 0: only at the end")
     log_every: int = setting(10, "steps between log lines with the training loss")
     save_every: int = setting(0, "steps between checkpoints; 0: only when a signal stops the run")
-    resume: str = setting("", "checkpoint to continue, with its settings; latest: the newest one, if any")
+    resume: str = setting("", "checkpoint to continue from, with its settings; or: latest")
     entry: str = setting("scratch", "folder below records/ for the log and the checkpoints")
     device: str = setting("auto", "auto: CUDA if there is a GPU", ("auto", "cuda", "cpu"))
     dtype: str = setting(
-        "auto", "of activations; auto: bfloat16 if the device has instructions for it, else float32",
+        "auto", "of activations; auto: bfloat16 if the device has instructions for it",
         ("auto", "bfloat16", "float32"))
-    compile: str = setting("auto", "torch.compile; auto: on for CUDA, off on a CPU", ("auto", "on", "off"))
+    compile: str = setting("auto", "torch.compile; auto: on CUDA only", ("auto", "on", "off"))
     profile: bool = setting(False, "write a trace of three training steps beside the log")
 
     @property
@@ -302,8 +304,8 @@ def tokens_before(step: int, hp: Hyperparameters) -> int:
 
 
 def lr_scale(step: int, hp: Hyperparameters) -> float:
-    """The factor of all learning rates: the stage's multiplier, then a linear decay to lr_floor, which
-    holds in the extension (trapezoid: arXiv 2405.18392; stages: record 2025-11-29)."""
+    """The factor of all learning rates: the stage's multiplier, then a linear decay to lr_floor,
+    which holds in the extension (trapezoid: arXiv 2405.18392; stages: record 2025-11-29)."""
     remaining = max(hp.scheduled_steps - step, 0) / hp.scheduled_steps
     flat = min(remaining / hp.cooldown, 1.0)
     return flat * hp.stages[stage_index(step, hp)].lr_multiplier + (1 - flat) * hp.lr_floor
@@ -332,8 +334,8 @@ def rotary_frequencies(index: int, hp: Hyperparameters) -> tuple[Tensor, float]:
     """The rotary frequencies of stage `index`, (d / 4,) radians per token, and the factor of the
     attention scores.
 
-    Half of each head's dimensions are not rotated, and the base is 1024 (record 2024-12-17). When the
-    window grows, dimensions that rotate fewer than 32 times in it are slowed down (YaRN, arXiv
+    Half of each head's dimensions are not rotated, and the base is 1024 (record 2024-12-17). When
+    the window grows, dimensions that rotate fewer than 32 times in it are slowed down (YaRN, arXiv
     2309.00071, record 2025-09-10)."""
     frequencies = 1024 ** -torch.linspace(0, 1, hp.model_dim // hp.num_heads // 4)
     scale = hp.attention_scale
@@ -349,9 +351,9 @@ def rotary_frequencies(index: int, hp: Hyperparameters) -> tuple[Tensor, float]:
 class Schedule:
     """All values that depend on the step; the model and the optimizer receive it.
 
-    Values that are used inside compiled code are tensors: torch.compile would recompile for each new
-    Python number. softmax_size is a Python number on purpose, because it sets shapes; each of its
-    values is compiled once, in the warm-up."""
+    Values that are used inside compiled code are tensors: torch.compile would recompile for each
+    new Python number. softmax_size is a Python number on purpose, because it sets shapes; each of
+    its values is compiled once, in the warm-up."""
     def __init__(self, step: int, hp: Hyperparameters, device: torch.device):
         index = stage_index(step, hp)
         stage = hp.stages[index]
@@ -373,9 +375,9 @@ class Schedule:
 @functools.lru_cache(maxsize=64)  # without the cache, each step would wait for copies to the GPU
 def _stage_tensors(index: int, final: bool, hp: Hyperparameters, stages: tuple[Stage, ...],
                    device: torch.device) -> tuple:
-    """Windows by kind of attention (0-dim; record 2025-09-03), rotary frequencies, score factor, and
-    the stage's two sets of multi-token weights. final: the validation after the last step, which uses
-    a larger window (record 2025-09-15)."""
+    """Windows by kind of attention (0-dim; record 2025-09-03), rotary frequencies, score factor,
+    and the stage's two sets of multi-token weights. final: the validation after the last step,
+    which uses a larger window (record 2025-09-15)."""
     stage = stages[index]
     frequencies, scale = rotary_frequencies(index, hp)
     window = torch.tensor(hp.final_window if final else stage.window, device=device)
@@ -399,8 +401,8 @@ def document_start(tokens: Tensor, eot_token: int) -> Tensor:
 
 
 def first_visible_key(start: Tensor, window: Tensor) -> Tensor:
-    """The earliest key that each query sees, (N,): in its document, within its last `window` positions.
-    start: document_start's result."""
+    """The earliest key that each query sees, (N,): in its document, within its last `window`
+    positions. start: document_start's result."""
     return torch.maximum(start, torch.arange(len(start), device=start.device) - window + 1)
 
 
@@ -430,7 +432,8 @@ GATE_DIMS = 12  # gates read only the first 12 dimensions of their input (record
 
 
 def norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension, without learned scale. Its eps is float32's machine epsilon."""
+    """RMSNorm over the last dimension, without learned scale. Its eps is float32's machine epsilon.
+    """
     return F.rms_norm(x, (x.size(-1),))
 
 
@@ -506,12 +509,14 @@ class NGramEmbed(nn.Module):
     def __init__(self, hp: Hyperparameters, sparse: bool):
         super().__init__()
         self.tables = nn.ModuleList(
-            nn.Embedding(hp.ngram_rows, hp.model_dim, sparse=sparse) for _ in range(2, hp.ngrams + 1))
+            nn.Embedding(hp.ngram_rows, hp.model_dim, sparse=sparse)
+            for _ in range(2, hp.ngrams + 1))
         for table in self.tables:
             nn.init.zeros_(table.weight)
 
     def forward(self, tokens: Tensor, position_in_document: Tensor) -> Tensor:
-        """Both (N,). Returns (N, D). An n-gram that would begin before the document uses the last row."""
+        """Both (N,). Returns (N, D). An n-gram that would begin before the document uses the last
+        row."""
         code = self.MULTIPLIERS[0] * tokens
         total = None
         for distance, table in enumerate(self.tables, start=1):
@@ -523,13 +528,16 @@ class NGramEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with QK-norm (arXiv 2010.04245), rotary and value embeddings, and gates."""
+    """Causal self-attention with QK-norm (arXiv 2010.04245), rotary and value embeddings, and
+    gates."""
     def __init__(self, hp: Hyperparameters, layer: Layer):
         super().__init__()
         self.num_heads = hp.num_heads
         self.kind = layer.attention
         window = max(stage.window for stage in hp.stages)
-        self.max_window = max(window, hp.final_window) if self.kind == "long" else short_window(window)
+        self.max_window = short_window(window)
+        if self.kind == "long":
+            self.max_window = max(window, hp.final_window)
         # Muon orthogonalizes Q and K by pairs of heads (record 2026-04-08), V and the output whole.
         pairs = hp.num_heads // 2 if hp.num_heads % 2 == 0 else 1
         self.qk = Linear(hp.model_dim, hp.model_dim // pairs, parts=2 * pairs)
@@ -537,23 +545,26 @@ class Attention(nn.Module):
         self.proj = Linear(hp.model_dim, hp.model_dim)
         self.gate = nn.Parameter(torch.zeros(hp.num_heads, GATE_DIMS))
         self.v_lambda = nn.Parameter(torch.tensor(0.5))
-        has_value_gate = layer.value_table is not None and not layer.mudd
-        self.value_gate = nn.Parameter(torch.zeros(hp.num_heads, GATE_DIMS)) if has_value_gate else None
-        self.xsa_lambdas = nn.Parameter(torch.zeros(hp.num_heads)) if layer.xsa else None
+        self.value_gate = self.xsa_lambdas = None
+        if layer.value_table is not None and not layer.mudd:
+            self.value_gate = nn.Parameter(torch.zeros(hp.num_heads, GATE_DIMS))
+        if layer.xsa:
+            self.xsa_lambdas = nn.Parameter(torch.zeros(hp.num_heads))
 
     def forward(self, x: Tensor, value_embed: Tensor | None, is_doc_start: Tensor, rotary: Tensor,
                 scale: Tensor, mask: Mask, mudd: tuple[Tensor, Tensor] | None) -> Tensor:
         """x, value_embed and the result: (N, D). is_doc_start: (N,), a document's first token.
         rotary: (2, N, d / 4), for paired heads (2, 2 N, d / 4). scale: 0-dim factor of the scores.
-        mudd: None, or gates of the value embeddings (2, N, 1), one per half of the heads, and what is
-        added to V, (N, D)."""
+        mudd: None, or gates of the value embeddings (2, N, 1), one per half of the heads, and what
+        is added to V, (N, D)."""
         N, D = x.shape
         H, d = self.num_heads, D // self.num_heads
-        # Paired heads (record 2026-01-07): heads i and i + H / 2 become one head over 2 N positions,
-        # two per token. Each pair's rows lie in one matrix of self.qk, so that Muon orthogonalizes the
-        # pair together. Reordering the rows of the weight is cheaper than reordering activations.
-        P = 2 if self.kind == "paired" else 1       # positions per token
-        qk = self.qk.matrix().view(2, H // P, P, d, D)  # Q or K, pair, member of the pair, row, input
+        # Paired heads (record 2026-01-07): heads i and i + H / 2 become one head over 2 N
+        # positions, two per token. Each pair's rows lie in one matrix of self.qk, so that Muon
+        # orthogonalizes the pair together. To reorder rows of the weight is cheaper than to reorder
+        # activations.
+        P = 2 if self.kind == "paired" else 1           # positions per token
+        qk = self.qk.matrix().view(2, H // P, P, d, D)  # Q or K, pair, member of the pair, row
         qk = qk.transpose(1, 2).reshape(2 * H * d, D)   # Q or K, member of the pair, pair, row
         weight = torch.cat([qk, self.v.matrix()]).to(x.dtype)
         q, k, v = F.linear(x, weight).view(N, 3, H, d).unbind(1)  # each (N, H, d)
@@ -574,7 +585,8 @@ class Attention(nn.Module):
         q, k, v = (t.reshape(P * N, H // P, d) for t in (norm(q), norm(k), v))
         q, k = rotate(q, rotary), rotate(k, rotary)
         if self.kind == "long":
-            # Key offset (record 2025-12-14): dimensions that are not rotated come from the token before.
+            # Key offset (record 2025-12-14): the dimensions that are not rotated are those of the
+            # token before.
             before = torch.where(is_doc_start[:, None, None], k, k.roll(1, 0))
             k = torch.cat([k[..., :d // 2], before[..., d // 2:]], dim=-1)
         y = attention(scale * q, k, v, mask, self.max_window)
@@ -619,9 +631,9 @@ class InputEmbedding(nn.Module):
 class Block(nn.Module):
     """A transformer block: a gated skip from an earlier layer, attention, MLP.
 
-    x0 and the n-gram embeddings are added after attention (records 2025-11-18, 2026-02-12). With MUDD,
-    each token predicts the block's coefficients, and weighted sums of (layer 0's input, attention's
-    input, x) are added to V and to x."""
+    x0 and the n-gram embeddings are added after attention (records 2025-11-18, 2026-02-12). With
+    MUDD, each token predicts the block's coefficients, and weighted sums of (layer 0's input,
+    attention's input, x) are added to V and to x."""
     def __init__(self, hp: Hyperparameters, layer: Layer):
         super().__init__()
         self.attention = Attention(hp, layer) if layer.attention else None
@@ -653,13 +665,15 @@ class Block(nn.Module):
             skip = 2 * gate(self.skip_gate, x0[:, :GATE_DIMS]) * skip
             x = x + torch.sigmoid(self.skip_lambda) * skip
         if self.attention is not None:
-            y = self.attention(norm(attn_input), value_embed, is_doc_start, rotary, scale, mask, mudd)
+            y = self.attention(
+                norm(attn_input), value_embed, is_doc_start, rotary, scale, mask, mudd)
             x = resid[0] * x + branch[0] * y + branch[2] * x0 + branch[3] * ngram
         return resid[1] * x + branch[1] * self.mlp(norm(x))
 
 
 class GPT(nn.Module):
-    """The model. flex: attention by FlexAttention; sparse: sparse gradients of the n-gram tables."""
+    """The model. flex: attention by FlexAttention; sparse: sparse gradients of the n-gram tables.
+    """
     def __init__(self, hp: Hyperparameters, flex: bool = False, sparse: bool = False):
         super().__init__()
         self.hp = hp
@@ -684,10 +698,10 @@ class GPT(nn.Module):
         """The mask of each kind of attention, from document_start's (N,)."""
         masks = {None: None}
         for kind in {layer.attention for layer in self.hp.layers} - {None}:
+            start_of_kind = start
             if kind == "paired":  # two positions per token
-                first_key = first_visible_key((2 * start).repeat_interleave(2), schedule.windows[kind])
-            else:
-                first_key = first_visible_key(start, schedule.windows[kind])
+                start_of_kind = (2 * start).repeat_interleave(2)
+            first_key = first_visible_key(start_of_kind, schedule.windows[kind])
             masks[kind] = block_mask(first_key, self.block_lists) if self.flex else first_key
         return masks
 
@@ -717,8 +731,8 @@ class GPT(nn.Module):
                 weights, softmax_size = schedule.mtp_weights, schedule.softmax_size
             else:
                 weights, softmax_size = torch.ones_like(schedule.mtp_weights[:1]), 0
-            # The head computes pieces of one sequence each: a sampled softmax has its own classes for
-            # each sequence, and a long validation sequence would need too much memory for its logits.
+            # The head computes pieces of one sequence each: a sampled softmax has its own classes
+            # for each sequence, and the logits of a long validation sequence would not fit.
             in_pieces = softmax_size or not torch.is_grad_enabled()
             length = self.hp.sequence_length if in_pieces else len(tokens)
             pieces = [self.sample_softmax_classes(t, self.embed.num_embeddings, softmax_size)
@@ -727,13 +741,15 @@ class GPT(nn.Module):
                          schedule.attention_scale, masks)
 
     def body(self, x0: Tensor, values: tuple[Tensor, ...], ngram: Tensor, pieces: list | None,
-             weights: Tensor | None, is_doc_start: Tensor, rotary: Tensor, scale: Tensor, masks: dict):
-        """The part of forward() after the lookups: the blocks, the head, the loss; on CUDA it is one
-        compiled graph. pieces: (class ids, targets) of sample_softmax_classes for each piece."""
+             weights: Tensor | None, is_doc_start: Tensor, rotary: Tensor, scale: Tensor,
+             masks: dict):
+        """The part of forward() after the lookups: the blocks, the head, the loss; on CUDA it is
+        one compiled graph. pieces: (class ids, targets) of sample_softmax_classes for each piece.
+        """
         h0 = x = x0 + self.input_embedding.ngram_lambda * ngram
         outputs = []
         for block, layer in zip(self.blocks, self.hp.layers, strict=True):
-            # view_as: if two arguments were one tensor, torch.compile would compile this block anew.
+            # view_as: if two arguments were one tensor, torch.compile would compile another graph.
             attn_input = x.view_as(x)
             if layer.attn_input_layer is not None:
                 attn_input = outputs[layer.attn_input_layer]
@@ -770,8 +786,8 @@ class GPT(nn.Module):
 
 def build_model(hp: Hyperparameters, device: torch.device, dtype: torch.dtype, flex: bool,
                 sparse: bool = False) -> GPT:
-    """The model with initial weights from hp.seed. Value and n-gram embeddings have the dtype of the
-    activations, all other weights are float32."""
+    """The model with initial weights from hp.seed. Value and n-gram embeddings have the dtype of
+    the activations, all other weights are float32."""
     torch.manual_seed(hp.seed)
     with device:
         model = GPT(hp, flex, sparse)
@@ -797,16 +813,16 @@ def softcap(logits: Tensor, cap: float, shift: float, scale: float) -> Tensor:
 
 def sample_softmax_classes(targets: Tensor, vocab_size: int,
                            softmax_size: int) -> tuple[Tensor | None, Tensor]:
-    """The vocabulary entries of a sampled softmax (arXiv 1412.2007, modded-nanogpt pull request 360):
-    all targets (N, K), filled up to softmax_size with other entries.
+    """The vocabulary entries of a sampled softmax (arXiv 1412.2007, modded-nanogpt pull request
+    360): all targets (N, K), filled up to softmax_size with other entries.
 
     The other entries are taken from one fixed permutation, from an offset given by the sum of the
     targets. So the choice needs neither a random state nor communication, and a resumed run or
     another number of ranks makes the same one.
 
-    Returns class ids (softmax_size,) and the index of each target among them (N, K): -1 for a target
-    that is -1 or did not fit. (None, targets) stands for the whole vocabulary: if softmax_size is 0, or
-    too small for a text of this length."""
+    Returns class ids (softmax_size,) and the index of each target among them (N, K): -1 for a
+    target that is -1 or did not fit. (None, targets) stands for the whole vocabulary: if
+    softmax_size is 0, or too small for a text of this length."""
     samples = len(targets) <= 4 * softmax_size < 4 * vocab_size
     if not samples:
         return None, targets
@@ -827,9 +843,9 @@ class CappedCrossEntropy(torch.autograd.Function):
     search for their maximum."""
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, cap: tuple):
-        """x (N, D), weight (V, D), targets (N, K) (-1: ignored), weights (K,) (record 2025-12-22), cap:
-        softcap's three numbers. Returns (sum_k weights[k] CE_k, CE_0), summed over the tokens, in nats.
-        Only the first is differentiable."""
+        """x (N, D), weight (V, D), targets (N, K) (-1: ignored), weights (K,) (record 2025-12-22),
+        cap: softcap's three numbers. Returns (sum_k weights[k] CE_k, CE_0), summed over the tokens,
+        in nats. Only the first is differentiable."""
         max_logit, _, scale = cap
         logits = softcap(F.linear(x, weight), *cap)
         shifted_logits = logits - max_logit  # <= 0
@@ -860,11 +876,11 @@ class CappedCrossEntropy(torch.autograd.Function):
 class Head(nn.Module):
     """Final RMSNorm, output projection and loss.
 
-    Before the norm, a MUDD module adds a weighted sum of earlier activations, with weights that each
-    token predicts: the outputs of the layers with head_skip_init, layer 0's input, the first value
-    embedding. One weight starts at -0.5, so that this layer's output is partly removed ("backout",
-    record 2025-10-04). While Stage.tied, the projection is also the token embedding (arXiv 1608.05859,
-    record 2025-12-19)."""
+    Before the norm, a MUDD module adds a weighted sum of earlier activations, with weights that
+    each token predicts: the outputs of the layers with head_skip_init, layer 0's input, the first
+    value embedding. One weight starts at -0.5, so that this layer's output is partly removed
+    ("backout", record 2025-10-04). While Stage.tied, the projection is also the token embedding
+    (arXiv 1608.05859, record 2025-12-19)."""
     def __init__(self, hp: Hyperparameters, padded_vocab_size: int):
         super().__init__()
         self.cap = (hp.logit_cap, hp.logit_shift, hp.logit_scale)
@@ -912,35 +928,35 @@ def optimizer_groups(hp: Hyperparameters, dtype: torch.dtype) -> list[Group]:
     """The groups; every parameter belongs to exactly one. dtype: of the activations.
 
     Muon comes first, because its updates take longest to compute and meanwhile other groups
-    communicate. Learning rates and betas: records 2025-12-11 (Muon), 2025-12-31, 2026-02-12 (Adam)."""
+    communicate. Learning rates and betas: records 2025-12-11 (Muon), 2025-12-31, 2026-02-12 (Adam).
+    """
     fp32 = torch.float32
-    muon_betas = (hp.muon_beta2,)
     muon_decay = hp.muon_lr * hp.muon_decay
-    lr = hp.scalar_lr
-    betas_slow = (0.9, 0.95)
-    betas_slower = (0.9, 0.99)
-    betas_tables = (0.75, 0.95)
-    betas_head = (0.5, 0.95)
     value_decay = 5 * hp.adam_decay * hp.value_lr
     ngram_decay = 5 * hp.adam_decay * hp.ngram_lr
     head_decay = 150 * hp.adam_decay * hp.head_lr
+    muon = dict(rule="muon", betas=(hp.muon_beta2,), decay=muon_decay, comm_dtype=dtype)
+    table = dict(betas=(0.75, 0.95), comm_dtype=dtype)
+    fast = dict(rule="adam", betas=(0.9, 0.95), decay=0.0, comm_dtype=fp32)
+    slow = dict(rule="adam", betas=(0.9, 0.99), decay=0.0, comm_dtype=fp32)
+    lr = hp.scalar_lr
     block = r"blocks\.\d+\."
     attn = block + r"attention\."
     return [
-        # name, pattern, rule, learning rate, betas, decay, comm_dtype
-        Group("attention", attn + r"(qk|v|proj)\.weight", "muon", hp.muon_lr, muon_betas, muon_decay, dtype),
-        Group("mlp_in", block + r"mlp\.fc\.weight", "muon", 2 * hp.muon_lr, muon_betas, muon_decay, dtype),
-        Group("mlp_out", block + r"mlp\.proj\.weight", "muon", 4 * hp.muon_lr, muon_betas, muon_decay, dtype),
-        Group("resid", block + "resid_lambdas", "adam", lr, betas_slow, 0.0, fp32),
-        Group("branch", ".*(branch_lambdas|ngram_lambda|xsa_lambdas)", "adam", lr / 5, betas_slow, 0.0, fp32),
-        Group("scalars", ".*(v|skip|smear)_lambda", "adam", lr, betas_slower, 0.0, fp32),
-        Group("gates", attn + "(value_)?gate", "adam", lr / 5, betas_slower, 0.0, fp32),
-        Group("mudd", r".*mudd\..*", "adam", lr / 20, betas_slower, 0.0, fp32),
-        Group("skip_gate", block + "skip_gate", "adam", lr / 100, betas_slower, 0.0, fp32),
-        Group("smear_gate", r"input_embedding\.smear_gate", "adam", lr / 500, betas_slower, 0.0, fp32),
-        Group("values", r"value_embed\.weight", "adam", hp.value_lr, betas_tables, value_decay, dtype),
-        Group("ngrams", r"ngram\.tables\..*", hp.ngram_rule, hp.ngram_lr, betas_tables, ngram_decay, dtype),
-        Group("head", r"(head\.linear|embed)\.weight", "adam", hp.head_lr, betas_head, head_decay, dtype),
+        Group("attention", attn + r"(qk|v|proj)\.weight", lr=hp.muon_lr, **muon),
+        Group("mlp_in", block + r"mlp\.fc\.weight", lr=2 * hp.muon_lr, **muon),
+        Group("mlp_out", block + r"mlp\.proj\.weight", lr=4 * hp.muon_lr, **muon),
+        Group("resid", block + "resid_lambdas", lr=lr, **fast),
+        Group("branch", ".*(branch_lambdas|ngram_lambda|xsa_lambdas)", lr=lr / 5, **fast),
+        Group("scalars", ".*(v|skip|smear)_lambda", lr=lr, **slow),
+        Group("gates", attn + "(value_)?gate", lr=lr / 5, **slow),
+        Group("mudd", r".*mudd\..*", lr=lr / 20, **slow),
+        Group("skip_gate", block + "skip_gate", lr=lr / 100, **slow),
+        Group("smear_gate", r"input_embedding\.smear_gate", lr=lr / 500, **slow),
+        Group("values", r"value_embed\.weight", "adam", hp.value_lr, decay=value_decay, **table),
+        Group("ngrams", r"ngram\..*", hp.ngram_rule, hp.ngram_lr, decay=ngram_decay, **table),
+        Group("head", r"(head\.linear|embed)\.weight", "adam", hp.head_lr, betas=(0.5, 0.95),
+              decay=head_decay, comm_dtype=dtype),
     ]
 
 
@@ -954,8 +970,8 @@ POLAR_EXPRESS = (  # coefficients a, b, c of each iteration (arXiv 2505.16932, r
 
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Approximately U V^T of each matrix U S V^T (..., rows, columns), by five Newton-Schulz-like
-    iterations in the dtype of the input. bfloat16 is precise enough, because the iteration contracts
-    errors (Muon, record 2024-10-14)."""
+    iterations in the dtype of the input. bfloat16 is precise enough, because the iteration
+    contracts errors (Muon, record 2024-10-14)."""
     is_wide = matrices.size(-1) > matrices.size(-2)
     x = matrices.mT if is_wide else matrices  # x^T x is then the smaller of the two Gram matrices
     x = (x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)).flatten(0, -3)
@@ -968,10 +984,12 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 def muon_direction(group: Group, grad: Tensor, momentum_buffer: Tensor, second_moment: Tensor,
                    momentum: Tensor, _: Tensor) -> Tensor:
-    """Muon (record 2024-10-14) for grad (matrices, rows, columns): Nesterov momentum, orthogonalized.
+    """Muon (record 2024-10-14) for grad (matrices, rows, columns): Nesterov momentum,
+    orthogonalized.
 
     NorMuon (arXiv 2510.05491, record 2025-10-24): then each row is divided by its root mean square
-    over time, from second_moment (matrices, rows, 1), and each matrix is scaled back to its norm."""
+    over time, from second_moment (matrices, rows, 1), and each matrix is scaled back to its norm.
+    """
     grad = grad.float()
     momentum_buffer.add_((1 - momentum) * (grad - momentum_buffer))
     direction = grad + momentum * (momentum_buffer - grad)
@@ -998,13 +1016,13 @@ def adam_direction(group: Group, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tens
 
 
 class Rule(NamedTuple):
-    """An update rule. direction(group, grad, *state, momentum, *bias_corrections) updates the state in
-    place and returns the direction to step against. momentum is Muon's, bias_corrections are
-    1 - beta^t of each of the group's betas; all are 0-dim tensors. The state is float32."""
+    """An update rule. direction(group, grad, *state, momentum, *bias_corrections) updates the state
+    in place and returns the direction to step against. momentum is Muon's, bias_corrections are 1 -
+    beta^t of each of the group's betas; all are 0-dim tensors. The state is float32."""
     direction: Callable
     state: tuple[str, ...]      # state tensors of the parameter's shape
     row_state: tuple[str, ...]  # state tensors with one number per row of a matrix
-    is_matrix_rule: bool        # works on stacks of matrices of equal shape, and updates in every step
+    is_matrix_rule: bool        # works on stacks of equal matrices, and updates in every step
 
 
 RULES = {
@@ -1018,9 +1036,9 @@ def compute_update(direction: Callable, group: Group, grad: Tensor, values: Tens
                    state: list[Tensor], lr: Tensor, lr_scale: Tensor, *numbers: Tensor) -> Tensor:
     """The update to subtract, in comm_dtype, before the schedule's factor lr_scale.
 
-    Cautious weight decay (arXiv 2510.12402, records 2025-11-10, 2025-12-18) decays a weight only where
-    the update shrinks it anyway. The decay is multiplied by lr_scale here, and again when the update is
-    applied, so it falls with the square of the schedule."""
+    Cautious weight decay (arXiv 2510.12402, records 2025-11-10, 2025-12-18) decays a weight only
+    where the update shrinks it anyway. The decay is multiplied by lr_scale here, and again when the
+    update is applied, so it falls with the square of the schedule."""
     update = direction(group, grad, *state, *numbers)
     if group.decay:
         shrinks = update * values > 0
@@ -1031,15 +1049,15 @@ def compute_update(direction: Callable, group: Group, grad: Tensor, values: Tens
 class Optimizer:
     """Muon and Adam with optimizer state sharded over the ranks (ZeRO-1, arXiv 1910.02054).
 
-    Gradients are reduce-scattered, each rank updates its rows, and the results are all-gathered, while
-    other buckets are computed. Adam updates in every adam_every-th step with the summed gradients
-    (record 2025-09-30)."""
+    Gradients are reduce-scattered, each rank updates its rows, and the results are all-gathered,
+    while other buckets are computed. Adam updates in every adam_every-th step with the summed
+    gradients (record 2025-09-30)."""
     def __init__(self, model: GPT, hp: Hyperparameters, dtype: torch.dtype, rank: int = 0,
                  world_size: int = 1):
         """dtype: of the activations. Raises UserError if a parameter is in no group or in two."""
         self.adam_every = hp.adam_every
         self.num_updates = 0
-        self.update_fns = dict.fromkeys(RULES, compute_update)  # compile_model puts compiled ones here
+        self.update_fns = dict.fromkeys(RULES, compute_update)  # compile_model compiles them
         is_sparse = {id(module.weight) for module in model.modules()
                      if isinstance(module, nn.Embedding) and module.sparse}
         groups = optimizer_groups(hp, dtype)
@@ -1091,10 +1109,10 @@ class Optimizer:
             rule = RULES[group.rule]
             grad, values, state = bucket.local_grad_and_state()
             t = self.num_updates // (1 if rule.is_matrix_rule else self.adam_every)
-            bias_corrections = [torch.tensor(1 - beta ** t) for beta in group.betas]
+            bias_corrections = [1 - beta ** t for beta in group.betas]
+            numbers = [schedule.lr_scale, schedule.momentum, *bias_corrections]
             update = self.update_fns[group.rule](
-                rule.direction, group, grad, values, state, bucket.lr, torch.tensor(schedule.lr_scale),
-                torch.tensor(schedule.momentum), *bias_corrections)
+                rule.direction, group, grad, values, state, bucket.lr, *map(torch.tensor, numbers))
             updates.append(bucket.apply_update(update, state, schedule.lr_scale))
         for bucket, update in zip(due, updates, strict=True):
             bucket.wait()
@@ -1106,7 +1124,8 @@ class Optimizer:
         return {"num_updates": self.num_updates, "buckets": [b.full_state() for b in self.buckets]}
 
     def load_state_dict(self, state: dict | None) -> None:
-        """Load this rank's rows of a state_dict; None: reset. Raises ValueError for other shapes."""
+        """Load this rank's rows of a state_dict; None: reset. Raises ValueError for other shapes.
+        """
         self.num_updates = state["num_updates"] if state else 0
         for i, bucket in enumerate(self.buckets):
             bucket.load(state["buckets"][i] if state else None)
@@ -1118,7 +1137,8 @@ class Optimizer:
 class BatchLoader:
     """This rank's micro-batches of each step; a thread reads ahead. Rank r reads the sequences of a
     step whose index is r modulo W, so the batches depend neither on W nor on a resume."""
-    def __init__(self, stream: "TokenStream", hp: Hyperparameters, runtime: "Runtime", step: int = 0):
+    def __init__(self, stream: "TokenStream", hp: Hyperparameters, runtime: "Runtime",
+                 step: int = 0):
         self.stream = stream
         self.hp = hp
         self.runtime = runtime
@@ -1186,8 +1206,8 @@ class BatchLoader:
 
 
 def training_step(model: GPT, optimizer: Optimizer, batch: list, schedule: Schedule) -> Tensor:
-    """One update by the gradient of the loss, summed over tokens and ranks. Returns this rank's mean
-    loss, 0-dim."""
+    """One update by the gradient of the loss, summed over tokens and ranks. Returns this rank's
+    mean loss, 0-dim."""
     mean_loss = torch.zeros((), device=batch[0][0].device)
     for tokens, targets in batch:
         objective, loss = model(tokens, targets, schedule)
@@ -1231,9 +1251,9 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
     first_step = progress.step
     loader = BatchLoader(train_stream, hp, runtime, first_step)
 
-    with (StopSignal() as stop, logging_redirect_tqdm([log]), profiler(hp, runtime, info) as profile,
-          tqdm(total=hp.num_steps, initial=first_step, unit="step", leave=False,
-               disable=True if runtime.rank else None) as bar):  # None: only on a terminal
+    no_bar = True if runtime.rank else None  # None: a progress bar on a terminal only
+    with (StopSignal() as stop, profiler(hp, runtime, info) as profile,
+          tqdm(total=hp.num_steps, initial=first_step, leave=False, disable=no_bar) as bar):
         started = runtime.seconds()
         for step in range(first_step, hp.num_steps + 1):
             schedule = Schedule(step, hp, device)
@@ -1264,13 +1284,13 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
             if profile:
                 profile.step()
             if (step + 1) % hp.log_every == 0:
-                # The only place in the loop where the host waits for the device and for other ranks.
+                # The only place where the host waits for the device, and for other ranks' losses.
                 loss_sum, signal_sum = runtime.sum(loss, stop.number)
                 train_ms = progress.train_ms + 1000 * (time.perf_counter() - started)
                 log_metric("train_loss", loss_sum / runtime.world_size, step + 1, hp, train_ms)
                 if not math.isfinite(loss_sum):
-                    raise UserError(f"the loss is not finite at step {step + 1}; use lower learning "
-                                    "rates, or continue from a checkpoint with --resume")
+                    raise UserError(f"the loss is not finite at step {step + 1}; use lower "
+                                    "learning rates, or --resume from a checkpoint with them")
                 stop.agreed = signal_sum > 0
             if loader.epoch(step + 1) > loader.epoch(step):
                 log.info(f"all {len(train_stream):,} training tokens were read; "
@@ -1281,17 +1301,17 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
 
 # ==== You may stop reading here: this was the training. What follows is machinery. ================
 
-# --- Attention kernels: the block mask of FlexAttention, and chunks of a window for CPUs -----------
+# --- Attention kernels: FlexAttention's block mask; windows in chunks for CPUs --------------------
 
 
 def block_lists(first_key: Tensor, block: int = 128) -> list[Tensor]:
-    """The lists of blocks that FlexAttention's BlockMask wants, from first_visible_key's (N,), where N
-    is a multiple of block.
+    """The lists of blocks that FlexAttention's BlockMask wants, from first_visible_key's (N,),
+    where N is a multiple of block.
 
-    For each query block: the partially and the fully visible key blocks; for each key block: the query
-    blocks that see it partially and fully. As first_key never decreases, each list is a contiguous
-    range, which can be written down instead of evaluating and sorting the mask. Returns counts
-    (1, 1, n) and indices (1, 1, n, n) of each of the four."""
+    For each query block: the partially and the fully visible key blocks; for each key block: the
+    query blocks that see it partially and fully. As first_key never decreases, each list is a
+    contiguous range, which can be written down instead of evaluating and sorting the mask. Returns
+    counts (1, 1, n) and indices (1, 1, n, n) of each of the four."""
     num_blocks = len(first_key) // block
     slot = torch.arange(num_blocks, device=first_key.device)  # position in a row of indices
     row = slot[:, None]                                       # the block that the row belongs to
@@ -1303,10 +1323,12 @@ def block_lists(first_key: Tensor, block: int = 128) -> list[Tensor]:
     last_full = (first_full.T <= row).sum(1, keepdim=True) - 1
     num_partial = first_full - first
     counts_and_indices = [
-        (num_partial + 1, torch.where(slot < num_partial, first + slot, row)),  # key blocks, partial
-        (row - first_full, first_full + slot),                                  # key blocks, full
-        (last - last_full + 1, torch.where(slot == 0, row, last_full + slot)),  # query blocks, partial
-        (last_full - row, row + 1 + slot),                                      # query blocks, full
+        # key blocks of a query block: partially, fully visible
+        (num_partial + 1, torch.where(slot < num_partial, first + slot, row)),
+        (row - first_full, first_full + slot),
+        # query blocks of a key block: partially, fully
+        (last - last_full + 1, torch.where(slot == 0, row, last_full + slot)),
+        (last_full - row, row + 1 + slot),
     ]
     lists = []
     for count, indices in counts_and_indices:
@@ -1328,10 +1350,10 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, window
     """Sliding-window attention for CPUs, where FlexAttention has no backward pass. q, k, v and the
     result: (1, H, N, d).
 
-    The queries of a chunk of window / 2 positions see keys of their own chunk and of the two before.
-    scaled_dot_product_attention with a mask (T, T) for each sequence is no replacement: on one core of
-    an EPYC it took 0.5 times as long for long layers in training, but 1.6 to 2.3 times for paired
-    heads, and 3.5 to 20 times in validations of 2,048 tokens."""
+    The queries of a chunk of window / 2 positions see keys of their own chunk and of the two
+    before. scaled_dot_product_attention with a mask (T, T) for each sequence is no replacement: on
+    one core of an EPYC it took 0.5 times as long for long layers in training, but 1.6 to 2.3 times
+    for paired heads, and 3.5 to 20 times in validations of 2,048 tokens."""
     _, H, N, d = q.shape
     size = window // 2
     num_chunks = math.ceil(N / size)
@@ -1359,9 +1381,9 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 
 
 def open_shard(path: Path, get_data: str) -> np.ndarray:
-    """The tokens of a .bin file as a read-only memory map, (num_tokens,) uint16. The file begins with
-    256 int32: magic number, version, number of tokens, zeros. Raises UserError if it is damaged; get_data is the
-    command that the message names."""
+    """The tokens of a .bin file as a read-only memory map, (num_tokens,) uint16. The file begins
+    with 256 int32: magic number, version, number of tokens, zeros. Raises UserError if it is
+    damaged; get_data is the command that the message names."""
     header_bytes = 4 * SHARD_HEADER_INTS
     try:
         size = os.path.getsize(path)
@@ -1377,38 +1399,42 @@ def open_shard(path: Path, get_data: str) -> np.ndarray:
 
 
 class TokenStream:
-    """All shards that match a pattern, in the order of their names, as one endless stream of tokens."""
+    """All shards that match a pattern, in the order of their names, as one endless stream of
+    tokens."""
     def __init__(self, pattern: str, track: Track, minimum: int):
-        """pattern: a glob below the repository. Raises UserError for damaged or missing shards, and for
-        fewer than `minimum` tokens."""
+        """pattern: a glob below the repository. Raises UserError for damaged or missing shards, and
+        for fewer than `minimum` tokens."""
         self.track = track
         self.paths = sorted(ROOT.glob(pattern))
         self.shards = [open_shard(path, track.get_data) for path in self.paths]
         self.ends = np.cumsum([0, *map(len, self.shards)])  # 0, then the end of each shard
         if len(self) < minimum:
-            raise UserError(f"{ROOT / pattern}: found {len(self.paths)} shards with {len(self):,} tokens, "
-                            f"expected at least {minimum:,} tokens; run: {track.get_data}")
+            raise UserError(f"{ROOT / pattern}: found {len(self.paths)} shards with {len(self):,} "
+                            f"tokens, expected at least {minimum:,} tokens; run: {track.get_data}")
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens start to start + count, (count,) int64. Raises UserError for an impossible token."""
+        """Tokens start to start + count, (count,) int64. Raises UserError for an impossible token.
+        """
         parts = []
         while count:
             start %= len(self)
             index = bisect_right(self.ends, start) - 1
             part = self.shards[index][start - self.ends[index]:][:count].astype(np.int64)
             if part.max() >= self.track.vocab_size:
-                raise UserError(f"{self.paths[index]} holds the token {part.max()}, expected tokens below "
-                                f"{self.track.vocab_size}; delete it and run: {self.track.get_data}")
+                raise UserError(
+                    f"{self.paths[index]} holds the token {part.max()}, expected tokens below "
+                    f"{self.track.vocab_size}; delete it and run: {self.track.get_data}")
             parts.append(part)
             start += len(part)
             count -= len(part)
         return np.concatenate(parts)
 
     def sequence(self, index: int, length: int) -> tuple[Tensor, Tensor]:
-        """The index-th sequence and its targets, which are one token later: both (length,) int64."""
+        """The index-th sequence and its targets, which are one token later: both (length,) int64.
+        """
         tokens = torch.from_numpy(self.read(index * length, length + 1))
         return tokens[:-1], tokens[1:]
 
@@ -1419,7 +1445,7 @@ class TokenStream:
         starts = [np.flatnonzero(shard == self.track.eot_token) + shard_start
                   for shard, shard_start in zip(self.shards, self.ends, strict=False)]
         if not any(len(s) for s in starts):
-            raise UserError(f"{self.paths[0]} does not hold the token {self.track.eot_token}, which stands "
+            raise UserError(f"{self.paths[0]} has no token {self.track.eot_token}, which stands "
                             f"before each document; run: {self.track.get_data}")
         return np.concatenate([*starts, self.ends[-1:]])
 
@@ -1439,7 +1465,8 @@ class TokenStream:
         return tokens[:-1], tokens[1:]
 
     def fingerprint(self, count: int) -> str:
-        """12 hexadecimal digits of a hash of the first `count` tokens, or of all if there are fewer."""
+        """12 hexadecimal digits of a hash of the first `count` tokens, or of all if there are
+        fewer."""
         digest = hashlib.sha256()
         for shard in self.shards:
             digest.update(shard[:count])
@@ -1450,8 +1477,8 @@ class TokenStream:
 def first_doc_of_sequences(stream: TokenStream, hp: Hyperparameters) -> np.ndarray:
     """The document with which each sequence of the run begins; one more for the end of the run.
 
-    What is left of a sequence's last document is dropped (record 2025-07-12). When all documents have
-    been read, the first one follows; document numbers go on counting."""
+    What is left of a sequence's last document is dropped (record 2025-07-12). When all documents
+    have been read, the first one follows; document numbers go on counting."""
     lengths = np.diff(stream.documents)
     num_documents = len(lengths)
     first_docs = []
@@ -1486,16 +1513,16 @@ def group_of(name: str, groups: list[Group]) -> Group:
     matches = [group for group in groups if re.fullmatch(group.pattern, name)]
     if len(matches) != 1 or matches[0].rule not in RULES:
         found = " and ".join(f"{group.name} ({group.rule})" for group in matches) or "none"
-        raise UserError(f"optimizer_groups: the parameter {name} must match the pattern of exactly one "
-                        f"group, with a rule of {', '.join(RULES)}; its groups are: {found}")
+        raise UserError(f"optimizer_groups: the parameter {name} must match the pattern of exactly "
+                        f"one group, with a rule of {', '.join(RULES)}; its groups: {found}")
     return matches[0]
 
 
 class Bucket:
     """Parameters stored in one contiguous tensor that is sharded by rows over the ranks.
 
-    A row is one matrix (Muon), one row of an embedding table, or one number. All members share rule,
-    betas, decay and comm_dtype; their learning rates may differ. grad_buffer is what the
+    A row is one matrix (Muon), one row of an embedding table, or one number. All members share
+    rule, betas, decay and comm_dtype; their learning rates may differ. grad_buffer is what the
     reduce-scatter sends; it is None if the parameter's own gradient can be sent, or is sparse."""
     def __init__(self, params: list[nn.Parameter], groups: list[Group], sparse: bool, rank: int = 0,
                  world_size: int = 1):
@@ -1533,8 +1560,9 @@ class Bucket:
             self.state[name] = torch.zeros_like(local[..., :1], dtype=torch.float32)
         self.lr = torch.tensor(groups[0].lr, device=local.device)
         if any(group.lr != groups[0].lr for group in groups):  # one learning rate per row
-            lr = torch.cat([torch.full((n,), group.lr) for n, group in zip(rows, groups, strict=True)])
-            lr = F.pad(lr, (0, len(self.values) - self.num_rows)).to(local.device)
+            lr_of_rows = [torch.full((n,), g.lr) for n, g in zip(rows, groups, strict=True)]
+            padding = len(self.values) - self.num_rows
+            lr = F.pad(torch.cat(lr_of_rows), (0, padding)).to(local.device)
             self.lr = lr[self.shard].view(-1, *[1] * len(row_shape))
 
     def views(self, tensor: Tensor) -> list[Tensor]:
@@ -1544,8 +1572,8 @@ class Bucket:
         return [part.view_as(p) for part, p in zip(parts, self.params, strict=True)]
 
     def reduce_scatter_grads(self) -> None:
-        """Take the parameters' gradients (at least one has one) and start to sum them over the ranks;
-        each rank receives its rows. Collective."""
+        """Take the parameters' gradients (at least one has one) and start to sum them over the
+        ranks; each rank receives its rows. Collective."""
         if self.grad_buffer is None:
             full_grad, self.params[0].grad = self.params[0].grad, None
         else:
@@ -1570,7 +1598,8 @@ class Bucket:
         state = list(self.state.values())
         if self.sparse:
             self.active_rows = self.grad.indices()[0]
-            return self.grad.values(), self.values[self.active_rows], [s[self.active_rows] for s in state]
+            active_state = [full[self.active_rows] for full in state]
+            return self.grad.values(), self.values[self.active_rows], active_state
         self.wait()
         return self.grad, self.values[self.shard], state
 
@@ -1590,9 +1619,9 @@ class Bucket:
         self.pending.clear()
 
     def apply_update(self, update: Tensor, state: list[Tensor], lr_scale: float) -> Tensor | None:
-        """Subtract lr_scale * update from the rows of local_grad_and_state(), and start to gather all
-        ranks' values. If values are more precise than comm_dtype, gather the updates instead and
-        return them, for the caller to subtract after wait(). Collective."""
+        """Subtract lr_scale * update from the rows of local_grad_and_state(), and start to gather
+        all ranks' values. If values are more precise than comm_dtype, gather the updates instead
+        and return them, for the caller to subtract after wait(). Collective."""
         if not self.same_dtype:
             return self.all_gather(update)
         if self.sparse:
@@ -1613,7 +1642,8 @@ class Bucket:
         return full
 
     def load(self, full_state: dict[str, Tensor] | None) -> None:
-        """Load this rank's rows of a full_state; None: zeros. Raises ValueError for other shapes."""
+        """Load this rank's rows of a full_state; None: zeros. Raises ValueError for other shapes.
+        """
         for name, local in self.state.items():
             local.zero_()
             if full_state:
@@ -1662,19 +1692,16 @@ class Runtime:
 
 
 def environment_ranks() -> tuple[int, int, int]:
-    """(rank, local rank, number of ranks) from torchrun's or Slurm's environment variables; (0, 0, 1)
-    without WORLD_SIZE. Raises UserError if they are incomplete."""
-    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE"]
+    """(rank, local rank, number of ranks) from torchrun's or Slurm's environment variables; (0, 0,
+    1) without WORLD_SIZE. Raises UserError if they are incomplete."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 0, 1
-    values = [os.environ.get(name, "") for name in names]
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing or not all(value.isdecimal() for value in values):
-        found = ", ".join(f"{name}='{value}'" for name, value in zip(names, values, strict=True))
-        raise UserError(f"the environment variables for several ranks are incomplete ({found}, missing: "
-                        f"{' '.join(missing) or 'none'}); start with torchrun, or unset WORLD_SIZE")
-    rank, local_rank, world_size = map(int, values)
-    return rank, local_rank, world_size
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        value = os.environ.get(name, "")
+        is_valid = bool(value) if name == "MASTER_ADDR" else value.isdecimal()
+        require(is_valid, f"the environment variable {name} is '{value}', but several processes "
+                          "need it; start them with torchrun, or unset WORLD_SIZE")
+    return tuple(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 
 def start_runtime(hp: Hyperparameters) -> Runtime:
@@ -1684,8 +1711,8 @@ def start_runtime(hp: Hyperparameters) -> Runtime:
     if hp.use_cuda:
         num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if local_rank >= num_gpus:
-            raise UserError(f"process {local_rank} of this node has no GPU: torch sees {num_gpus}; start "
-                            "one process per GPU (--nproc_per_node, NPROC), or use --device cpu")
+            raise UserError(f"process {local_rank} of this node has no GPU: torch sees {num_gpus}; "
+                            "start one process per GPU (--nproc_per_node), or use --device cpu")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
@@ -1699,8 +1726,8 @@ def start_runtime(hp: Hyperparameters) -> Runtime:
 
 
 def set_threads() -> None:
-    """One thread for each core that this process may use, at most 8, because the laptop track's matrices
-    are small. Processes of one node share the cores. OMP_NUM_THREADS overrides this."""
+    """One thread for each core that this process may use, at most 8, because the laptop track's
+    matrices are small. Processes of one node share the cores. OMP_NUM_THREADS overrides this."""
     if "OMP_NUM_THREADS" in os.environ:
         return
     if hasattr(os, "sched_getaffinity"):
@@ -1723,21 +1750,17 @@ def activation_dtype(hp: Hyperparameters, device: torch.device) -> torch.dtype:
 
 
 def is_compiled(hp: Hyperparameters, device: torch.device) -> bool:
-    """Whether the model is compiled. Raises UserError for --compile on if torch's variables forbid it."""
-    forbidden = [name for name in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
-                 if os.environ.get(name) == "1"]
-    if hp.compile == "on" and forbidden:
-        raise UserError(f"--compile on, but {forbidden[0]}=1 in the environment; unset it")
-    if hp.compile != "auto":
-        return hp.compile == "on"
-    has_triton = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
-    return has_triton and not forbidden
+    """Whether --compile, or auto and the device, ask for torch.compile, and torch allows it."""
+    on = hp.compile == "on"
+    if hp.compile == "auto":  # Triton needs compute capability 7.0
+        on = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+    return on and not torch._dynamo.config.disable
 
 
 class StopSignal:
-    """Inside `with`, SIGINT, SIGTERM and SIGHUP (Ctrl-C, Slurm, spot machines, a lost connection) only
-    set `number`. The training loop reads it at each log line, so that all ranks stop at the same step,
-    and sets `agreed`. A second signal ends the process at once."""
+    """Inside `with`, SIGINT, SIGTERM and SIGHUP (Ctrl-C, Slurm, spot machines, a lost connection)
+    only set `number`. The training loop reads it at each log line, so that all ranks stop at the
+    same step, and sets `agreed`. A second signal ends the process at once."""
     def __init__(self):
         self.number = 0
         self.agreed = False
@@ -1760,8 +1783,8 @@ class StopSignal:
             os._exit(128 + number)
         if not self.number and os.environ.get("RANK", "0") == "0":
             name = signal.Signals(number).name
-            os.write(2, f"{name}: saving a checkpoint after the next log line; a second signal ends the "
-                        "run without one\n".encode())
+            os.write(2, f"{name}: stopping with a checkpoint at the next log line; a second signal "
+                        "ends the run without one\n".encode())
         self.number = number
         self.received_at = now
 
@@ -1772,10 +1795,10 @@ class StopSignal:
 def compile_model(model: GPT, optimizer: Optimizer, device: torch.device) -> None:
     """Compile the parts of the model; what is called often compiles to few kernels.
 
-    CUDA: the InputEmbedding and GPT.body are one graph each, which cuts launch overhead and fuses the
-    sums of gradients. CPU: each block is a graph of its own, and blocks of the same kind share one,
-    because one graph for the model takes too long to build."""
-    torch._dynamo.config.recompile_limit = 128  # kinds of blocks, batch sizes, with and without gradients
+    CUDA: the InputEmbedding and GPT.body are one graph each, which cuts launch overhead and fuses
+    the sums of gradients. CPU: each block is a graph of its own, and blocks of the same kind share
+    one, because one graph for the model takes too long to build."""
+    torch._dynamo.config.recompile_limit = 128  # kinds of blocks, batch sizes, with, without grad
     compile = functools.partial(torch.compile, dynamic=False)
     if device.type != "cuda":
         for module in model.modules():
@@ -1785,8 +1808,8 @@ def compile_model(model: GPT, optimizer: Optimizer, device: torch.device) -> Non
     # Not part of the body's graph, where every layer would read the embedding in float32.
     model.input_embedding.compile(dynamic=False)
     model.body = compile(model.body)
-    # These fuse Adam's ten passes over large tables, and many small kernels of the lists. In the body's
-    # graph, Inductor would compute the lists anew for each logit.
+    # These fuse Adam's ten passes over large tables, and the many small kernels of the lists. In
+    # the body's graph, Inductor would compute the lists anew for each logit.
     optimizer.update_fns = {name: compile(compute_update) for name in RULES}
     model.block_lists = compile(block_lists)
     model.sample_softmax_classes = compile(sample_softmax_classes)
@@ -1796,7 +1819,7 @@ def warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperpara
             runtime: Runtime) -> None:
     """Compile and load every kernel on a batch of zeros for each stage, then restore weights and
     optimizer, so that training starts from the same state as without it."""
-    weights_before = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
+    weights = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
     text = torch.zeros(1, hp.val_length, dtype=torch.int64, device=runtime.device)
     for stage_begin in sorted({0, *stage_ends(hp)} - {hp.num_steps}):
         schedule = Schedule(stage_begin, hp, runtime.device)
@@ -1808,7 +1831,7 @@ def warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperpara
             training_step(model, optimizer, batch, schedule)
         with torch.no_grad():
             model(text, text.clone(), schedule)  # a clone: the compiler would see one tensor twice
-    model.load_state_dict(weights_before)
+    model.load_state_dict(weights)
     optimizer.load_state_dict(None)
 
 
@@ -1823,9 +1846,10 @@ def compile_and_warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, h
         warm_up(model, optimizer, stream, hp, runtime)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError("torch.compile failed; it needs a C++ compiler and Python's headers (Debian: apt "
-                        "install build-essential python3-dev) and a writable folder without spaces in "
-                        f"its path; or use --compile off. It says: {reason}") from None
+        raise UserError(
+            "torch.compile failed; it needs a C++ compiler, Python's headers (Debian: apt install "
+            "build-essential python3-dev) and paths without spaces; or use --compile off. It says: "
+            f"{reason}") from None
     what = "compiled and warmed up" if compiled else "warmed up"
     log.info(f"{what} in {runtime.seconds() - started:.1f} s (not training time)")
 
@@ -1859,10 +1883,9 @@ def device_name(device: torch.device) -> str:
     """The model of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    if sys.platform == "darwin":
-        return output_of("sysctl", "-n", "machdep.cpu.brand_string")
-    names = re.findall(r"^model name\s*: *(.+?) *$", output_of("cat", "/proc/cpuinfo"), re.MULTILINE)
-    return names[0] if names else platform.machine()
+    cpu_info = output_of("cat", "/proc/cpuinfo") or output_of("sysctl", "machdep.cpu.brand_string")
+    name = re.search(r"(?:model name|brand_string)\s*: *(.+?) *$", cpu_info, re.MULTILINE)
+    return name[1] if name else platform.machine()
 
 
 def run_info(hp: Hyperparameters, runtime: Runtime, train_stream: TokenStream,
@@ -1926,22 +1949,27 @@ def start_log(hp: Hyperparameters, runtime: Runtime, info: dict) -> None:
         handler.stream.write("\n")
     logging.raiseExceptions = False  # a full disk must not end the run
     log.addHandler(handler)
-    log.info(f"track {hp.track}, {hp.num_steps} steps, {info['activations']}, {runtime.world_size} x "
-             f"{info['device']}, {info['threads']} threads, log: {path}")
+    log.info(f"track {hp.track}, {hp.num_steps} steps, {info['activations']}, "
+             f"{runtime.world_size} x {info['device']}, {info['threads']} threads, log: {path}")
 
 
 def log_metric(name: str, value: float, step: int, hp: Hyperparameters, train_ms: float) -> None:
-    """One line in the format of modded-nanogpt's logs, with the number of training tokens so far."""
-    # The words and their colons are joined here, so that a search of the log, which holds this source,
-    # finds only metrics.
-    words = {"step": f"{step}/{hp.num_steps}", name: f"{value:.4f}", "train_time": f"{train_ms:.0f}ms",
-             "step_avg": f"{train_ms / max(step, 1):.2f}ms", "tokens": f"{tokens_before(step, hp)}"}
-    log.info(" ".join(f"{word}:{number}" for word, number in words.items()))
+    """One line in the format of modded-nanogpt's logs, with the number of training tokens so far.
+    """
+    # The names and their colons are joined here, so that a search of the log, which holds this
+    # source, finds only metrics.
+    metrics = {
+        "step": f"{step}/{hp.num_steps}",
+        name: f"{value:.4f}",
+        "train_time": f"{train_ms:.0f}ms",
+        "step_avg": f"{train_ms / max(step, 1):.2f}ms",
+        "tokens": f"{tokens_before(step, hp)}"}
+    log.info(" ".join(f"{name}:{text}" for name, text in metrics.items()))
 
 
 def profiler(hp: Hyperparameters, runtime: Runtime, info: dict):
-    """With --profile, torch's profiler of rank 0's steps 3 to 5; it writes <run_id>.trace.json, which
-    https://ui.perfetto.dev shows. Else a context of None."""
+    """With --profile, torch's profiler of rank 0's steps 3 to 5; it writes <run_id>.trace.json,
+    which https://ui.perfetto.dev shows. Else a context of None."""
     if not hp.profile or runtime.rank:
         return nullcontext()
     path = str(hp.folder / f"{info['run_id']}.trace.json")
@@ -1973,7 +2001,8 @@ def finish(progress: "Progress", stop: StopSignal, hp: Hyperparameters, runtime:
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak_bytes *= 1 if sys.platform == "darwin" else 1024
     tokens_per_second = 1000 * tokens_before(hp.num_steps, hp) / max(progress.train_ms, 1e-3)
-    log.info(f"tokens_per_second:{tokens_per_second:.0f} peak_memory_per_rank:{peak_bytes / 2**20:.0f}MiB")
+    log.info(f"tokens_per_second:{tokens_per_second:.0f} "
+             f"peak_memory_per_rank:{peak_bytes / 2 ** 20:.0f}MiB")
     return 0
 
 
@@ -2024,8 +2053,8 @@ def save_checkpoint(progress: Progress, model: GPT, optimizer: Optimizer, hp: Hy
         "optimizer": optimizer.state_dict(),
     }
     if not all(weight.isfinite().all() for weight in state["model"].values()):
-        raise UserError(f"the weights are not finite at step {progress.step}, so no checkpoint was saved; "
-                        "use lower learning rates, or continue from an earlier checkpoint")
+        raise UserError(f"the weights are not finite at step {progress.step}, so no checkpoint was "
+                        "saved; use lower learning rates, or --resume from an earlier checkpoint")
     if runtime.rank:
         return
     path = checkpoint_path(progress, hp, info)
@@ -2042,7 +2071,8 @@ def save_checkpoint(progress: Progress, model: GPT, optimizer: Optimizer, hp: Hy
 
 
 def open_checkpoint(path: str) -> dict:
-    """What save_checkpoint saved, memory-mapped on the CPU. Raises UserError if it can't be read."""
+    """What save_checkpoint saved, memory-mapped on the CPU. Raises UserError if it can't be read.
+    """
     try:  # weights_only: a file can't run code
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         missing = {"info", "hyperparameters", "progress", "model", "optimizer"} - state.keys()
@@ -2056,7 +2086,8 @@ def open_checkpoint(path: str) -> dict:
 
 def load_checkpoint(model: GPT, optimizer: Optimizer, hp: Hyperparameters, info: dict) -> Progress:
     """Load the checkpoint that --resume names, if any. Logs which settings differ from the
-    checkpoint's, and whether the script or the data changed. Raises UserError if it does not fit."""
+    checkpoint's, and whether the script or the data changed. Raises UserError if it does not fit.
+    """
     if not hp.resume:
         return Progress()
     if hp.resume == "latest":
@@ -2098,14 +2129,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
         description=__doc__, usage="%(prog)s [flags]", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="On a CPU, activations are bfloat16 if it has AVX512-BF16 or AMX, and there is one thread "
-               "per core, at most 8; --dtype and OMP_NUM_THREADS override this.")
+        epilog="On a CPU, activations are bfloat16 if it has AVX512-BF16 or AMX, and there is one "
+               "thread per core, at most 8; --dtype and OMP_NUM_THREADS override this.")
+
+    def show(value) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else str(value) or "none"
+
     for field in dataclasses.fields(Hyperparameters):
-        help = f"{field.metadata['help']} (default: {show_default(field.default)}"
+        help = f"{field.metadata['help']} (default: {show(field.default)}"
         for track, preset in PRESETS.items():
             if field.name in preset:
-                help += f"; {track}: {show_default(preset[field.name])}"
-        help = f"{help})".replace("%", "%%")
+                help += f"; {track}: {show(preset[field.name])}"
+        help += ")"
         if field.type is bool:
             parser.add_argument(f"--{field.name}", action="store_true", help=help)
         else:
@@ -2114,16 +2149,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def show_default(value) -> str:
-    """A default value for the help text."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value) or "none"
-
-
 def parse_arguments(argv: list[str] | None = None) -> Hyperparameters:
-    """The settings of the run: flags override those of --resume's checkpoint, which override those of
-    the track. argv: default sys.argv. Raises UserError."""
+    """The settings of the run: flags override those of --resume's checkpoint, which override those
+    of the track. argv: default sys.argv. Raises UserError."""
     parser = make_parser()
     parser.set_defaults(track="")
     given, _ = parser.parse_known_args(argv)  # the second parse reports unknown flags
@@ -2152,39 +2180,38 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
-    """Raises UserError, naming the setting to change, if the run is impossible on world_size ranks."""
+    """Raises UserError, naming the setting to change, if the run is impossible on world_size ranks.
+    """
     require(hp.track in TRACKS, f"--track {hp.track} is not one of {', '.join(TRACKS)}")
     at_least_one = {"num_steps", "batch_size", "sequence_length", "micro_batch", "val_length",
                     "num_heads", "model_dim", "adam_every", "log_every"}
     for name, value in dataclasses.asdict(hp).items():
         if isinstance(value, (int, float)) and name != "logit_shift":
             minimum = 1 if name in at_least_one else 0
-            require(minimum <= value < math.inf, f"--{name} {value} must be at least {minimum}")  # nor NaN
-    for name in ("momentum_start", "momentum_end", "muon_beta2"):
-        require(getattr(hp, name) < 1, f"--{name} {getattr(hp, name)} must be less than 1")
+            is_valid = minimum <= value < math.inf  # NaN is not
+            require(is_valid, f"--{name} {value} must be at least {minimum}")
     require(0 < hp.cooldown <= 1, f"--cooldown {hp.cooldown} must be more than 0 and at most 1")
-    require(hp.extension_steps < hp.num_steps, f"--extension {hp.extension} must be less than 1")
-    require(hp.logit_cap > 0 and hp.logit_scale > 0, "--logit_cap and --logit_scale must be more than 0")
-    require(hp.logit_cap <= 80, f"--logit_cap {hp.logit_cap} must be at most 80, or exp underflows")
+    require(hp.extension_steps < hp.num_steps, f"--extension {hp.extension} leaves no other steps")
+    require(0 < hp.logit_cap <= 80, f"--logit_cap {hp.logit_cap} must be above 0 and at most 80")
+    require(hp.logit_scale > 0, f"--logit_scale {hp.logit_scale} must be more than 0")
     require(2 <= hp.ngrams <= 6, f"--ngrams {hp.ngrams} must be from 2 to 6")
     require(hp.ngram_rows >= 2, f"--ngram_rows {hp.ngram_rows} must be at least 2")
-    require(hp.seed < 2 ** 63, f"--seed {hp.seed} must be less than 2^63")
 
     batch_sizes = [stage.batch_multiplier * hp.batch_size for stage in hp.stages]
     require(math.gcd(*batch_sizes) % world_size == 0,
-            f"steps of {' and '.join(map(str, sorted(set(batch_sizes))))} sequences can't be divided over "
-            f"{world_size} ranks; use --batch_size {-hp.batch_size // world_size * -world_size}")
+            f"--batch_size {hp.batch_size}: steps of {sorted(set(batch_sizes))} sequences can't be "
+            f"divided over {world_size} ranks")
     require(hp.sequence_length % 128 == 0,
             f"--sequence_length {hp.sequence_length} must be a multiple of 128")
     val_tokens = TRACKS[hp.track].val_tokens
     require(hp.val_length % 128 == 0 and val_tokens % hp.val_length == 0,
-            f"--val_length {hp.val_length} must be a multiple of 128 that divides the {val_tokens:,} "
-            "validation tokens, for example a power of two")
+            f"--val_length {hp.val_length} must be a multiple of 128 that divides the "
+            f"{val_tokens:,} validation tokens, for example a power of two")
     require(hp.save_every % hp.adam_every == 0,
             f"--save_every {hp.save_every} must be a multiple of --adam_every {hp.adam_every}")
     require(hp.model_dim % (4 * hp.num_heads) == 0,
-            f"--model_dim {hp.model_dim} must be a multiple of 4 times --num_heads {hp.num_heads}, because "
-            "rotary embeddings rotate pairs of quarters of each head")
+            f"--model_dim {hp.model_dim} must be a multiple of 4 times --num_heads {hp.num_heads}, "
+            "because rotary embeddings rotate quarters of each head")
     require(hp.model_dim >= GATE_DIMS, f"--model_dim {hp.model_dim} must be at least {GATE_DIMS}")
     needs_even = any(layer.attention == "paired" or layer.mudd for layer in hp.layers)
     require(hp.num_heads % 2 == 0 or not needs_even,
@@ -2205,22 +2232,25 @@ def check_tables(layers: tuple[Layer, ...], stages: tuple[Stage, ...]) -> None:
         if layer.value_table is not None:
             require(layer.attention is not None, f"{row}: value_table needs attention")
             require(layer.value_table in range(num_tables),
-                    f"{row}: value_table {layer.value_table}: tables must be numbered 0 to {num_tables - 1}")
+                    f"{row}: value_table {layer.value_table}, but tables are numbered 0, 1, ...")
         for name in ("skip_from", "attn_input_layer"):
             source = getattr(layer, name)
-            require(source is None or source in range(i), f"{row}: {name} {source} is no earlier layer")
+            require(source is None or source in range(i),
+                    f"{row}: {name} {source} is no earlier layer")
     for i, stage in enumerate(stages):
         row = f"stage {i} of STAGES"
         require(stage.batch_multiplier >= 1, f"{row}: batch_multiplier must be at least 1")
         require(len(stage.mtp_weights) == len(stage.mtp_weights_end),
                 f"{row}: mtp_weights and mtp_weights_end must have the same length")
         if i:
-            require(stage.until > stages[i - 1].until, f"{row}: until must be later than the stage before")
-            require(not stage.tied or stages[i - 1].tied, f"{row}: once untied, it can't be tied again")
+            before = stages[i - 1]
+            require(stage.until > before.until, f"{row}: until must exceed that of stage {i - 1}")
+            require(before.tied or not stage.tied, f"{row}: tied after a stage that is not tied")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the script. Returns the exit code: 0; 2 after a mistake of the user; 128 + n after signal n."""
+    """Run the script. Returns the exit code: 0; 2 after a mistake of the user; 128 + n after signal
+    n."""
     if os.access(ROOT, os.W_OK):  # compiled kernels are kept, so that the next run starts sooner
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "inductor"))
     log.propagate = False
@@ -2237,14 +2267,14 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         message = str(error)
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+        if not re.search("MemoryError|out of memory|allocate memory", repr(error)):
             raise
         message = ("out of memory; use a smaller --micro_batch, then a smaller --val_length and "
                    "--sequence_length (`./run.sh simulate` predicts the memory on a GPU)")
     finally:
         handlers = log.handlers[:]
         log.handlers.clear()
-    # All ranks find most mistakes, and torchrun ends the others when one ends: rank 0 says it first.
+    # Most mistakes are found by all ranks. Rank 0 reports them, and torchrun then ends the others.
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(3)
     log.handlers = handlers

@@ -1,13 +1,13 @@
-"""Tunes the learning rates of the four historical records for the laptop track, each by the same rule.
+"""Tune the learning rates of the four ports of published records for the laptop track.
 
     python records/studies/2026-11-24_LaptopLadder/tune.py ENTRY...
 
-Two factors on the record's published rates: one on those of the embeddings and the head, one on those of the blocks
-(matrices and scalars). AdamW has one rate, so one factor. The search begins at (1, 1). A round tries, factor by factor,
-twice its value; if that is better it goes on doubling while it gets better, otherwise it tries half, and goes on
-halving. A round that found nothing better makes the factor of 2 a factor of 2^(1/2) for the next. It ends after
-NUM_TRIALS runs, of 600 steps each, seed 0; better means a lower final validation loss. Results are appended to
-tuning.tsv, logs go to tuning/.
+All ports are tuned by the same rule, with two factors on the published learning rates: one for the
+embeddings and the head, one for the blocks (matrices and scalars). AdamW has one learning rate, so
+one factor. The search starts at (1, 1). A round tries to double each factor, and doubles it again
+while the final validation loss falls. If doubling does not help, it tries halving in the same way.
+After a round without improvement the next one uses factors of 2^(1/2). The search ends after
+NUM_TRIALS runs of 600 steps with seed 0. Results are appended to tuning.tsv, logs go to tuning/.
 """
 import re
 import subprocess
@@ -17,24 +17,29 @@ from pathlib import Path
 NUM_TRIALS, NUM_STEPS = 9, 600
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
-# Rates by factor, as published; the schedule's corners in steps, the same fractions of 600 as of the record's run.
+# Learning rates of each factor, as published, and the schedule in steps, the same fractions of 600
+# as of the record's run.
 ENTRIES = {
     "2024-06-06_AdamW": ([{"lr": 0.0018}], dict(warmup_steps=16, cooldown_steps=129)),
-    "2024-10-14_ModernArch": ([{"adam_lr": 0.0036}, {"muon_lr": 0.00036}], dict(cooldown_steps=171)),
-    "2024-11-03_UntieEmbed": ([{"embed_lr": 0.3, "head_lr": 0.002}, {"muon_lr": 0.02}], dict(cooldown_steps=171)),
-    "2024-12-04_ValueEmbed": ([{"embed_lr": 0.6, "head_lr": 0.008}, {"muon_lr": 0.05, "scalar_lr": 0.04}],
-                              dict(cooldown_steps=235, momentum_warmup_steps=118)),
+    "2024-10-14_ModernArch": (
+        [{"adam_lr": 0.0036}, {"muon_lr": 0.00036}], dict(cooldown_steps=171)),
+    "2024-11-03_UntieEmbed": (
+        [{"embed_lr": 0.3, "head_lr": 0.002}, {"muon_lr": 0.02}], dict(cooldown_steps=171)),
+    "2024-12-04_ValueEmbed": (
+        [{"embed_lr": 0.6, "head_lr": 0.008}, {"muon_lr": 0.05, "scalar_lr": 0.04}],
+        dict(cooldown_steps=235, momentum_warmup_steps=118)),
 }
 
 
 def trial(entry: str, factors: tuple[float, ...]) -> float:
-    """The final validation loss of a run with these factors, nats a byte."""
+    """Return the final validation loss, in nats a byte, of a run with these factors."""
     rates, schedule = ENTRIES[entry]
     flags = {name: f"{rate * factor:.6g}" for group, factor in zip(rates, factors, strict=True)
              for name, rate in group.items()}
-    flags |= dict(track="laptop", seed=0, num_steps=NUM_STEPS, val_every=150, dtype="bfloat16", compile="on",
-                  entry=f"studies/{HERE.name}/tuning", **schedule)
-    command = [sys.executable, f"records/{entry}/train_gpt.py", *(f"--{name}={value}" for name, value in flags.items())]
+    flags |= dict(track="laptop", seed=0, num_steps=NUM_STEPS, val_every=150, dtype="bfloat16",
+                  compile="on", entry=f"studies/{HERE.name}/tuning", **schedule)
+    script = f"records/published/{entry}/train_gpt.py"
+    command = [sys.executable, script, *(f"--{name}={value}" for name, value in flags.items())]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     losses = re.findall(r"val_loss:(\S+)", done.stdout)
     if done.returncode or not losses:
@@ -46,7 +51,7 @@ def trial(entry: str, factors: tuple[float, ...]) -> float:
 
 
 def search(entry: str) -> None:
-    """Compass search over the factors' logarithms to base 2."""
+    """Run the compass search over the base-2 logarithms of the factors."""
     best = (0.0,) * len(ENTRIES[entry][0])
     seen = {best: trial(entry, tuple(2**x for x in best))}
     step = 1.0

@@ -1,8 +1,9 @@
-"""The head's loss on a CPU, forward and backward from bfloat16 logits: three ways in turn, compiled, one thread.
+"""Time three forms of the head's loss on a CPU, forward and backward from bfloat16 logits.
 
     python records/studies/2026-11-24_Simulated/head_on_a_cpu.py [ROUNDS]     # default: 41
 
-Milliseconds of the process's CPU time, in which a busy machine shows less than in the clock's.
+They are compiled and interleaved, on one thread. The figures are milliseconds of CPU time of the
+process, which other load on the machine changes less than wall time.
 """
 import statistics
 import sys
@@ -43,7 +44,8 @@ class CappedCrossEntropy(torch.autograd.Function):
 
 
 WAYS = {
-    "tanh, F.cross_entropy (before)": lambda x, y: F.cross_entropy(CAP * torch.tanh(x.float() / CAP), y),
+    "tanh, F.cross_entropy (before)":
+        lambda x, y: F.cross_entropy(CAP * torch.tanh(x.float() / CAP), y),
     "sigmoid, F.cross_entropy": lambda x, y: F.cross_entropy(softcap(x, CAP), y),
     "CappedCrossEntropy (today's)": lambda x, y: CappedCrossEntropy.apply(x, y, CAP)}
 
