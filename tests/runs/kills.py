@@ -30,8 +30,8 @@ def kill_in_the_second_save(module) -> None:
 
 
 def twenty_kills(module) -> None:
-    """main starts one child after another, which resume each other, with the imports of this process.
-    Twenty of them are killed: in a save, between two steps, or anywhere."""
+    """main starts one child after another, which resume each other; a child has this process's
+    imports. Twenty of them are killed: in a save, between two steps, or anywhere."""
     main = module.main
     training_step = module.training_step
 

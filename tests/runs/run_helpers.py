@@ -16,7 +16,7 @@ def no_warm_up(monkeypatch) -> None:
 
 
 def validate_less(monkeypatch) -> None:
-    """Validate on 4,096 tokens, because validations take most of the time of the recipe's short run."""
+    """Validate on 4,096 tokens: validations take most of the time of the recipe's short run."""
     track = dataclasses.replace(train_gpt.TRACKS["laptop"], val_tokens=4096)
     monkeypatch.setitem(train_gpt.TRACKS, "laptop", track)
 

@@ -1,7 +1,7 @@
 """Golden losses: a change that is not meant to change the numbers does not change them.
 
-The runs use all of the laptop track's tables and all of the full recipe's, the latter on one rank and
-on two. tests/golden_losses.txt holds their validation losses.
+The runs use all of the laptop track's tables and all of the full recipe's, the latter on one rank
+and on two. tests/golden_losses.txt holds their validation losses.
 """
 import math
 import os
@@ -50,8 +50,8 @@ def assert_golden(run: str, text: str) -> None:
     """The validation losses in the text are the golden ones."""
     losses = val_losses(text)
     golden = read_golden()[run]
-    how_to_renew = (f"the losses of {run} are {losses}, the golden ones {golden}; if the change was meant, "
-                    f"renew them with `{RENEW}`, and say why in the commit")
+    how_to_renew = (f"the losses of {run} are {losses}, the golden ones {golden}; if the change "
+                    f"was meant, renew them with `{RENEW}`, and say why in the commit")
     assert losses.keys() == golden.keys(), how_to_renew
     assert losses == pytest.approx(golden, abs=TOLERANCE), how_to_renew
 

@@ -35,8 +35,8 @@ class Handle:
 
 
 class ThreadRanks:
-    """W ranks as threads, and the collectives that train_gpt calls. Sums are made in the order of the
-    ranks, in the dtype of what is sent."""
+    """W ranks as threads, and the collectives that train_gpt calls. Sums are made in the order of
+    the ranks, in the dtype of what is sent."""
     def __init__(self, world_size, monkeypatch):
         self.world_size = world_size
         self.local = threading.local()
@@ -137,8 +137,8 @@ def gradients_of_first_step(model, optimizer, stream, hp, runtime):
 
 
 def train_some(hp, rank=0, world_size=1, comm_dtype=torch.float32, save_at=None):
-    """All that a rank knows after the scheduled steps, in a dictionary. hp.resume names the checkpoint to
-    begin with. save_at: end at this step, with a checkpoint."""
+    """All that a rank knows after the scheduled steps, in a dictionary. hp.resume names the
+    checkpoint to begin with. save_at: end at this step, with a checkpoint."""
     runtime = train_gpt.Runtime(rank, world_size, CPU)
     stream = train_gpt.TokenStream("x_*.bin", train_gpt.TRACKS["laptop"], 1)
     model = train_gpt.build_model(hp, CPU, torch.float32, flex=False)
@@ -205,12 +205,12 @@ def test_any_number_of_ranks_is_one(setup, monkeypatch, tables, batch_size, worl
     for world_size in worlds:
         with monkeypatch.context() as patch:
             ranks = ThreadRanks(world_size, patch)
-            results = ranks.run(lambda rank, world_size=world_size: train_some(hp, rank, world_size))
+            results = ranks.run(lambda rank, count=world_size: train_some(hp, rank, count))
         for result in results:
             assert_alike(result, alone)
         assert_ranks_are_equal(results)
 
-    # While head and embedding are tied, the embedding has no gradient; later it has values of its own.
+    # While head and embedding are tied, the embedding has no gradient; later its values differ.
     without_gradient = sum(not gradient.any() for gradient in alone["gradients"])
     assert without_gradient == (tables == "recipe")
     if tables == "recipe":
@@ -220,8 +220,8 @@ def test_any_number_of_ranks_is_one(setup, monkeypatch, tables, batch_size, worl
 
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
 def test_another_number_of_ranks_resumes(setup, monkeypatch, before, after):
-    """From a checkpoint in the middle of the second stage, before the untying, that another number of
-    ranks has saved."""
+    """From a checkpoint in the middle of the second stage, before the untying, that another number
+    of ranks has saved."""
     hp = dataclasses.replace(setup("recipe", 2), num_steps=12)  # stages begin at steps 0, 3, 6, ...
     hp.folder.mkdir(parents=True)
     alone = train_some(hp)
@@ -255,7 +255,8 @@ def test_rounded_updates_reach_all_ranks(setup, monkeypatch):
 def test_processes_of_one_node_share_its_cores(monkeypatch, cores, processes, threads):
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    monkeypatch.setattr(train_gpt.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    affinity = set(range(cores))
+    monkeypatch.setattr(train_gpt.os, "sched_getaffinity", lambda pid: affinity, raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     train_gpt.set_threads()
     assert chosen == []  # OMP_NUM_THREADS is set
