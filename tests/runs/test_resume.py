@@ -12,7 +12,6 @@ import pytest
 import small
 import torch
 from conftest import metric_lines
-from kills import write_half
 from run_helpers import (
     LIMIT,
     assert_one_line,
@@ -24,10 +23,11 @@ from run_helpers import (
     steps_of,
     validate_less,
 )
+from run_patches import write_half
 
 import train_gpt
 
-KILLS = Path(__file__).with_name("kills.py")  # patches for processes
+PATCHES = Path(__file__).with_name("run_patches.py")  # patches for processes
 
 
 def test_run_of_all_stages_resumes_exactly(recipe_home, monkeypatch):
@@ -54,7 +54,7 @@ def test_run_of_all_stages_resumes_exactly(recipe_home, monkeypatch):
 
 
 def test_laptop_run_resumes_exactly(home):
-    """With the warm-up, which comes before the checkpoint is loaded; in the log of the first run."""
+    """With the warm-up, which comes before the checkpoint is loaded, in the first run's log."""
     whole = home.run("--save_every=3", "--val_every=2")
     assert whole.code == 0, whole.err
     last = checkpoint(home, 6)
@@ -201,7 +201,7 @@ def test_kill_in_a_save_leaves_the_checkpoint_before(home):
     last = last.rename(home.root / "whole.pt")
     shutil.rmtree(home.scratch)
 
-    process = home.start("--save_every=2", patch=f"{KILLS}:kill_in_the_second_save")
+    process = home.start("--save_every=2", patch=f"{PATCHES}:kill_in_the_second_save")
     process.communicate(timeout=LIMIT)
     assert process.returncode == -signal.SIGKILL
     assert checkpoints(home) == [checkpoint(home, 2)]
@@ -222,7 +222,7 @@ def test_killed_twenty_times(home):
     assert whole.code == 0, whole.err
     last = checkpoint(home, 200).rename(home.root / "whole.pt")
     shutil.rmtree(home.scratch)
-    process = home.start(*flags, "--resume=latest", patch=f"{KILLS}:twenty_kills")
+    process = home.start(*flags, "--resume=latest", patch=f"{PATCHES}:twenty_kills")
     _, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, err
     found = []

@@ -1,4 +1,4 @@
-"""Patches that kill a run, for processes of tests/small.py."""
+"""Patches that kill or stop a run, for processes of tests/small.py."""
 import os
 import random
 import signal
@@ -71,3 +71,15 @@ def twenty_kills(module) -> None:
         return main(argv)
 
     module.main = repeated_main
+
+
+def signal_rank_1_in_step_5(module) -> None:
+    """SIGTERM for rank 1 alone."""
+    training_step = module.training_step
+
+    def step_with_signal(model, optimizer, batch, schedule):
+        if schedule.step == 5 and module.dist.get_rank() == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return training_step(model, optimizer, batch, schedule)
+
+    module.training_step = step_with_signal
