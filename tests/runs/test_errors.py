@@ -10,16 +10,13 @@ import sys
 import pytest
 import small
 import torch
-from conftest import metric_lines
 from run_helpers import (
     LIMIT,
     assert_one_line,
     checkpoint,
     checkpoints,
-    log_text,
     logged_lines,
     no_warm_up,
-    steps_of,
 )
 
 import train_gpt
@@ -385,13 +382,3 @@ def test_help_lists_all_flags(capfd):
     assert err == ""
     for name in train_gpt.Hyperparameters.__dataclass_fields__:
         assert f"--{name}" in out
-
-
-def test_log_of_a_failed_run_keeps_its_lines(home, monkeypatch):
-    no_warm_up(monkeypatch)
-    replace_step(monkeypatch, 3, lambda model, loss: loss * math.nan)
-    done = home.run()
-    assert_one_line(done)
-    lines = logged_lines(home)
-    assert steps_of(metric_lines(log_text(home)), "train_loss") == [1, 2, 3, 4]
-    assert lines[-1] == done.err.strip()
