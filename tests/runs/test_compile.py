@@ -9,6 +9,7 @@ import pytest
 import small
 import torch
 from conftest import at_window, away_from_zero, metric_lines
+from run_helpers import validate_less
 
 import train_gpt
 from train_gpt import Optimizer, Runtime, Schedule, TokenStream
@@ -41,6 +42,7 @@ def test_nothing_compiles_after_the_warm_up(recipe, recipe_model, tmp_path, monk
     """No step of any stage, and no validation."""
     small.write_corpus(tmp_path, train_tokens=10_000)
     small.install(train_gpt, tmp_path, monkeypatch, recipe=True)
+    validate_less(monkeypatch)
     track = train_gpt.TRACKS["laptop"]
     stream = TokenStream(track.train_files, track, 1)
     val_stream = TokenStream(track.val_files, track, 1)
