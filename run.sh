@@ -1,57 +1,91 @@
 #!/usr/bin/env bash
-# Sets up what is missing (Python packages, data), then trains or tests.
-#
-#   ./run.sh                                  train: fineweb where there are CUDA GPUs, else laptop
-#   ./run.sh --track laptop --num_steps 100   arguments go to train_gpt.py (--help lists them)
-#   ./run.sh --record 2024-06-06_AdamW        an entry's script: records/<entry>/train_gpt.py
-#   ./run.sh test [pytest arguments]          run the tests
-#   ./run.sh simulate [my_idea.py]            what would 8 H100s say? Without a GPU, in 11 minutes
-#   NPROC=2 ./run.sh                          2 processes (default: one a GPU; without GPUs, one)
-#   SHARDS=2 ./run.sh --track fineweb         fetch 2 training shards of 10^8 tokens, not all that
-#                                             the run reads
-#   PYTHON=python3 ./run.sh                   use this Python as it is and install nothing
+# Sets up what is missing (Python packages, data), then trains, tests or runs a tool.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
 
-die() { echo "error: $*" >&2; exit 2; }
+usage() {
+    cat <<'END'
+Sets up what is missing (Python packages, data), then trains, tests or runs a tool.
 
-# A .venv, built once, and again whenever requirements.txt changes
-if [[ -z "${PYTHON:-}" ]]; then
+  ./run.sh [flags]                 train on FineWeb if there is a CUDA GPU, else on the laptop track
+  ./run.sh --record published/2024-06-06_AdamW [flags]       train with the script of a record
+  ./run.sh test [--all] [pytest arguments]                   run the tests
+  ./run.sh compare|fair_play|simulate|sample [arguments]     run a tool (--help explains it)
+
+Environment variables:
+  NPROC=2          number of processes (default: one per GPU; without GPUs, one)
+  SHARDS=2         number of FineWeb training shards to download, 10^8 tokens each (default: 9)
+  PYTHON=python3   use this Python as it is, and install nothing (default: set up .venv)
+
+END
+}
+
+die() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+find_python() { # names on the PATH can be stubs that do not run, so each one is asked
+    local name
+    for name in python3.13 python3.12 python3.11 python3.10 python3; do
+        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "$name"
+            return
+        fi
+    done
+    die "found no Python 3.10 or newer; install one, or name it in PYTHON"
+}
+
+set_up_venv() {
+    local python progress=--quiet
+    python=$(find_python)
+    [[ ! -t 1 ]] || progress=--progress-bar=on
+    echo "setting up .venv from requirements.txt (once, this can take minutes) ..."
+    rm -rf .venv
+    "$python" -m venv .venv || die "$python -m venv failed; on Debian: apt install python3-venv"
+    .venv/bin/python -m pip install $progress --disable-pip-version-check -r requirements.txt ||
+        die "pip could not install requirements.txt (see above); check the network and try again"
+    cp requirements.txt .venv/requirements.txt # last, so that an interrupted set-up is repeated
+}
+
+case ${PYTHON:-} in # a relative path belongs to the folder of the caller
+    /*) ;;
+    */*) PYTHON=$PWD/$PYTHON ;;
+esac
+
+# Go to the project's folder, also when this file was started by a symbolic link.
+self=${BASH_SOURCE[0]}
+while [[ -L $self ]]; do
+    target=$(readlink "$self")
+    case $target in
+        /*) self=$target ;;
+        *) self=$(dirname -- "$self")/$target ;;
+    esac
+done
+CDPATH='' cd -- "$(dirname -- "$self")"
+
+command=start
+case ${1:-} in
+    "" | -*) ;;
+    test | compare | fair_play | simulate | sample)
+        command=$1
+        shift
+        ;;
+    *) die "'$1' is not a command; expected test, compare, fair_play, simulate, sample or flags" ;;
+esac
+
+case " $* " in
+    *" --help "* | *" -h "*) [[ $command != start ]] || usage ;; # the script's own help follows
+esac
+
+if [[ -z ${PYTHON:-} ]]; then
     PYTHON=.venv/bin/python
-    if ! cmp -s requirements.txt .venv/requirements.txt; then
-        base=$(command -v python3.13 || command -v python3.12 || command -v python3.11 ||
-               command -v python3.10 || command -v python3) ||
-            die "no python3 found, expected 3.10 or newer; install it or name one in PYTHON"
-        # pyenv leaves names on the path that don't run, so the version is asked for
-        for candidate in "$base" "$(command -v python3)"; do
-            "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && break
-            candidate=
-        done
-        [[ -n "$candidate" ]] ||
-            die "python3 is older than 3.10; install a newer one or name one in PYTHON"
-        echo "setting up .venv from requirements.txt (once; this can take minutes) ..."
-        rm -rf .venv
-        "$candidate" -m venv .venv ||
-            die "python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv"
-        quiet=--quiet
-        [[ ! -t 1 ]] || quiet=--progress-bar=on  # a terminal is shown what happens
-        .venv/bin/python -m pip install $quiet --disable-pip-version-check -r requirements.txt ||
-            die "pip could not install requirements.txt (see above); mend the network and try again"
-        cp requirements.txt .venv/requirements.txt  # last: an interrupted set-up is begun anew
-        torch=$("$PYTHON" -c 'import torch; print(torch.__version__)')
-        echo "set up .venv: $("$PYTHON" --version), torch $torch"
-    fi
+    [[ -f .venv/requirements.txt && "$(<requirements.txt)" == "$(<.venv/requirements.txt)" ]] ||
+        set_up_venv
 fi
 command -v "$PYTHON" >/dev/null ||
-    die "PYTHON is '$PYTHON', which can't be run; unset it to have a .venv set up"
+    die "cannot run PYTHON='$PYTHON'; unset PYTHON, and this script sets up .venv"
 
-if [[ "${1:-}" == test ]]; then
-    shift
-    exec "$PYTHON" -m pytest "$@"
+if [[ $command == test ]]; then
+    exec "$PYTHON" -m pytest -n 2 "$@"
 fi
-if [[ "${1:-}" == simulate ]]; then
-    shift
-    [[ "$PYTHON" == .venv/bin/python ]] || export SIMULATE_INSTALLS=no
-    exec "$PYTHON" -m tests.simulate "$@"
-fi
-exec "$PYTHON" launch.py "$@"  # says the track, checks the flags, fetches the data, trains
+exec "$PYTHON" -m "tools.$command" "$@"

@@ -8,16 +8,16 @@
 
 @CLAIM@
 The task and nearly all ideas come from modded-nanogpt,
-https://github.com/KellerJordan/modded-nanogpt. This recipe ports its script of 2026-05-24 (MUDD and
-XSA) to plain PyTorch and adds a sampled softmax. "Record 2025-12-14" in a comment is the folder of
-that date in modded-nanogpt's records/; other ideas are cited by their arXiv number.
+https://github.com/KellerJordan/modded-nanogpt. This recipe ports its script of 2026-05-24 to plain
+PyTorch and adds a sampled softmax. "Record 2025-12-14" in a comment is the folder of that date in
+modded-nanogpt's records/; other ideas are cited by their arXiv number.
 
 `./run.sh` sets up Python and the data, then starts this script. Each run writes a log to
 records/scratch/<run_id>.txt: this source, the environment, the losses.
 
 Shapes in comments: S sequences of T tokens; N = S T tokens in all; D model width; H heads of width
 d; V vocabulary entries; K prediction targets of a token (the next one, the one after, ...); W
-ranks.
+ranks. A function that is called "collective" must be called by all ranks.
 """
 import argparse
 import dataclasses
@@ -74,10 +74,11 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Track:
-    """What an entry may not change. Paths are relative to the repository."""
+    """A task. A new script may change everything except this. Paths are relative to the
+    repository."""
     train_files: str
     val_files: str
-    val_tokens: int   # a validation predicts so many tokens, the first of the validation files
+    val_tokens: int   # size of a validation, which starts at the first validation file
     vocab_size: int   # all token ids are smaller
     eot_token: int    # stands before each document
     shuffled: bool    # sequences are read in a fixed random order, because neighbors are alike
@@ -113,16 +114,16 @@ class Layer(NamedTuple):
     value_table: int | None       # which table of value embeddings its attention adds
     skip_from: int | None         # earlier layer whose output is added to this layer's input
     attn_input_layer: int | None  # earlier layer whose output attention reads; None: its own input
-    xsa: bool                     # attention's output loses its part along the token's own value
-    mudd: bool                    # each token predicts the block's coefficients
+    xsa: bool                     # learn to remove the token's own value from attention's output
+    mudd: bool                    # tokens predict the block's coefficients; else learned scalars
     head_skip_init: float | None  # initial weight of the layer's output in the head; None: unused
 
 
 LAYERS = {
     "fineweb": (
         # Paired heads: record 2026-01-07. Value tables: 2026-02-03. No attention in layer 6:
-        # 2025-09-21. Skip: 2025-11-18. Attention input: 2026-03-06. XSA: 2026-04-29. MUDD and
-        # head_skip_init: 2026-04-22.
+        # 2025-09-21. Skip: 2025-11-18. Attention input: 2026-03-06. XSA (exclusive self-attention):
+        # 2026-04-29. MUDD (multiway dynamic dense connections) and head_skip_init: 2026-04-22.
         #     attention  value_table  skip_from  attn_input  xsa    mudd   head_skip_init
         Layer("paired",  None,        None,      None,       False, False, None),
         Layer("short",   0,           None,      None,       True,  False, None),
@@ -143,10 +144,12 @@ LAYERS = {
 
 class Stage(NamedTuple):
     """The settings of one part of the run."""
-    until: float           # its end, as a share of the scheduled steps; inf: the extension
+    until: float           # its end, as a fraction of the scheduled steps; inf: the extension,
+                           # which are the steps after the schedule, with learning rates at lr_floor
     batch_multiplier: int  # a step trains on batch_multiplier * batch_size sequences
     window: int            # tokens that a query sees in a long layer (others: short_window)
-    max_doc_len: int       # documents are cut to so many tokens; 0: plain text, not packed
+    max_doc_len: int       # documents are truncated to this many tokens; 0: not truncated. If 0 in
+                           # all stages, sequences need not begin with a document
     lr_multiplier: float   # of all learning rates, before they decay to lr_floor
     # Multi-token prediction: weights of the losses of the next token, the one after, ..., at the
     # beginning and at the end of the stage, with linear interpolation between.
@@ -181,11 +184,11 @@ def setting(default, help: str, choices: tuple | None = None):
 class Hyperparameters:
     """The settings of one run. Each field is a flag. The defaults are those of the fineweb track;
     PRESETS lists what other tracks change."""
-    track: str = setting("fineweb", "data, target, LAYERS and STAGES", tuple(TRACKS))
+    track: str = setting("fineweb", "the task; default on a CPU: laptop", tuple(TRACKS))
     seed: int = setting(0, "random seed of the weights (the order of the data is fixed)")
     # work
     num_steps: int = setting(1405, "optimizer steps")
-    extension: float = setting(40 / 1405, "share of the steps that come after the schedule's end")
+    extension: float = setting(40 / 1405, "fraction of the steps that come after the schedule")
     batch_size: int = setting(8, "sequences per step over all ranks; a stage multiplies it")
     sequence_length: int = setting(16_384, "tokens per training sequence")
     micro_batch: int = setting(3, "sequences that a rank computes at once, at most")
@@ -195,7 +198,7 @@ class Hyperparameters:
     model_dim: int = setting(768, "width of the residual stream")
     ngrams: int = setting(2, "n-gram embeddings for n from 2 to this")
     ngram_rows: int = setting(251_520, "rows of the hash table of each n")
-    attention_scale: float = setting(0.1, "factor of the attention scores at the first window")
+    attention_scale: float = setting(0.1, "softmax scale of attention in the first stage")
     final_window: int = setting(2560, "window of the long layers in the last validation, in tokens")
     logit_cap: float = setting(23.0, "softcap: logits z become cap * sigmoid((z + shift) / scale)")
     logit_shift: float = setting(5.0, "softcap: shift")
@@ -207,17 +210,17 @@ class Hyperparameters:
     ngram_rule: str = setting(
         "adam", "lazy_adam skips rows that did not occur in the batch", ("adam", "lazy_adam"))
     scalar_lr: float = setting(0.04, "Adam learning rate of scalars; see optimizer_groups")
-    adam_every: int = setting(2, "Adam updates once in so many steps, with their summed gradients")
+    adam_every: int = setting(2, "steps per Adam update, which sums their gradients")
     adam_decay: float = setting(0.005, "weight decay of Adam's matrices; see optimizer_groups")
     muon_lr: float = setting(0.023, "Muon learning rate of the attention matrices")
     muon_decay: float = setting(1.2, "weight decay of Muon's matrices; see compute_update")
     muon_beta2: float = setting(0.9, "decay of NorMuon's second moment per step")
     momentum_start: float = setting(0.85, "Muon momentum at the first and the last step")
     momentum_end: float = setting(0.95, "Muon momentum in between")
-    momentum_warmup: float = setting(300 / 1405, "share of the steps in which the momentum rises")
-    momentum_cooldown: float = setting(50 / 1405, "share of the steps in which it falls at the end")
-    cooldown: float = setting(0.6, "share of the scheduled steps in which learning rates decay")
-    lr_floor: float = setting(0.15, "factor of the learning rates at the end of the schedule")
+    momentum_warmup: float = setting(300 / 1405, "fraction of the steps in which momentum rises")
+    momentum_cooldown: float = setting(50 / 1405, "fraction of the steps in which it falls")
+    cooldown: float = setting(0.6, "fraction of the schedule in which learning rates decay")
+    lr_floor: float = setting(0.15, "learning rates' factor at the end of the schedule")
     # run
     val_every: int = setting(125, "steps between validations; 0: only at the end")
     log_every: int = setting(10, "steps between log lines with the training loss")
@@ -283,7 +286,7 @@ def stage_ends(hp: Hyperparameters) -> list[int]:
 
 
 def stage_index(step: int, hp: Hyperparameters) -> int:
-    """The index in hp.stages of the stage that holds at a step; at num_steps, the last one."""
+    """The index in hp.stages of the stage that contains a step; for num_steps, the last one."""
     return min(bisect_right(stage_ends(hp), step), len(hp.stages) - 1)
 
 
@@ -307,8 +310,9 @@ def lr_scale(step: int, hp: Hyperparameters) -> float:
     """The factor of all learning rates: the stage's multiplier, then a linear decay to lr_floor,
     which holds in the extension (trapezoid: arXiv 2405.18392; stages: record 2025-11-29)."""
     remaining = max(hp.scheduled_steps - step, 0) / hp.scheduled_steps
-    flat = min(remaining / hp.cooldown, 1.0)
-    return flat * hp.stages[stage_index(step, hp)].lr_multiplier + (1 - flat) * hp.lr_floor
+    decay = min(remaining / hp.cooldown, 1.0)  # 1 before the cooldown, 0 at the end of the schedule
+    multiplier = hp.stages[stage_index(step, hp)].lr_multiplier
+    return decay * multiplier + (1 - decay) * hp.lr_floor
 
 
 def muon_momentum(step: int, hp: Hyperparameters) -> float:
@@ -316,23 +320,24 @@ def muon_momentum(step: int, hp: Hyperparameters) -> float:
     (record 2025-09-30)."""
     warmup_steps = round(hp.momentum_warmup * hp.num_steps)
     cooldown_steps = round(hp.momentum_cooldown * hp.num_steps)
-    share = 1.0
+    fraction = 1.0
     if warmup_steps:
-        share = min(share, step / warmup_steps)
+        fraction = min(fraction, step / warmup_steps)
     if cooldown_steps:
-        share = min(share, (hp.num_steps - step) / cooldown_steps)
-    return (1 - share) * hp.momentum_start + share * hp.momentum_end
+        fraction = min(fraction, (hp.num_steps - step) / cooldown_steps)
+    return (1 - fraction) * hp.momentum_start + fraction * hp.momentum_end
 
 
 def short_window(window: int) -> int:
-    """Positions that a query sees in short and paired layers: half the window, in blocks of 128.
-    (A token is two positions of a paired head.)"""
+    """Positions that a query sees in short and paired layers: half the window, rounded down to a
+    multiple of 128, but at least 128 or the whole window. A paired layer has two positions per
+    token, so its queries see half as many tokens."""
     return max(window // 256 * 128, min(window, 128))
 
 
 def rotary_frequencies(index: int, hp: Hyperparameters) -> tuple[Tensor, float]:
-    """The rotary frequencies of stage `index`, (d / 4,) radians per token, and the factor of the
-    attention scores.
+    """The rotary frequencies of stage `index`, (d / 4,) radians per position, and the softmax scale
+    of attention. A token is one position; for paired heads it is two.
 
     Half of each head's dimensions are not rotated, and the base is 1024 (record 2024-12-17). When
     the window grows, dimensions that rotate fewer than 32 times in it are slowed down (YaRN, arXiv
@@ -351,20 +356,20 @@ def rotary_frequencies(index: int, hp: Hyperparameters) -> tuple[Tensor, float]:
 class Schedule:
     """All values that depend on the step; the model and the optimizer receive it.
 
-    Values that are used inside compiled code are tensors: torch.compile would recompile for each
+    Values that the compiled model uses are tensors: torch.compile would recompile for each
     new Python number. softmax_size is a Python number on purpose, because it sets shapes; each of
     its values is compiled once, in the warm-up."""
     def __init__(self, step: int, hp: Hyperparameters, device: torch.device):
         index = stage_index(step, hp)
         stage = hp.stages[index]
         previous = hp.stages[stage_index(max(step - 1, 0), hp)]
-        self.step = step
         self.lr_scale = lr_scale(step, hp)
         self.momentum = muon_momentum(step, hp)
         self.tied = stage.tied
-        self.unties = previous.tied and not stage.tied  # at this step the embedding becomes a copy
+        self.unties = previous.tied and not stage.tied  # the embedding becomes a copy of the head
         self.softmax_size = stage.softmax_size
 
+        # hp.stages is an argument because the cache compares arguments, and STAGES is not in hp.
         tensors = _stage_tensors(index, step == hp.num_steps, hp, hp.stages, device)
         self.windows, self.frequencies, self.attention_scale, weights, weights_end = tensors
         begin, end = [0, *stage_ends(hp)][index:index + 2]
@@ -416,7 +421,8 @@ Mask = BlockMask | Tensor  # FlexAttention (compiled, CUDA) or first_visible_key
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, max_window: int) -> Tensor:
-    """softmax(q k^T) v over the visible keys. q, k, v and the result: (N, H, d)."""
+    """softmax(q k^T) v over the visible keys. q, k, v and the result: (N, H, d). max_window: an
+    upper bound of the mask's window, which sets shapes on a CPU."""
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, H, N, d)
     if isinstance(mask, BlockMask):
         y = flex_attention(q, k, v, block_mask=mask, scale=1.0)
@@ -438,14 +444,16 @@ def norm(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Module):
-    """`parts` linear maps without bias, computed as one product; Muon orthogonalizes each of them.
+    """`parts` linear maps without bias, computed as one product; Muon orthogonalizes each of them
+    separately.
 
-    The weight is float32, (parts, out, in), or (parts, in, out) if in > out, so that Muon only sees
-    tall matrices. It starts at zero or uniform with standard deviation 0.5 / sqrt(in) (record
-    2026-01-30)."""
-    def __init__(self, in_features: int, out_features: int, parts: int = 1, zero: bool = False):
+    The weight is float32, (parts, out, in), or (parts, in, out) if can_transpose and in > out, so
+    that Muon only sees tall matrices. It starts at zero or uniform with standard deviation
+    0.5 / sqrt(in) (record 2026-01-30)."""
+    def __init__(self, in_features: int, out_features: int, parts: int = 1, zero: bool = False,
+                 can_transpose: bool = True):
         super().__init__()
-        self.transposed = in_features > out_features
+        self.transposed = can_transpose and in_features > out_features
         shape = (in_features, out_features) if self.transposed else (out_features, in_features)
         bound = 0.0 if zero else 0.5 * (3 / in_features) ** 0.5
         self.weight = nn.Parameter(torch.empty(parts, *shape).uniform_(-bound, bound))
@@ -472,6 +480,7 @@ class Mudd(nn.Module):
         super().__init__()
         self.fc = nn.Parameter(torch.empty(64, model_dim).uniform_(-1, 1) / model_dim ** 0.5)
         self.proj = nn.Parameter(torch.zeros(len(init), 64))
+        # The factors 10 and 0.1 cancel. They make Adam's updates of coefficients 10 times smaller.
         self.bias = nn.Parameter(10 * torch.tensor(init))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -528,8 +537,8 @@ class NGramEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with QK-norm (arXiv 2010.04245), rotary and value embeddings, and
-    gates."""
+    """Causal self-attention with QK-norm (arXiv 2010.04245), rotary embeddings, gates, and value
+    embeddings: further embeddings of the tokens, which are added to V."""
     def __init__(self, hp: Hyperparameters, layer: Layer):
         super().__init__()
         self.num_heads = hp.num_heads
@@ -538,7 +547,7 @@ class Attention(nn.Module):
         self.max_window = short_window(window)
         if self.kind == "long":
             self.max_window = max(window, hp.final_window)
-        # Muon orthogonalizes Q and K by pairs of heads (record 2026-04-08), V and the output whole.
+        # Muon orthogonalizes Q and K in pairs of heads (record 2026-04-08), V and proj as a whole.
         pairs = hp.num_heads // 2 if hp.num_heads % 2 == 0 else 1
         self.qk = Linear(hp.model_dim, hp.model_dim // pairs, parts=2 * pairs)
         self.v = Linear(hp.model_dim, hp.model_dim)
@@ -552,16 +561,17 @@ class Attention(nn.Module):
             self.xsa_lambdas = nn.Parameter(torch.zeros(hp.num_heads))
 
     def forward(self, x: Tensor, value_embed: Tensor | None, is_doc_start: Tensor, rotary: Tensor,
-                scale: Tensor, mask: Mask, mudd: tuple[Tensor, Tensor] | None) -> Tensor:
+                scale: Tensor, mask: Mask, value_gates: Tensor | None,
+                v_skip: Tensor | None) -> Tensor:
         """x, value_embed and the result: (N, D). is_doc_start: (N,), a document's first token.
-        rotary: (2, N, d / 4), for paired heads (2, 2 N, d / 4). scale: 0-dim factor of the scores.
-        mudd: None, or gates of the value embeddings (2, N, 1), one per half of the heads, and what
-        is added to V, (N, D)."""
+        rotary: (2, N, d / 4), for paired heads (2, 2 N, d / 4). scale: the softmax scale, 0-dim.
+        With MUDD, value_gates: gates of the value embeddings, (2, N, 1), one per half of the heads;
+        v_skip: what is added to V, (N, D)."""
         N, D = x.shape
         H, d = self.num_heads, D // self.num_heads
         # Paired heads (record 2026-01-07): heads i and i + H / 2 become one head over 2 N
         # positions, two per token. Each pair's rows lie in one matrix of self.qk, so that Muon
-        # orthogonalizes the pair together. To reorder rows of the weight is cheaper than to reorder
+        # orthogonalizes the pair together. Reordering the weight's rows is cheaper than reordering
         # activations.
         P = 2 if self.kind == "paired" else 1           # positions per token
         qk = self.qk.matrix().view(2, H // P, P, d, D)  # Q or K, pair, member of the pair, row
@@ -570,11 +580,10 @@ class Attention(nn.Module):
         q, k, v = F.linear(x, weight).view(N, 3, H, d).unbind(1)  # each (N, H, d)
 
         v = self.v_lambda * v
-        if mudd is not None:
-            value_gates, v_skip = mudd
+        if v_skip is not None:
             v = v + v_skip.view_as(v)
         if value_embed is not None:  # gated (record 2025-12-29)
-            if mudd is not None:
+            if value_gates is not None:
                 gates = value_gates.squeeze(-1).T.repeat_interleave(H // 2, dim=1)
             else:
                 half = GATE_DIMS // 2
@@ -585,16 +594,16 @@ class Attention(nn.Module):
         q, k, v = (t.reshape(P * N, H // P, d) for t in (norm(q), norm(k), v))
         q, k = rotate(q, rotary), rotate(k, rotary)
         if self.kind == "long":
-            # Key offset (record 2025-12-14): the dimensions that are not rotated are those of the
-            # token before.
-            before = torch.where(is_doc_start[:, None, None], k, k.roll(1, 0))
-            k = torch.cat([k[..., :d // 2], before[..., d // 2:]], dim=-1)
+            # Key offset (record 2025-12-14): the half of a key that is not rotated comes from the
+            # previous token of the document.
+            previous = torch.where(is_doc_start[:, None, None], k, k.roll(1, 0))
+            k = torch.cat([k[..., :d // 2], previous[..., d // 2:]], dim=-1)
         y = attention(scale * q, k, v, mask, self.max_window)
         y, v = y.reshape(N, H, d), v.reshape(N, H, d)
 
         if self.xsa_lambdas is not None:  # XSA (arXiv 2603.09078)
-            v_norm_squared = (v * v).sum(-1, keepdim=True).clamp(min=1e-8)
-            along_v = (y * v).sum(-1, keepdim=True) / v_norm_squared
+            dot = (y * v).sum(-1, keepdim=True)
+            along_v = dot / (v * v).sum(-1, keepdim=True).clamp(min=1e-8)
             y = y - torch.tanh(self.xsa_lambdas).to(y.dtype)[:, None] * along_v * v
         y = y * gate(self.gate, x[:, :GATE_DIMS])[..., None]
         return self.proj(y.flatten(1))
@@ -612,28 +621,28 @@ class MLP(nn.Module):
 
 
 class InputEmbedding(nn.Module):
-    """The normed token embedding x0, which every layer adds. Smear (record 2025-09-18): each token
-    adds a gated part of the embedding of the token before."""
+    """The normed token embedding x0, which every layer with attention adds. Smear (record
+    2025-09-18): each token adds a gated part of the previous token's embedding."""
     def __init__(self):
         super().__init__()
         self.smear_gate = nn.Parameter(torch.zeros(1, GATE_DIMS))
         self.smear_lambda = nn.Parameter(torch.tensor(0.0))
-        self.ngram_lambda = nn.Parameter(torch.tensor(0.05))  # of the n-grams in layer 0's input
+        self.ngram_lambda = nn.Parameter(torch.tensor(0.05))  # layer 0's n-grams: GPT.body
 
     def forward(self, embed: Tensor, is_doc_start: Tensor, dtype: torch.dtype) -> Tensor:
         """embed: (N, D) float32, the tokens' rows of the table. Returns x0, (N, D), in dtype."""
         embed = embed.to(dtype)
-        before = torch.where(is_doc_start[:, None], 0, embed.roll(1, 0))
+        previous = torch.where(is_doc_start[:, None], 0, embed.roll(1, 0))
         smear = self.smear_lambda * gate(self.smear_gate, embed[:, :GATE_DIMS])
-        return norm(embed + smear * before)
+        return norm(embed + smear * previous)
 
 
 class Block(nn.Module):
     """A transformer block: a gated skip from an earlier layer, attention, MLP.
 
-    x0 and the n-gram embeddings are added after attention (records 2025-11-18, 2026-02-12). With
-    MUDD, each token predicts the block's coefficients, and weighted sums of (layer 0's input,
-    attention's input, x) are added to V and to x."""
+    x0 and the n-gram embeddings are added after attention (records 2025-11-18, 2026-02-12); a layer
+    without attention adds neither. With MUDD, each token predicts the block's coefficients, and
+    weighted sums of (layer 0's input, attention's input, x) are added to V and to x."""
     def __init__(self, hp: Hyperparameters, layer: Layer):
         super().__init__()
         self.attention = Attention(hp, layer) if layer.attention else None
@@ -654,19 +663,21 @@ class Block(nn.Module):
     def forward(self, x: Tensor, attn_input: Tensor, x0: Tensor, ngram: Tensor, h0: Tensor | None,
                 skip: Tensor | None, value_embed: Tensor | None, is_doc_start: Tensor,
                 rotary: Tensor, scale: Tensor, mask: Mask | None) -> Tensor:
-        """All activations and the result: (N, D). h0: layer 0's input, for MUDD. The last four
-        arguments are those of Attention."""
-        resid, branch, mudd = self.resid_lambdas, self.branch_lambdas, None
-        if self.mudd is not None:
+        """x, attn_input, x0, ngram, h0, skip, value_embed and the result: (N, D). h0: layer 0's
+        input, for MUDD; skip: the earlier layer's output. The last four are Attention's."""
+        resid, branch = self.resid_lambdas, self.branch_lambdas  # (2,), (4,)
+        value_gates = v_skip = None
+        if self.mudd is not None:  # resid and branch are predicted: (2, N, 1), (4, N, 1)
             to_v, to_x, value_gates, resid, branch = self.mudd(x).split([3, 3, 2, 2, 4])
-            mudd = value_gates, weighted_sum(to_v, [h0, attn_input, x])
+            v_skip = weighted_sum(to_v, [h0, attn_input, x])
             x = x + weighted_sum(to_x, [h0, attn_input, x])
         if skip is not None:
             skip = 2 * gate(self.skip_gate, x0[:, :GATE_DIMS]) * skip
             x = x + torch.sigmoid(self.skip_lambda) * skip
         if self.attention is not None:
             y = self.attention(
-                norm(attn_input), value_embed, is_doc_start, rotary, scale, mask, mudd)
+                norm(attn_input), value_embed, is_doc_start, rotary, scale, mask,
+                value_gates=value_gates, v_skip=v_skip)
             x = resid[0] * x + branch[0] * y + branch[2] * x0 + branch[3] * ngram
         return resid[1] * x + branch[1] * self.mlp(norm(x))
 
@@ -708,10 +719,11 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None, schedule: Schedule):
         """tokens, targets: (S, T), targets one token later.
 
-        Returns (objective, loss), both 0-dim: objective is what training minimizes, a sum over the
-        tokens; loss is the mean cross-entropy of the next token in nats (in training over
-        schedule.softmax_size entries). Without gradients the loss is over the whole vocabulary. If
-        targets is None, returns float32 logits (N, V)."""
+        Returns (objective, loss), both 0-dim. objective is what training minimizes: the loss summed
+        over the tokens, not averaged, as in modded-nanogpt; Muon's and Adam's updates do not depend
+        on the gradient's scale. loss is the mean cross-entropy of the next token in nats (in
+        training over schedule.softmax_size entries). Without gradients the loss is over the whole
+        vocabulary. If targets is None, returns float32 logits (N, V), for sampling text."""
         start = document_start(tokens, self.eot_token)
         position = torch.arange(len(start), device=start.device) - start  # in the document
         masks = self.masks(start, schedule)
@@ -725,23 +737,23 @@ class GPT(nn.Module):
         ngram = self.ngram(tokens, position)
         x0 = self.input_embedding(F.embedding(tokens, table), is_doc_start, ngram.dtype)
 
-        weights, pieces = None, None
+        mtp_weights = pieces = None
         if targets is not None:
-            if torch.is_grad_enabled():
-                weights, softmax_size = schedule.mtp_weights, schedule.softmax_size
-            else:
-                weights, softmax_size = torch.ones_like(schedule.mtp_weights[:1]), 0
-            # The head computes pieces of one sequence each: a sampled softmax has its own classes
-            # for each sequence, and the logits of a long validation sequence would not fit.
+            mtp_weights, softmax_size = schedule.mtp_weights, schedule.softmax_size
+            if not torch.is_grad_enabled():  # a validation: the next token, the whole vocabulary
+                mtp_weights, softmax_size = torch.ones_like(mtp_weights[:1]), 0
+            # Logits are computed in pieces of a training sequence's length, because a sampled
+            # softmax has its own classes for each sequence, and because the logits of a validation
+            # sequence would not fit. Without either reason there is one piece.
             in_pieces = softmax_size or not torch.is_grad_enabled()
             length = self.hp.sequence_length if in_pieces else len(tokens)
             pieces = [self.sample_softmax_classes(t, self.embed.num_embeddings, softmax_size)
-                      for t in next_targets(targets, len(weights)).split(length)]
-        return self.body(x0, values, ngram, pieces, weights, is_doc_start, rotary,
+                      for t in next_targets(targets, len(mtp_weights)).split(length)]
+        return self.body(x0, values, ngram, pieces, mtp_weights, is_doc_start, rotary,
                          schedule.attention_scale, masks)
 
     def body(self, x0: Tensor, values: tuple[Tensor, ...], ngram: Tensor, pieces: list | None,
-             weights: Tensor | None, is_doc_start: Tensor, rotary: Tensor, scale: Tensor,
+             mtp_weights: Tensor | None, is_doc_start: Tensor, rotary: Tensor, scale: Tensor,
              masks: dict):
         """The part of forward() after the lookups: the blocks, the head, the loss; on CUDA it is
         one compiled graph. pieces: (class ids, targets) of sample_softmax_classes for each piece.
@@ -775,10 +787,10 @@ class GPT(nn.Module):
 
         objective = loss = 0
         length = len(pieces[0][1])
-        for i, (class_ids, targets) in enumerate(pieces):
-            piece = slice(i * length, (i + 1) * length)
+        activations = [activation.split(length) for activation in (x, *sources)]
+        for (class_ids, targets), x_piece, *source_pieces in zip(pieces, *activations, strict=True):
             piece_objective, piece_loss = self.head(
-                x[piece], [source[piece] for source in sources], class_ids, targets, weights)
+                x_piece, source_pieces, class_ids, targets, mtp_weights)
             objective = objective + piece_objective
             loss = loss + piece_loss
         return objective, loss / len(x0)
@@ -814,7 +826,8 @@ def softcap(logits: Tensor, cap: float, shift: float, scale: float) -> Tensor:
 def sample_softmax_classes(targets: Tensor, vocab_size: int,
                            softmax_size: int) -> tuple[Tensor | None, Tensor]:
     """The vocabulary entries of a sampled softmax (arXiv 1412.2007, modded-nanogpt pull request
-    360): all targets (N, K), filled up to softmax_size with other entries.
+    360; without a correction for the sampling probability): all targets (N, K), filled up to
+    softmax_size with other entries.
 
     The other entries are taken from one fixed permutation, from an offset given by the sum of the
     targets. So the choice needs neither a random state nor communication, and a resumed run or
@@ -822,9 +835,10 @@ def sample_softmax_classes(targets: Tensor, vocab_size: int,
 
     Returns class ids (softmax_size,) and the index of each target among them (N, K): -1 for a
     target that is -1 or did not fit. (None, targets) stands for the whole vocabulary: if
-    softmax_size is 0, or too small for a text of this length."""
-    samples = len(targets) <= 4 * softmax_size < 4 * vocab_size
-    if not samples:
+    softmax_size is 0, and for texts of more than 4 softmax_size tokens, of which too many targets
+    would not fit."""
+    is_sampled = 0 < softmax_size < vocab_size and len(targets) <= 4 * softmax_size
+    if not is_sampled:
         return None, targets
     entry = torch.arange(vocab_size, device=targets.device)
     order = (entry + targets.sum()) * 20_011 % vocab_size  # 20,011 is prime: a permutation
@@ -842,12 +856,13 @@ class CappedCrossEntropy(torch.autograd.Function):
     once and then freed (arXiv 2410.10989). As the softcap bounds the logits, the softmax needs no
     search for their maximum."""
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, cap: tuple):
-        """x (N, D), weight (V, D), targets (N, K) (-1: ignored), weights (K,) (record 2025-12-22),
-        cap: softcap's three numbers. Returns (sum_k weights[k] CE_k, CE_0), summed over the tokens,
-        in nats. Only the first is differentiable."""
-        max_logit, _, scale = cap
-        logits = softcap(F.linear(x, weight), *cap)
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, mtp_weights: Tensor,
+                softcap_args: tuple):
+        """x (N, D), weight (V, D), targets (N, K) (-1: ignored), mtp_weights (K,) (record
+        2025-12-22). Returns (sum_k mtp_weights[k] CE_k, CE_0), summed over the tokens, in nats.
+        Only the first is differentiable."""
+        max_logit, _, scale = softcap_args
+        logits = softcap(F.linear(x, weight), *softcap_args)
         shifted_logits = logits - max_logit  # <= 0
         exp = torch.exp2(LOG2_E * shifted_logits)
         sum_exp = exp.sum(-1, keepdim=True)
@@ -856,16 +871,16 @@ class CappedCrossEntropy(torch.autograd.Function):
         losses = (losses * is_valid).sum(0)  # (K,)
         if any(ctx.needs_input_grad):
             class_index = torch.arange(len(weight), dtype=torch.int32, device=x.device)
-            # d / d logits: sum_k weights[k] (softmax - one_hot(targets[k]))
-            grad = (is_valid * weights).sum(-1, keepdim=True) / sum_exp * exp
-            for k in range(len(weights)):
-                grad = grad - weights[k] * (class_index == targets[:, k:k + 1].int())
+            # d / d logits: sum_k mtp_weights[k] (softmax - one_hot(targets[k]))
+            grad = (is_valid * mtp_weights).sum(-1, keepdim=True) / sum_exp * exp
+            for k in range(len(mtp_weights)):
+                grad = grad - mtp_weights[k] * (class_index == targets[:, k:k + 1].int())
             # Times the softcap's derivative, logits (max_logit - logits) / (max_logit scale).
             grad = (grad * logits * shifted_logits * (-1 / (max_logit * scale))).to(x.dtype)
             ctx.save_for_backward(grad @ weight, grad.mT @ x)
         loss_next_token = losses[0].clone()
         ctx.mark_non_differentiable(loss_next_token)
-        return (losses * weights).sum(), loss_next_token
+        return (losses * mtp_weights).sum(), loss_next_token
 
     @staticmethod
     def backward(ctx, grad_objective: Tensor, _):
@@ -883,8 +898,8 @@ class Head(nn.Module):
     (arXiv 1608.05859, record 2025-12-19)."""
     def __init__(self, hp: Hyperparameters, padded_vocab_size: int):
         super().__init__()
-        self.cap = (hp.logit_cap, hp.logit_shift, hp.logit_scale)
-        self.linear = Linear(hp.model_dim, padded_vocab_size)
+        self.softcap_args = (hp.logit_cap, hp.logit_shift, hp.logit_scale)
+        self.linear = Linear(hp.model_dim, padded_vocab_size, can_transpose=False)
         nn.init.normal_(self.linear.weight, std=0.005)
         init = [layer.head_skip_init for layer in hp.layers if layer.head_skip_init is not None]
         self.mudd = None
@@ -894,7 +909,7 @@ class Head(nn.Module):
             self.mudd = Mudd(hp.model_dim, tuple(init))
 
     def forward(self, x: Tensor, sources: list[Tensor], class_ids: Tensor | None = None,
-                targets: Tensor | None = None, weights: Tensor | None = None):
+                targets: Tensor | None = None, mtp_weights: Tensor | None = None):
         """x and each of sources: (N, D). Returns CappedCrossEntropy's pair for the other arguments
         (class_ids: None for the whole vocabulary); without targets, float32 logits (N, V)."""
         if self.mudd is not None:
@@ -902,12 +917,13 @@ class Head(nn.Module):
         x = norm(x)
         weight = self.linear.matrix()
         if targets is None:
-            return softcap(F.linear(x, weight.to(x.dtype)), *self.cap)
+            return softcap(F.linear(x, weight.to(x.dtype)), *self.softcap_args)
         if not torch.is_grad_enabled():
             weight = weight.detach()  # otherwise CappedCrossEntropy would compute its gradient
         if class_ids is not None:
             weight = weight[class_ids]
-        return CappedCrossEntropy.apply(x, weight.to(x.dtype), targets, weights, self.cap)
+        return CappedCrossEntropy.apply(
+            x, weight.to(x.dtype), targets, mtp_weights, self.softcap_args)
 
 
 # --- Optimizers: which rule updates which parameters, the rules, the optimizer --------------------
@@ -931,10 +947,14 @@ def optimizer_groups(hp: Hyperparameters, dtype: torch.dtype) -> list[Group]:
     communicate. Learning rates and betas: records 2025-12-11 (Muon), 2025-12-31, 2026-02-12 (Adam).
     """
     fp32 = torch.float32
+    # Decays have the learning rate as a factor here and once more in compute_update; 5 and 150 are
+    # factors of modded-nanogpt.
     muon_decay = hp.muon_lr * hp.muon_decay
     value_decay = 5 * hp.adam_decay * hp.value_lr
     ngram_decay = 5 * hp.adam_decay * hp.ngram_lr
     head_decay = 150 * hp.adam_decay * hp.head_lr
+    # What several groups share. Muon's learning rates of the MLP have the factors 2 and 4, instead
+    # of a factor for a matrix's shape. Adam's second moment decays fast or slowly.
     muon = dict(rule="muon", betas=(hp.muon_beta2,), decay=muon_decay, comm_dtype=dtype)
     table = dict(betas=(0.75, 0.95), comm_dtype=dtype)
     fast = dict(rule="adam", betas=(0.9, 0.95), decay=0.0, comm_dtype=fp32)
@@ -1026,20 +1046,24 @@ class Rule(NamedTuple):
 
 
 RULES = {
-    "muon": Rule(muon_direction, ("momentum",), ("second_moment",), is_matrix_rule=True),
+    "muon": Rule(muon_direction, ("momentum_buffer",), ("second_moment",), is_matrix_rule=True),
     "adam": Rule(adam_direction, ("exp_avg", "exp_avg_sq"), (), is_matrix_rule=False),
     "lazy_adam": Rule(adam_direction, ("exp_avg", "exp_avg_sq"), (), is_matrix_rule=False),
 }
 
 
 def compute_update(direction: Callable, group: Group, grad: Tensor, values: Tensor,
-                   state: list[Tensor], lr: Tensor, lr_scale: Tensor, *numbers: Tensor) -> Tensor:
-    """The update to subtract, in comm_dtype, before the schedule's factor lr_scale.
+                   state: list[Tensor], lr: Tensor, lr_scale: Tensor,
+                   *direction_args: Tensor) -> Tensor:
+    """The update to subtract from values, in comm_dtype, before the schedule's factor lr_scale.
+
+    grad, values, state: this rank's rows of a bucket. lr: 0-dim or one number per row. lr_scale and
+    direction_args (momentum and bias corrections): 0-dim.
 
     Cautious weight decay (arXiv 2510.12402, records 2025-11-10, 2025-12-18) decays a weight only
     where the update shrinks it anyway. The decay is multiplied by lr_scale here, and again when the
     update is applied, so it falls with the square of the schedule."""
-    update = direction(group, grad, *state, *numbers)
+    update = direction(group, grad, *state, *direction_args)
     if group.decay:
         shrinks = update * values > 0
         update = update + group.decay * lr_scale * values * shrinks
@@ -1049,8 +1073,9 @@ def compute_update(direction: Callable, group: Group, grad: Tensor, values: Tens
 class Optimizer:
     """Muon and Adam with optimizer state sharded over the ranks (ZeRO-1, arXiv 1910.02054).
 
-    Gradients are reduce-scattered, each rank updates its rows, and the results are all-gathered,
-    while other buckets are computed. Adam updates in every adam_every-th step with the summed
+    Parameters that are updated alike are concatenated into buckets. A bucket's gradients are
+    reduce-scattered, each rank updates its rows, and the results are all-gathered, while other
+    buckets are computed. Adam updates in every adam_every-th step with the summed
     gradients (record 2025-09-30)."""
     def __init__(self, model: GPT, hp: Hyperparameters, dtype: torch.dtype, rank: int = 0,
                  world_size: int = 1):
@@ -1069,7 +1094,7 @@ class Optimizer:
             elif name.endswith(".weight"):
                 layout = name          # a table has a bucket of its own
             else:
-                layout = "small"       # scalars and gates are concatenated
+                layout = "small"       # all else is concatenated
             key = (group.rule, group.betas, group.decay, group.comm_dtype, layout)
             bucket_members.setdefault(key, []).append((p, group))
 
@@ -1110,7 +1135,7 @@ class Optimizer:
             grad, values, state = bucket.local_grad_and_state()
             t = self.num_updates // (1 if rule.is_matrix_rule else self.adam_every)
             bias_corrections = [1 - beta ** t for beta in group.betas]
-            numbers = [schedule.lr_scale, schedule.momentum, *bias_corrections]
+            numbers = [schedule.lr_scale, schedule.momentum, *bias_corrections]  # 0-dim tensors
             update = self.update_fns[group.rule](
                 rule.direction, group, grad, values, state, bucket.lr, *map(torch.tensor, numbers))
             updates.append(bucket.apply_update(update, state, schedule.lr_scale))
@@ -1206,7 +1231,7 @@ class BatchLoader:
 
 
 def training_step(model: GPT, optimizer: Optimizer, batch: list, schedule: Schedule) -> Tensor:
-    """One update by the gradient of the loss, summed over tokens and ranks. Returns this rank's
+    """Forward and backward pass of each micro-batch, then the optimizer's step. Returns this rank's
     mean loss, 0-dim."""
     mean_loss = torch.zeros((), device=batch[0][0].device)
     for tokens, targets in batch:
@@ -1260,11 +1285,12 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
             if schedule.unties:
                 optimizer.untie()
             is_last = step == hp.num_steps
-            # Between two of Adam's updates its summed gradients are in no checkpoint.
+            # Checkpoints don't hold the gradients that Adam sums up between its updates.
             can_save = is_last or step % hp.adam_every == 0
             stops = can_save and stop.agreed
             val_due = is_last or (hp.val_every and step % hp.val_every == 0)
-            val_due = val_due and not stops and step > progress.validated_step
+            if stops or step <= progress.validated_step:  # at step 0, or before the run was resumed
+                val_due = False
             save_due = stops or (hp.save_every and step % hp.save_every == 0 and step > first_step)
             if val_due or save_due:  # neither counts as training time
                 progress.step = step
@@ -1284,7 +1310,7 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
             if profile:
                 profile.step()
             if (step + 1) % hp.log_every == 0:
-                # The only place where the host waits for the device, and for other ranks' losses.
+                # Without validation and checkpoint, this is where the host waits for the device.
                 loss_sum, signal_sum = runtime.sum(loss, stop.number)
                 train_ms = progress.train_ms + 1000 * (time.perf_counter() - started)
                 log_metric("train_loss", loss_sum / runtime.world_size, step + 1, hp, train_ms)
@@ -1351,9 +1377,9 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, window
     result: (1, H, N, d).
 
     The queries of a chunk of window / 2 positions see keys of their own chunk and of the two
-    before. scaled_dot_product_attention with a mask (T, T) for each sequence is no replacement: on
-    one core of an EPYC it took 0.5 times as long for long layers in training, but 1.6 to 2.3 times
-    for paired heads, and 3.5 to 20 times in validations of 2,048 tokens."""
+    before. scaled_dot_product_attention with a mask (T, T) for each sequence does not replace it:
+    it is faster for long layers in training, but slower for paired heads, and several times slower
+    in validations of 2,048 tokens (records/studies/2026-11-29_PlainCode)."""
     _, H, N, d = q.shape
     size = window // 2
     num_chunks = math.ceil(N / size)
@@ -1382,8 +1408,8 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 
 def open_shard(path: Path, get_data: str) -> np.ndarray:
     """The tokens of a .bin file as a read-only memory map, (num_tokens,) uint16. The file begins
-    with 256 int32: magic number, version, number of tokens, zeros. Raises UserError if it is
-    damaged; get_data is the command that the message names."""
+    with 256 little-endian uint32: magic number, version, number of tokens, zeros. Raises UserError
+    if it is damaged; get_data is the command that the message names."""
     header_bytes = 4 * SHARD_HEADER_INTS
     try:
         size = os.path.getsize(path)
@@ -1739,7 +1765,7 @@ def set_threads() -> None:
 
 
 def activation_dtype(hp: Hyperparameters, device: torch.device) -> torch.dtype:
-    """bfloat16 if --dtype says so, or if the device has instructions for it; else float32."""
+    """--dtype; for auto, bfloat16 if the device has instructions for it, else float32."""
     if hp.dtype != "auto":
         return getattr(torch, hp.dtype)
     if device.type == "cuda":
@@ -1750,7 +1776,8 @@ def activation_dtype(hp: Hyperparameters, device: torch.device) -> torch.dtype:
 
 
 def is_compiled(hp: Hyperparameters, device: torch.device) -> bool:
-    """Whether --compile, or auto and the device, ask for torch.compile, and torch allows it."""
+    """Whether the model is compiled: with --compile on, or auto on a GPU that Triton supports;
+    never if torch's environment variables disable torch.compile."""
     on = hp.compile == "on"
     if hp.compile == "auto":  # Triton needs compute capability 7.0
         on = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
@@ -1793,7 +1820,7 @@ class StopSignal:
 
 
 def compile_model(model: GPT, optimizer: Optimizer, device: torch.device) -> None:
-    """Compile the parts of the model; what is called often compiles to few kernels.
+    """Replace parts of the model and of the optimizer by compiled ones.
 
     CUDA: the InputEmbedding and GPT.body are one graph each, which cuts launch overhead and fuses
     the sums of gradients. CPU: each block is a graph of its own, and blocks of the same kind share
@@ -1818,7 +1845,7 @@ def compile_model(model: GPT, optimizer: Optimizer, device: torch.device) -> Non
 def warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperparameters,
             runtime: Runtime) -> None:
     """Compile and load every kernel on a batch of zeros for each stage, then restore weights and
-    optimizer, so that training starts from the same state as without it."""
+    optimizer, so that training starts from the same state as without a warm-up."""
     weights = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
     text = torch.zeros(1, hp.val_length, dtype=torch.int64, device=runtime.device)
     for stage_begin in sorted({0, *stage_ends(hp)} - {hp.num_steps}):
@@ -1969,7 +1996,7 @@ def log_metric(name: str, value: float, step: int, hp: Hyperparameters, train_ms
 
 def profiler(hp: Hyperparameters, runtime: Runtime, info: dict):
     """With --profile, torch's profiler of rank 0's steps 3 to 5; it writes <run_id>.trace.json,
-    which https://ui.perfetto.dev shows. Else a context of None."""
+    which https://ui.perfetto.dev shows. Otherwise a null context."""
     if not hp.profile or runtime.rank:
         return nullcontext()
     path = str(hp.folder / f"{info['run_id']}.trace.json")
@@ -2018,10 +2045,10 @@ class Progress:
     target_step: int | None = None  # when a validation first reached the target
     target_ms: float | None = None
 
-    def note_validation(self, val_loss: float, target: float) -> None:
+    def note_validation(self, loss: float, target: float) -> None:
         """Note a validation at `step`."""
         self.validated_step = self.step
-        if val_loss <= target and self.target_step is None:
+        if loss <= target and self.target_step is None:
             self.target_step, self.target_ms = self.step, self.train_ms
 
 
@@ -2151,7 +2178,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parse_arguments(argv: list[str] | None = None) -> Hyperparameters:
     """The settings of the run: flags override those of --resume's checkpoint, which override those
-    of the track. argv: default sys.argv. Raises UserError."""
+    of the track. The default track is laptop on a CPU, fineweb with a GPU. argv: default sys.argv.
+    Raises UserError."""
     parser = make_parser()
     parser.set_defaults(track="")
     given, _ = parser.parse_known_args(argv)  # the second parse reports unknown flags
@@ -2249,8 +2277,7 @@ def check_tables(layers: tuple[Layer, ...], stages: tuple[Stage, ...]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the script. Returns the exit code: 0; 2 after a mistake of the user; 128 + n after signal
-    n."""
+    """Run the script. Returns the exit code: 0; 2 after a user error; 128 + n after signal n."""
     if os.access(ROOT, os.W_OK):  # compiled kernels are kept, so that the next run starts sooner
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "inductor"))
     log.propagate = False

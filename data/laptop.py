@@ -1,10 +1,11 @@
-"""The laptop track's corpus: the Python source of the installed torch package as bytes. Offline and deterministic.
+"""Builds the laptop track's corpus: the Python source of the installed torch package, as bytes.
 
-    python -m data.laptop            # writes data/laptop/laptop_{train,val}_*.bin, about 46 MB, in a few seconds
+    python -m data.laptop    # writes data/laptop/laptop_{train,val}_*.bin, about 92 MB
 
-Every installation of the project already holds this text, so the track needs no network. A document is one .py file,
-preceded by the end-of-text token 256, in sorted path order; a hash of the relative path sends one file in VAL_ONE_IN to
-the validation shard and all others to the training shard.
+Every installation of this project already holds this text, so the track needs no network. Each .py
+file is one document. It consists of the end-of-text token 256 and the bytes of the file. Documents
+are sorted by their relative paths. A hash of that path sends one file in 118 to the validation
+shard and all others to the training shard, so the corpus depends only on the torch release.
 """
 import argparse
 import hashlib
@@ -15,63 +16,84 @@ from pathlib import Path
 
 import numpy as np
 
-from data.shards import write_shard
-from train_gpt import ROOT, TRACKS, UserError, open_shard, run_as_program
+from data import DATA_FOLDER, UserError, run_as_program
+from data.shards import BYTE_VOCAB_SIZE, open_shard, write_shard
 
-TRACK = TRACKS["laptop"]
-VAL_ONE_IN = 118  # of torch 2.13.0: 277,846 tokens of 23 files from all over the package, the largest a fifth of them
-LEFT_OUT = {"version.py"}  # written by the build, so it differs between builds of the same release
+FOLDER = DATA_FOLDER / "laptop"
+TRAIN_SHARD = "laptop_train_000001.bin"
+VAL_SHARD = "laptop_val_000000.bin"
+END_OF_TEXT = BYTE_VOCAB_SIZE - 1
+VAL_TOKENS = 262_144  # the track validates on so many tokens
+
+# With torch 2.13.0 this gives 277,846 validation tokens in 23 files from all parts of the package.
+# The largest file is a fifth of them.
+VAL_ONE_IN = 118
+LEFT_OUT = {"version.py"}  # differs between builds of the same release
 
 
 def torch_source() -> Path:
-    """The folder of the installed torch package. Raises UserError if there is none."""
+    """Return the folder of the installed torch package, without importing it.
+
+    Raises UserError if torch is not installed.
+    """
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
-        raise UserError("the laptop corpus is torch's own source, and torch is not installed; run ./run.sh, or "
-                        "pip install -r requirements.txt")
+        raise UserError("the laptop corpus is the source of torch, which is not installed; use "
+                        "./run.sh, or pip install -r requirements.txt")
     return Path(spec.origin).parent
 
 
 def documents(folder: Path) -> list[tuple[str, Path]]:
-    """All (relative path with forward slashes, file) of Python source below folder, sorted by that path."""
-    found = ((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*.py"))
-    return sorted((name, path) for name, path in found if name not in LEFT_OUT)
+    """Return (relative path with forward slashes, file) of all Python files, sorted by path."""
+    found = []
+    for path in folder.rglob("*.py"):
+        name = path.relative_to(folder).as_posix()
+        if name not in LEFT_OUT:
+            found.append((name, path))
+    return sorted(found)
 
 
 def is_validation(name: str) -> bool:
-    """Whether the document of this relative path belongs to the validation shard."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % VAL_ONE_IN == 0
+    """Whether the document with this relative path belongs to the validation shard."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:8], "big") % VAL_ONE_IN == 0
 
 
 def tokenize(path: Path) -> np.ndarray:
-    """One document as uint16 tokens: the end-of-text token, then the file's bytes (line ends as LF on every system)."""
-    text = np.frombuffer(path.read_bytes().replace(b"\r\n", b"\n"), dtype=np.uint8)
-    return np.concatenate([[TRACK.eot_token], text]).astype(np.uint16)
+    """Return one document, (n,) uint16. Line ends become LF, so that all systems agree."""
+    text = path.read_bytes().replace(b"\r\n", b"\n")
+    tokens = np.empty(1 + len(text), np.uint16)
+    tokens[0] = END_OF_TEXT
+    tokens[1:] = np.frombuffer(text, np.uint8)
+    return tokens
 
 
-def build(source: Path | None = None, target: Path | None = None) -> None:
-    """Write the corpus into target (default: where the track looks) unless it is there already, whole.
+def build(source: Path | None = None, target: Path = FOLDER) -> None:
+    """Write the two shards into target. A shard that is already there and right is left alone.
 
-    Raises UserError if torch is missing or the source holds too little text for the validation set.
+    source: the folder of Python files, by default that of the installed torch. Raises UserError if
+    torch is missing, or if its source has too little text for the validation set.
     """
-    target = target or (ROOT / TRACK.val_files).parent
-    shards: dict[str, list[np.ndarray]] = {"laptop_val_000000.bin": [], "laptop_train_000001.bin": []}
-    val, train = shards.values()
+    train, val = [], []
     for name, path in documents(source or torch_source()):
-        (val if is_validation(name) else train).append(tokenize(path))
-    num_val = sum(map(len, val))
-    if num_val <= TRACK.val_tokens or not train:
-        raise UserError(f"the source of torch {metadata.version('torch')} gives {num_val:,} validation tokens, expected "
-                        f"more than {TRACK.val_tokens:,}; take the pinned release: pip install -r requirements.txt")
-    for name, parts in shards.items():
+        split = val if is_validation(name) else train
+        split.append(tokenize(path))
+    num_train = sum(len(tokens) for tokens in train)
+    num_val = sum(len(tokens) for tokens in val)
+    # One token more than VAL_TOKENS, because the target of a token is the next one.
+    if num_val <= VAL_TOKENS or num_train == 0:
+        raise UserError(f"the source of torch {metadata.version('torch')} gives {num_val:,} "
+                        f"validation tokens, expected more than {VAL_TOKENS:,}; install the pinned "
+                        "release: pip install -r requirements.txt")
+    for shard, parts in ((TRAIN_SHARD, train), (VAL_SHARD, val)):
         tokens = np.concatenate(parts)
-        if not _holds(target / name, tokens):
-            write_shard(target / name, tokens, vocab_size=TRACK.vocab_size)
-    print(f"laptop corpus: {sum(map(len, train)):,} training and {num_val:,} validation tokens in {target}")
+        if not holds(target / shard, tokens):
+            write_shard(target / shard, tokens, BYTE_VOCAB_SIZE)
+    print(f"laptop corpus: {num_train:,} training and {num_val:,} validation tokens in {target}")
 
 
-def _holds(path: Path, tokens: np.ndarray) -> bool:
-    """Whether the shard at path is whole and equal to tokens."""
+def holds(path: Path, tokens: np.ndarray) -> bool:
+    """Whether the file at path is a complete shard of these tokens."""
     try:
         return np.array_equal(open_shard(path), tokens)
     except UserError:
@@ -79,8 +101,10 @@ def _holds(path: Path, tokens: np.ndarray) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line of `python -m data.laptop`. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line of `python -m data.laptop`. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.laptop", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args(argv)
     return run_as_program(build)
 

@@ -1,9 +1,13 @@
-"""Token shards: written and verified here, read by train_gpt.open_shard.
+"""Token shards, the file format of all training data: read, write and check them.
 
-    python -m data.shards FILE...      # verifies shards; prints the tokens, documents and largest id of each
+    python -m data.shards FILE...    # checks shards; prints the tokens, documents and largest id
 
-A shard is 256 little-endian int32 (magic, version, number of tokens, zeros), then its tokens as little-endian uint16.
-A file under a shard's name is always a whole shard: it is written under another name first, then renamed.
+A shard begins with a header of 256 little-endian int32: a magic number, the version, the number of
+tokens, then zeros. The tokens follow as little-endian uint16. The format is that of the public
+FineWeb shards. train_gpt.py has its own short reader, because it must stand alone.
+
+A file under a shard's final name is always complete: write_shard writes to a temporary file first
+and renames it.
 """
 import argparse
 import os
@@ -14,88 +18,140 @@ from typing import NamedTuple
 
 import numpy as np
 
-from train_gpt import SHARD_HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, TRACKS, UserError, open_shard, run_as_program
+from data import UserError, run_as_program
 
-MAX_SHARD_TOKENS = 2**31 - 1          # the header counts them in an int32
-FIRST_NUMBER = {"train": 1, "val": 0}  # of a split's shards, as in the public FineWeb files
+MAGIC = 20240520
+VERSION = 1
+HEADER_INTS = 256
+HEADER_BYTES = 4 * HEADER_INTS
+MAX_TOKENS = 2**31 - 1  # the header counts them in an int32
+MAX_VOCAB_SIZE = 2**16  # token ids are uint16
+
+# In every vocabulary the last id is the end-of-text token, which precedes each document.
+BYTE_VOCAB_SIZE = 257
+GPT2_VOCAB_SIZE = 50_257
+
+CHUNK = 2**24  # tokens that verify_shard looks at together
 
 
 class ShardInfo(NamedTuple):
     """What verify_shard found."""
     num_tokens: int
-    num_documents: int  # end-of-text tokens: documents that begin in this shard
-    max_id: int         # -1 where there are no tokens
+    num_documents: int  # end-of-text tokens, that is, documents that begin in this shard
+    max_id: int         # -1 in an empty shard
 
 
-def write_shard(path: str | Path, tokens: np.ndarray, vocab_size: int | None = None) -> None:
-    """Write tokens, integers of shape (n,), as a shard; an existing one is replaced. Folders are made as needed.
+def open_shard(path: str | Path) -> np.ndarray:
+    """Return the tokens of a shard as a read-only memory map, (num_tokens,) uint16.
 
-    Raises ValueError where an id is not below vocab_size (default 65,536), or on more than 2**31 - 1 tokens;
-    UserError where the disk does not take it. In both cases whatever was at path is still there.
+    Raises UserError if the file cannot be read, or if it is not a complete shard.
     """
-    path, tokens, limit = Path(path), np.asarray(tokens), vocab_size or 2**16
+    try:
+        size = os.path.getsize(path)
+        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    except OSError as error:
+        raise UserError(f"cannot read the shard {path}: {error.strerror}") from None
+    if len(header) < HEADER_INTS:
+        raise UserError(f"{path} is not a shard: it has {size:,} bytes, expected a header of "
+                        f"{HEADER_BYTES:,}; delete it, then fetch or build it again")
+    magic, version, num_tokens = header[:3].tolist()
+    if (magic, version) != (MAGIC, VERSION):
+        raise UserError(f"{path} is not a shard: it begins with {magic}, {version}, expected "
+                        f"{MAGIC}, {VERSION}; delete it, then fetch or build it again")
+    if num_tokens < 0 or size != HEADER_BYTES + 2 * num_tokens:
+        raise UserError(f"{path} is damaged: it has {size:,} bytes, but its header promises "
+                        f"{num_tokens:,} tokens; delete it, then fetch or build it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
+
+
+def write_shard(path: str | Path, tokens: np.ndarray, vocab_size: int = MAX_VOCAB_SIZE) -> None:
+    """Write tokens, integers of shape (n,), as a shard, and create its folder if it is missing.
+
+    An existing file is replaced. Raises ValueError if the tokens do not fit into a shard, and
+    UserError if the file cannot be written. In both cases an existing file stays as it is.
+    """
+    path = Path(path)
+    tokens = np.asarray(tokens)
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise ValueError(f"tokens of shape {tokens.shape} and type {tokens.dtype}, expected integers of shape (n,)")
-    if len(tokens) > MAX_SHARD_TOKENS:
-        raise ValueError(f"{len(tokens):,} tokens, expected at most {MAX_SHARD_TOKENS:,} in a shard")
-    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < min(limit, 2**16):
-        raise ValueError(f"token ids from {tokens.min()} to {tokens.max()}, expected 0 to {min(limit, 2**16) - 1}")
-    header = np.zeros(SHARD_HEADER_INTS, "<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # beside it: a rename can't cross filesystems
+        raise ValueError(f"tokens have shape {tokens.shape} and type {tokens.dtype}, "
+                         "expected integers of shape (n,)")
+    if len(tokens) > MAX_TOKENS:
+        raise ValueError(f"{len(tokens):,} tokens, expected at most {MAX_TOKENS:,} in a shard")
+    largest_allowed = min(vocab_size, MAX_VOCAB_SIZE) - 1
+    if len(tokens) and (tokens.min() < 0 or tokens.max() > largest_allowed):
+        raise ValueError(f"token ids range from {tokens.min()} to {tokens.max()}, "
+                         f"expected 0 to {largest_allowed}")
+
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    # The temporary file lies in the same folder, because a rename cannot cross file systems.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(header.data)
-            file.write(np.ascontiguousarray(tokens, "<u2").data)
+            file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
         publish(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free the disk or choose another folder, "
-                        "then repeat the command") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free disk space or "
+                        "choose another folder, then repeat the command") from error
     finally:
-        with suppress(OSError):  # gone already where it was renamed
+        with suppress(OSError):  # after a success it no longer exists
             temporary.unlink()
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Rename a finished file to its final name, its bytes on the disk first. Raises OSError."""
+    """Give a finished file its final name after its content has reached the disk.
+
+    Raises OSError.
+    """
     with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())  # or a power cut could leave the name without the content
+        # Otherwise a power failure could keep the name and lose the content.
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
 class ShardWriter:
-    """Cuts a stream of tokens into shards directory/prefix_split_%06d.bin, all of shard_tokens tokens but the last.
+    """Cuts a stream of tokens into shards named PREFIX_SPLIT_000001.bin and so on.
 
-    As in the public FineWeb files, a document that does not fit goes on in the next shard, with no end-of-text token in
-    between. Used in a `with` block: leaving it writes the last shard; leaving it by an exception writes nothing more.
+    All shards but the last have shard_tokens tokens. A document that does not fit continues in the
+    next shard, without another end-of-text token, as in the public FineWeb shards. Training shards
+    count from 1, validation shards from 0.
+
+    Use it in a `with` statement: the end of the block writes the last shard, unless an exception
+    ended it.
     """
 
     def __init__(self, directory: str | Path, prefix: str, split: str, shard_tokens: int,
-                 vocab_size: int | None = None):
-        if not 1 <= shard_tokens <= MAX_SHARD_TOKENS:
-            raise ValueError(f"shard_tokens is {shard_tokens:,}, expected 1 to {MAX_SHARD_TOKENS:,}")
-        self.directory, self.prefix, self.split, self.vocab_size = Path(directory), prefix, split, vocab_size
-        self.buffer = np.empty(shard_tokens, np.uint16)  # memory is taken as it fills
-        self.filled = 0
-        self.num_tokens = 0          # in all, the buffer's included
-        self.paths: list[Path] = []  # of the shards written
+                 vocab_size: int = MAX_VOCAB_SIZE):
+        if not 1 <= shard_tokens <= MAX_TOKENS:
+            raise ValueError(f"shard_tokens is {shard_tokens:,}, expected 1 to {MAX_TOKENS:,}")
+        self.directory = Path(directory)
+        self.prefix = prefix
+        self.split = split
+        self.vocab_size = vocab_size
+        self.buffer = np.empty(shard_tokens, np.uint16)  # the system allocates pages when written
+        self.filled = 0              # tokens in the buffer
+        self.num_tokens = 0          # tokens written so far, including those in the buffer
+        self.paths: list[Path] = []  # finished shards
 
     def write(self, tokens: np.ndarray) -> None:
-        """Append tokens, uint16 of shape (n,). Raises what write_shard raises, and ValueError on another type."""
+        """Append tokens, (n,) uint16. Raises ValueError on another type, else as write_shard."""
         if tokens.dtype != np.uint16:
-            raise ValueError(f"tokens of type {tokens.dtype}, expected uint16")
+            raise ValueError(f"tokens have type {tokens.dtype}, expected uint16")
         self.num_tokens += len(tokens)
         while len(tokens):
-            part = tokens[:len(self.buffer) - self.filled]
+            room = len(self.buffer) - self.filled
+            part = tokens[:room]
             self.buffer[self.filled:self.filled + len(part)] = part
             self.filled += len(part)
             tokens = tokens[len(part):]
             if self.filled == len(self.buffer):
-                self._flush()
+                self._write_buffer()
 
-    def _flush(self) -> None:
-        number = FIRST_NUMBER[self.split] + len(self.paths)
+    def _write_buffer(self) -> None:
+        first_number = 1 if self.split == "train" else 0
+        number = first_number + len(self.paths)
         path = self.directory / f"{self.prefix}_{self.split}_{number:06d}.bin"
         write_shard(path, self.buffer[:self.filled], self.vocab_size)
         self.paths.append(path)
@@ -106,44 +162,45 @@ class ShardWriter:
 
     def __exit__(self, error_type, error, traceback) -> None:
         if error_type is None and self.filled:
-            self._flush()
+            self._write_buffer()
 
 
 def verify_shard(path: str | Path, vocab_size: int | None = None) -> ShardInfo:
-    """Read a whole shard and count. Raises UserError on a bad header, a wrong size or an id not below vocab_size.
+    """Read a whole shard and count its tokens and documents.
 
-    The end-of-text token is the last of the vocabulary. Without vocab_size it is that of the track whose file this is,
-    by its name and folder; or else of the smallest track's that has the ids.
+    Without vocab_size, a shard whose ids are all below 257 counts as one of bytes, any other as one
+    of GPT-2 tokens. Raises UserError on a damaged shard and on an id that is not below vocab_size.
     """
-    tokens, place = open_shard(path), Path(path).absolute()
-    chunks = [tokens[start:start + 2**24] for start in range(0, len(tokens), 2**24)]  # no copy: views of the file
+    tokens = open_shard(path)
+    chunks = [tokens[start:start + CHUNK] for start in range(0, len(tokens), CHUNK)]
     max_id = max((int(chunk.max()) for chunk in chunks), default=-1)
     if vocab_size is None:
-        sizes = sorted(track.vocab_size for track in TRACKS.values())
-        own = [track.vocab_size for track in TRACKS.values()
-               if place.match(track.train_files) or place.match(track.val_files)]
-        vocab_size = [*own, *(size for size in sizes if max_id < size), sizes[-1]][0]
+        vocab_size = BYTE_VOCAB_SIZE if max_id < BYTE_VOCAB_SIZE else GPT2_VOCAB_SIZE
     if max_id >= vocab_size:
-        raise UserError(f"{path} holds token id {max_id}, expected ids below {vocab_size}; it was made with another "
-                        "vocabulary (name its size with --vocab_size), or delete it and make it again")
+        raise UserError(f"{path} holds the token id {max_id}, expected ids below {vocab_size}; if "
+                        "it has another vocabulary, name its size with --vocab_size, otherwise "
+                        "delete the file and fetch or build it again")
     end_of_text = vocab_size - 1
-    return ShardInfo(len(tokens), sum(int(np.count_nonzero(chunk == end_of_text)) for chunk in chunks), max_id)
+    num_documents = sum(int(np.count_nonzero(chunk == end_of_text)) for chunk in chunks)
+    return ShardInfo(len(tokens), num_documents, max_id)
 
 
 def verify(paths: list[str], vocab_size: int | None) -> None:
-    """Print a line for each shard. Raises UserError at the first bad one."""
+    """Print one line for each shard. Raises UserError at the first bad one."""
     for path in paths:
         info = verify_shard(path, vocab_size)
-        print(f"{path}: {info.num_tokens:,} tokens, {info.num_documents:,} documents, max id {info.max_id}", flush=True)
+        print(f"{path}: {info.num_tokens:,} tokens, {info.num_documents:,} documents, "
+              f"largest id {info.max_id}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line of `python -m data.shards`. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m data.shards", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line of `python -m data.shards`. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.shards", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", metavar="FILE", help="a .bin shard")
-    parser.add_argument("--vocab_size", type=int, help="ids must lie below it (the track's of "
-                        "that name, else the largest track's)")
+    parser.add_argument("--vocab_size", type=int, help="size of the vocabulary; its last id is the "
+                        "end-of-text token (257 if all ids are below that, otherwise 50257)")
     args = parser.parse_args(argv)
     return run_as_program(verify, args.paths, args.vocab_size)
 

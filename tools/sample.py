@@ -52,8 +52,9 @@ def printable(text: str) -> str:
 @torch.no_grad()
 def generate(model: "train_gpt.GPT", tokens: list[int], count: int, temperature: float, seed: int,
              step: int) -> list[int]:
-    """Append `count` sampled tokens to `tokens`. step: the checkpoint's, for the schedule. The model
-    has no cache of keys, so each token costs a forward pass over the last sequence_length tokens."""
+    """Append `count` sampled tokens to `tokens`. step: the checkpoint's, for the schedule. The
+    model has no cache of keys, so each token costs a forward pass over the last sequence_length
+    tokens."""
     hp = model.hp
     eot_token = train_gpt.TRACKS[hp.track].eot_token
     device = model.embed.weight.device

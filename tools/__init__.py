@@ -1,0 +1,1 @@
+"""Tools around the training script; `python -m tools.NAME` starts one."""

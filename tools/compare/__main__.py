@@ -1,0 +1,7 @@
+"""The command `python -m tools.compare`."""
+import sys
+
+from .command_line import main
+
+if __name__ == "__main__":
+    sys.exit(main())
