@@ -78,7 +78,7 @@ def signal_rank_1_in_step_5(module) -> None:
     training_step = module.training_step
 
     def step_with_signal(model, optimizer, batch, schedule):
-        if schedule.step == 5 and module.dist.get_rank() == 1:
+        if optimizer.num_updates == 5 and module.dist.get_rank() == 1:
             signal.raise_signal(signal.SIGTERM)
         return training_step(model, optimizer, batch, schedule)
 

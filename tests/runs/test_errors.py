@@ -281,8 +281,9 @@ def replace_step(monkeypatch, step, function):
     training_step = train_gpt.training_step
 
     def replaced_step(model, optimizer, batch, schedule):
+        steps_before = optimizer.num_updates
         loss = training_step(model, optimizer, batch, schedule)
-        return function(model, loss) if schedule.step >= step else loss
+        return function(model, loss) if steps_before >= step else loss
 
     monkeypatch.setattr(train_gpt, "training_step", replaced_step)
 

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 SOURCE = Path(train_gpt.__file__)
 # How people search a log, which holds the script's source, for its metrics.
 SEARCHES = ["val_loss:", "val_loss:[0-9.]+", "train_loss:", "train_time:", "step_avg:",
-            "step:[0-9]+/", " tokens:"]
+            "step:[0-9]+/", "tokens:[0-9]+"]
 # What tools/compare reads of the environment.
 KEYS = {"run_id", "command", "script", "code_hash", "git_commit", "git_dirty", "hyperparameters",
         "target", "stage_tokens", "data_fingerprint", "train_tokens", "activations", "compiled",

@@ -44,7 +44,7 @@ def send_at_step(monkeypatch, number: int, step: int) -> None:
     training_step = train_gpt.training_step
 
     def interrupted_step(model, optimizer, batch, schedule):
-        if schedule.step == step:
+        if optimizer.num_updates == step:
             signal.raise_signal(number)
         return training_step(model, optimizer, batch, schedule)
 
