@@ -38,6 +38,7 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_the_warm_up(recipe, recipe_model, tmp_path, monkeypatch, graphs):
     """No step of any stage, and no validation."""
     small.write_corpus(tmp_path, train_tokens=10_000)
