@@ -1,6 +1,7 @@
 """The log of a run, its console, and what must leave no trace in it: the warm-up and the import."""
 import dataclasses
 import importlib.util
+import io
 import json
 import logging
 import re
@@ -157,6 +158,31 @@ def test_log_that_cannot_grow_does_not_end_the_run(home, monkeypatch):
     assert done.code == 0
     assert "Traceback" not in done.err
     assert steps_of(metric_lines(done.out), "val_loss") == [3, 6]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_terminal_shows_a_progress_bar_and_the_log_does_not(home, monkeypatch):
+    no_warm_up(monkeypatch)
+    terminal = Terminal()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        code = train_gpt.main(small.TINY)
+    assert code == 0
+    assert "\r" in terminal.getvalue() and "/6" in terminal.getvalue()
+    assert terminal.getvalue().split("\r")[-1].strip() == ""  # nothing of it is left
+    assert "\r" not in "\n".join(logged_lines(home))
+
+
+def test_second_epoch_is_logged_once(home, monkeypatch):
+    """10,240 tokens are read of a text of 6,000."""
+    no_warm_up(monkeypatch)
+    done = home.run("--num_steps=20", "--val_every=0")
+    assert done.code == 0
+    assert len([line for line in logged_lines(home) if "6,000" in line]) == 1
 
 
 def test_target_is_reached_when_a_validation_first_reaches_it():

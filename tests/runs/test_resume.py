@@ -149,6 +149,38 @@ def test_settings_come_from_the_checkpoint_and_flags_override(home, monkeypatch)
     assert steps_of(found, "val_loss") == [6, 8]
 
 
+def test_dtype_of_activations_comes_from_the_checkpoint(home, monkeypatch):
+    """What --dtype auto was on the machine that saved it holds on a machine with bfloat16, too."""
+    no_warm_up(monkeypatch)
+
+    def set_bfloat16(supported):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+
+    set_bfloat16(False)
+    assert home.run("--dtype=auto", "--save_every=3").code == 0
+    set_bfloat16(True)
+    auto = train_gpt.parse_arguments([*small.TINY, "--dtype=auto"])
+    assert train_gpt.activation_dtype(auto, torch.device("cpu")) == torch.bfloat16
+    path = checkpoint(home, 3)
+    resumed = train_gpt.parse_arguments(["--resume", str(path)])
+    assert train_gpt.activation_dtype(resumed, torch.device("cpu")) == torch.float32
+
+
+def test_checkpoint_of_a_script_with_other_settings(home, monkeypatch):
+    """Settings that this script does not have are left out; those that the checkpoint does not have
+    are the track's."""
+    no_warm_up(monkeypatch)
+    assert home.run("--save_every=6").code == 0
+    path = checkpoint(home, 6)
+    saved = torch.load(path, weights_only=True)
+    saved["hyperparameters"] = {"track": "laptop", "seed": 7, "unknown": 1, "profile": True}
+    torch.save(saved, path)
+    found = train_gpt.parse_arguments(["--resume", str(path)])
+    expected = train_gpt.parse_arguments(["--track=laptop", "--seed=7", "--dtype=float32"])
+    assert found == dataclasses.replace(expected, resume=str(path))
+
+
 def changes(done, *names) -> set[str]:
     """Which of the names a run's output has."""
     assert done.code == 0, done.err
