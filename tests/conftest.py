@@ -40,10 +40,11 @@ def one_thread(monkeypatch):
 
 
 def make_home(root, monkeypatch, capfd, recipe, train_tokens):
-    """A repository with a small corpus in which train_gpt.main runs. Returns an object with
-    run(*flags), which runs it in this process and returns code, out and err; start(*flags, ranks=1,
-    patch=None), which starts it as a process of its own (subprocess.Popen); and the folders root and
-    scratch."""
+    """A repository with a small corpus in which train_gpt.main runs.
+
+    Returns an object with run(*flags), which runs it in this process and returns code, out and err;
+    start(*flags, ranks=1, patch=None), which starts it as a process of its own (subprocess.Popen);
+    and the folders root and scratch."""
     small.write_corpus(root, train_tokens)
     small.install(train_gpt, root, monkeypatch, recipe)
     defaults = small.RECIPE if recipe else small.TINY
@@ -100,7 +101,7 @@ def recipe(monkeypatch):
 
 
 def away_from_zero(model):
-    """The model, with noise on all weights that training would start from zero or from one number."""
+    """The model, with noise on all weights that start from zero or from one number."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             if not p.any() or "_lambda" in name:

@@ -30,8 +30,9 @@ TINY = [
     "--muon_lr=0.035", "--ngram_lr=1", "--ngrams=3", "--ngram_rows=1021"]
 
 # The full recipe (fineweb's LAYERS and STAGES) on the laptop track's bytes, with a width of 32. Its
-# stages begin at steps 0, 4, 8, 11 and 12, with batches of 2, 4, 6, 6 and 6 sequences; the embedding
-# is untied at step 8. The sampled softmax has 106, 149 and 256 of 384 entries in the first stages.
+# stages begin at steps 0, 4, 8, 11 and 12, with batches of 2, 4, 6, 6 and 6 sequences; the
+# embedding is untied at step 8. The sampled softmax has 106, 149 and 256 of 384 entries in the
+# first stages.
 RECIPE = [
     "--track=laptop", "--device=cpu", "--dtype=float32", "--compile=off", "--num_steps=14",
     "--extension=0.142857", "--batch_size=2", "--micro_batch=2", "--sequence_length=256",
@@ -41,14 +42,14 @@ RECIPE = [
     "--adam_every=2", "--adam_decay=0.005", "--muon_lr=0.023", "--muon_decay=1.2",
     "--muon_beta2=0.9", "--momentum_warmup=0.285714", "--momentum_cooldown=0.214286",
     "--cooldown=0.6", "--lr_floor=0.15", "--val_every=4", "--log_every=1"]
-SHORTER = 8        # the recipe's windows and documents are divided by it: windows of 48 to 208 tokens
-FEWER_CLASSES = 96  # the sampled softmax is divided by it
+SHORTER = 8         # divides the recipe's windows, which become 48 to 208 tokens, and documents
+FEWER_CLASSES = 96  # divides the size of its sampled softmax
 
 
 def words(num_tokens: int, seed: int) -> np.ndarray:
     """Documents of made-up words as bytes, each after the end-of-text token 256: (num_tokens,)
     uint16."""
-    random = np.random.RandomState(seed)  # its streams are frozen, so golden losses can rest on them
+    random = np.random.RandomState(seed)  # golden losses rest on it: its streams never change
     vocabulary = []
     for _ in range(60):
         letters = random.randint(97, 123, size=random.randint(2, 8))

@@ -73,8 +73,8 @@ def test_padding_changes_nothing(checkpoint, monkeypatch):
 @pytest.mark.slow
 def test_a_console_that_is_not_utf8(checkpoint):
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.sample", str(checkpoint), "--prompt", "naïve", "--tokens", "5"],
-        cwd=ROOT, env=env, capture_output=True)
+    command = [sys.executable, "-m", "tools.sample", str(checkpoint)]
+    done = subprocess.run([*command, "--prompt", "naïve", "--tokens", "5"],
+                          cwd=ROOT, env=env, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(b"na\\xefve")
