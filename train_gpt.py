@@ -147,9 +147,9 @@ class Stage(NamedTuple):
     until: float           # its end, as a fraction of the scheduled steps; inf: the extension,
                            # which are the steps after the schedule, with learning rates at lr_floor
     batch_multiplier: int  # a step trains on batch_multiplier * batch_size sequences
-    window: int            # tokens that a query sees in a long layer (others: short_window)
-    max_doc_len: int       # documents are truncated to this many tokens; 0: not truncated. If 0 in
-                           # all stages, sequences need not begin with a document
+    window: int            # tokens before its own that a query sees in a long layer
+    max_doc_len: int       # documents are cut to this many tokens; 0: not cut. If any stage has it,
+                           # all sequences begin with a document; else the text is cut anywhere
     lr_multiplier: float   # of all learning rates, before they decay to lr_floor
     # Multi-token prediction: weights of the losses of the next token, the one after, ..., at the
     # beginning and at the end of the stage, with linear interpolation between.
@@ -167,7 +167,7 @@ STAGES = {
         #     until     batch  window  max_doc  lr    mtp_weights, at the end        tied   softmax
         Stage(1 / 3,    1,     384,    896,     1.0,  (1, 0.5, 0.25), (1, 0.5, 0),   True,  10_240),
         Stage(2 / 3,    2,     896,    2048,    1.52, (1, 0.5),       (1, 0),        True,  14_336),
-        Stage(0.95,     3,     1408,   2048,    1.73, (1,),           (1,),          False, 24_576),
+        Stage(0.927,    3,     1408,   2048,    1.73, (1,),           (1,),          False, 24_576),
         Stage(1.0,      3,     1408,   2048,    1.73, (1,),           (1,),          False, 0),
         Stage(math.inf, 3,     1664,   2048,    1.73, (1,),           (1,),          False, 0)),
     "laptop": (
@@ -188,7 +188,7 @@ class Hyperparameters:
     seed: int = setting(0, "random seed of the weights (the order of the data is fixed)")
     # work
     num_steps: int = setting(1405, "optimizer steps")
-    extension: float = setting(40 / 1405, "fraction of the steps that come after the schedule")
+    extension: float = setting(10 / 1405, "fraction of the steps that come after the schedule")
     batch_size: int = setting(8, "sequences per step over all ranks; a stage multiplies it")
     sequence_length: int = setting(16_384, "tokens per training sequence")
     micro_batch: int = setting(3, "sequences that a rank computes at once, at most")
@@ -329,9 +329,9 @@ def muon_momentum(step: int, hp: Hyperparameters) -> float:
 
 
 def short_window(window: int) -> int:
-    """Positions that a query sees in short and paired layers: half the window, rounded down to a
-    multiple of 128, but at least 128 or the whole window. A paired layer has two positions per
-    token, so its queries see half as many tokens."""
+    """Positions before its own that a query sees in short and paired layers: half the window,
+    rounded down to a multiple of 128, but at least 128 or the whole window. A paired layer has two
+    positions per token, so its queries see half as many tokens."""
     return max(window // 256 * 128, min(window, 128))
 
 
@@ -354,7 +354,7 @@ def rotary_frequencies(index: int, hp: Hyperparameters) -> tuple[Tensor, float]:
 
 
 class Schedule:
-    """All values that depend on the step; the model and the optimizer receive it.
+    """What the model and the optimizer need to know about the step.
 
     Values that the compiled model uses are tensors: torch.compile would recompile for each
     new Python number. softmax_size is a Python number on purpose, because it sets shapes; each of
@@ -380,7 +380,7 @@ class Schedule:
 @functools.lru_cache(maxsize=64)  # without the cache, each step would wait for copies to the GPU
 def _stage_tensors(index: int, final: bool, hp: Hyperparameters, stages: tuple[Stage, ...],
                    device: torch.device) -> tuple:
-    """Windows by kind of attention (0-dim; record 2025-09-03), rotary frequencies, score factor,
+    """Windows by kind of attention (0-dim; record 2025-09-03), rotary frequencies, softmax scale,
     and the stage's two sets of multi-token weights. final: the validation after the last step,
     which uses a larger window (record 2025-09-15)."""
     stage = stages[index]
@@ -406,9 +406,9 @@ def document_start(tokens: Tensor, eot_token: int) -> Tensor:
 
 
 def first_visible_key(start: Tensor, window: Tensor) -> Tensor:
-    """The earliest key that each query sees, (N,): in its document, within its last `window`
-    positions. start: document_start's result."""
-    return torch.maximum(start, torch.arange(len(start), device=start.device) - window + 1)
+    """The earliest key that each query sees, (N,): in its document, at most `window` positions back
+    (so with its own position, a query sees window + 1 keys). start: document_start's result."""
+    return torch.maximum(start, torch.arange(len(start), device=start.device) - window)
 
 
 def visible(query: Tensor, key: Tensor, first_key: Tensor) -> Tensor:
@@ -421,7 +421,8 @@ Mask = BlockMask | Tensor  # FlexAttention (compiled, CUDA) or first_visible_key
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, max_window: int) -> Tensor:
-    """softmax(q k^T) v over the visible keys. q, k, v and the result: (N, H, d). max_window: an
+    """softmax(q k^T) v over the visible keys. q, k, v and the result: (N, H, d), or (2 N, H / 2, d)
+    for paired heads. max_window: an
     upper bound of the mask's window, which sets shapes on a CPU."""
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, H, N, d)
     if isinstance(mask, BlockMask):
@@ -475,7 +476,10 @@ def gate(weight: Tensor, x: Tensor) -> Tensor:
 
 class Mudd(nn.Module):
     """A small MLP by which each token x (N, D) predicts its own n weights, (n, N, 1). At
-    initialization they are `init` for every token (MUDD, arXiv 2502.12170, record 2026-04-22)."""
+    initialization they are `init` for every token (MUDD, arXiv 2502.12170, record 2026-04-22).
+
+    The parameters are float32. In modded-nanogpt these and the gates' are bfloat16, and the largest
+    biases never change, because an Adam update of 0.002 is rounded away."""
     def __init__(self, model_dim: int, init: tuple[float, ...]):
         super().__init__()
         self.fc = nn.Parameter(torch.empty(64, model_dim).uniform_(-1, 1) / model_dim ** 0.5)
@@ -495,17 +499,26 @@ def weighted_sum(weights: Tensor, activations: list[Tensor]) -> Tensor:
 
 
 def rotary_tables(frequencies: Tensor, N: int) -> Tensor:
-    """Cosines and sines for positions 0 to N - 1 (arXiv 2104.09864), (2, N, d / 4), float32."""
-    angle = torch.arange(N, device=frequencies.device)[:, None] * frequencies
+    """Cosines and sines for positions 0 to N - 1 (arXiv 2104.09864), (2, N, 1, d / 4), float32."""
+    angle = torch.arange(N, device=frequencies.device)[:, None, None] * frequencies
     return torch.stack([angle.cos(), angle.sin()])
+
+
+def paired_rotary_tables(frequencies: Tensor, N: int, H: int) -> Tensor:
+    """The same for paired heads, (2, N, H, d / 4): head h of token t rotates by 2 t + (h mod 2).
+
+    In the attention it stands at 2 t + (h >= H / 2). So if H / 2 is odd, a pair with an odd
+    h < H / 2 is rotated in reverse order. modded-nanogpt does so, whether or not it was meant."""
+    tables = rotary_tables(frequencies, 2 * N)
+    return tables.view(2, N, 2, -1).repeat(1, 1, H // 2, 1)
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """Rotate each head's first two quarters by the angles of their positions; the other half stays.
-    x and the result: (N, H, d); rotary: (2, N, d / 4)."""
+    x and the result: (N, H, d); rotary: (2, N, H or 1, d / 4)."""
     quarter = x.size(-1) // 4
     a, b, fixed = x.float().split([quarter, quarter, 2 * quarter], dim=-1)
-    cos, sin = rotary[:, :, None]
+    cos, sin = rotary
     return torch.cat([a * cos + b * sin, b * cos - a * sin, fixed], dim=-1).to(x.dtype)
 
 
@@ -547,13 +560,15 @@ class Attention(nn.Module):
         self.max_window = short_window(window)
         if self.kind == "long":
             self.max_window = max(window, hp.final_window)
-        # Muon orthogonalizes Q and K in pairs of heads (record 2026-04-08), V and proj as a whole.
-        pairs = hp.num_heads // 2 if hp.num_heads % 2 == 0 else 1
-        self.qk = Linear(hp.model_dim, hp.model_dim // pairs, parts=2 * pairs)
+        # Muon orthogonalizes Q and K in matrices of two adjacent heads (record 2026-04-08; these
+        # are not the pairs of paired heads), V and proj as a whole.
+        num_matrices = hp.num_heads // 2 if hp.num_heads % 2 == 0 else 1
+        self.qk = Linear(hp.model_dim, hp.model_dim // num_matrices, parts=2 * num_matrices)
         self.v = Linear(hp.model_dim, hp.model_dim)
         self.proj = Linear(hp.model_dim, hp.model_dim)
         self.gate = nn.Parameter(torch.zeros(hp.num_heads, GATE_DIMS))
-        self.v_lambda = nn.Parameter(torch.tensor(0.5))
+        self.v_lambda = nn.Parameter(torch.tensor(0.5))     # factors of the maps V and proj
+        self.proj_lambda = nn.Parameter(torch.tensor(1.0))  # (records 2025-12-10, 2025-12-11)
         self.value_gate = self.xsa_lambdas = None
         if layer.value_table is not None and not layer.mudd:
             self.value_gate = nn.Parameter(torch.zeros(hp.num_heads, GATE_DIMS))
@@ -564,19 +579,12 @@ class Attention(nn.Module):
                 scale: Tensor, mask: Mask, value_gates: Tensor | None,
                 v_skip: Tensor | None) -> Tensor:
         """x, value_embed and the result: (N, D). is_doc_start: (N,), a document's first token.
-        rotary: (2, N, d / 4), for paired heads (2, 2 N, d / 4). scale: the softmax scale, 0-dim.
-        With MUDD, value_gates: gates of the value embeddings, (2, N, 1), one per half of the heads;
-        v_skip: what is added to V, (N, D)."""
+        rotary: (2, N, 1, d / 4), for paired heads (2, N, H, d / 4). scale: the softmax scale,
+        0-dim. With MUDD, value_gates: gates of the value embeddings, (2, N, 1), one per half of the
+        heads; v_skip: what is added to V, (N, D)."""
         N, D = x.shape
         H, d = self.num_heads, D // self.num_heads
-        # Paired heads (record 2026-01-07): heads i and i + H / 2 become one head over 2 N
-        # positions, two per token. Each pair's rows lie in one matrix of self.qk, so that Muon
-        # orthogonalizes the pair together. Reordering the weight's rows is cheaper than reordering
-        # activations.
-        P = 2 if self.kind == "paired" else 1           # positions per token
-        qk = self.qk.matrix().view(2, H // P, P, d, D)  # Q or K, pair, member of the pair, row
-        qk = qk.transpose(1, 2).reshape(2 * H * d, D)   # Q or K, member of the pair, pair, row
-        weight = torch.cat([qk, self.v.matrix()]).to(x.dtype)
+        weight = torch.cat([self.qk.matrix(), self.v.matrix()]).to(x.dtype)
         q, k, v = F.linear(x, weight).view(N, 3, H, d).unbind(1)  # each (N, H, d)
 
         v = self.v_lambda * v
@@ -591,8 +599,11 @@ class Attention(nn.Module):
                 gates = 2 * gate(self.value_gate, gate_input)
             v = v + gates[..., None] * value_embed.view_as(v)
 
-        q, k, v = (t.reshape(P * N, H // P, d) for t in (norm(q), norm(k), v))
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k = rotate(norm(q), rotary), rotate(norm(k), rotary)
+        if self.kind == "paired":
+            # Paired heads (record 2026-01-07): heads h and h + H / 2 become one head over 2 N
+            # positions, two per token.
+            q, k, v = (t.reshape(2 * N, H // 2, d) for t in (q, k, v))
         if self.kind == "long":
             # Key offset (record 2025-12-14): the half of a key that is not rotated comes from the
             # previous token of the document.
@@ -605,7 +616,7 @@ class Attention(nn.Module):
             dot = (y * v).sum(-1, keepdim=True)
             along_v = dot / (v * v).sum(-1, keepdim=True).clamp(min=1e-8)
             y = y - torch.tanh(self.xsa_lambdas).to(y.dtype)[:, None] * along_v * v
-        y = y * gate(self.gate, x[:, :GATE_DIMS])[..., None]
+        y = self.proj_lambda * gate(self.gate, x[:, :GATE_DIMS])[..., None] * y
         return self.proj(y.flatten(1))
 
 
@@ -641,8 +652,9 @@ class Block(nn.Module):
     """A transformer block: a gated skip from an earlier layer, attention, MLP.
 
     x0 and the n-gram embeddings are added after attention (records 2025-11-18, 2026-02-12); a layer
-    without attention adds neither. With MUDD, each token predicts the block's coefficients, and
-    weighted sums of (layer 0's input, attention's input, x) are added to V and to x."""
+    without attention adds neither, and layer 0, whose input has the n-grams already, adds only x0.
+    With MUDD, each token predicts the block's coefficients, and weighted sums of (layer 0's input,
+    attention's input, x) are added to V and to x."""
     def __init__(self, hp: Hyperparameters, layer: Layer):
         super().__init__()
         self.attention = Attention(hp, layer) if layer.attention else None
@@ -660,9 +672,10 @@ class Block(nn.Module):
             self.skip_lambda = nn.Parameter(torch.tensor(-1.5))
             self.skip_gate = nn.Parameter(torch.zeros(1, GATE_DIMS))
 
-    def forward(self, x: Tensor, attn_input: Tensor, x0: Tensor, ngram: Tensor, h0: Tensor | None,
-                skip: Tensor | None, value_embed: Tensor | None, is_doc_start: Tensor,
-                rotary: Tensor, scale: Tensor, mask: Mask | None) -> Tensor:
+    def forward(self, x: Tensor, attn_input: Tensor, x0: Tensor, ngram: Tensor | None,
+                h0: Tensor | None, skip: Tensor | None, value_embed: Tensor | None,
+                is_doc_start: Tensor, rotary: Tensor | None, scale: Tensor,
+                mask: Mask | None) -> Tensor:
         """x, attn_input, x0, ngram, h0, skip, value_embed and the result: (N, D). h0: layer 0's
         input, for MUDD; skip: the earlier layer's output. The last four are Attention's."""
         resid, branch = self.resid_lambdas, self.branch_lambdas  # (2,), (4,)
@@ -678,7 +691,9 @@ class Block(nn.Module):
             y = self.attention(
                 norm(attn_input), value_embed, is_doc_start, rotary, scale, mask,
                 value_gates=value_gates, v_skip=v_skip)
-            x = resid[0] * x + branch[0] * y + branch[2] * x0 + branch[3] * ngram
+            x = resid[0] * x + branch[0] * y + branch[2] * x0
+            if ngram is not None:
+                x = x + branch[3] * ngram
         return resid[1] * x + branch[1] * self.mlp(norm(x))
 
 
@@ -720,14 +735,16 @@ class GPT(nn.Module):
         """tokens, targets: (S, T), targets one token later.
 
         Returns (objective, loss), both 0-dim. objective is what training minimizes: the loss summed
-        over the tokens, not averaged, as in modded-nanogpt; Muon's and Adam's updates do not depend
-        on the gradient's scale. loss is the mean cross-entropy of the next token in nats (in
+        over the tokens, not averaged; Muon's and Adam's updates do not depend on the gradient's
+        scale. loss is the mean cross-entropy of the next token in nats (in
         training over schedule.softmax_size entries). Without gradients the loss is over the whole
         vocabulary. If targets is None, returns float32 logits (N, V), for sampling text."""
         start = document_start(tokens, self.eot_token)
         position = torch.arange(len(start), device=start.device) - start  # in the document
         masks = self.masks(start, schedule)
-        rotary = rotary_tables(schedule.frequencies, 2 * len(start))
+        single = rotary_tables(schedule.frequencies, len(start))
+        paired = paired_rotary_tables(schedule.frequencies, len(start), self.hp.num_heads)
+        rotary = {None: None, "short": single, "long": single, "paired": paired}
         tokens = tokens.flatten()
         is_doc_start = position == 0
         table = self.head.linear.weight.squeeze(0) if schedule.tied else self.embed.weight
@@ -735,6 +752,7 @@ class GPT(nn.Module):
         if self.value_embed is not None:
             values = self.value_embed(tokens).split(self.hp.model_dim, -1)
         ngram = self.ngram(tokens, position)
+        # ngram has the dtype of the activations; see build_model.
         x0 = self.input_embedding(F.embedding(tokens, table), is_doc_start, ngram.dtype)
 
         mtp_weights = pieces = None
@@ -753,7 +771,7 @@ class GPT(nn.Module):
                          schedule.attention_scale, masks)
 
     def body(self, x0: Tensor, values: tuple[Tensor, ...], ngram: Tensor, pieces: list | None,
-             mtp_weights: Tensor | None, is_doc_start: Tensor, rotary: Tensor, scale: Tensor,
+             mtp_weights: Tensor | None, is_doc_start: Tensor, rotary: dict, scale: Tensor,
              masks: dict):
         """The part of forward() after the lookups: the blocks, the head, the loss; on CUDA it is
         one compiled graph. pieces: (class ids, targets) of sample_softmax_classes for each piece.
@@ -761,17 +779,19 @@ class GPT(nn.Module):
         h0 = x = x0 + self.input_embedding.ngram_lambda * ngram
         outputs = []
         for block, layer in zip(self.blocks, self.hp.layers, strict=True):
-            # view_as: if two arguments were one tensor, torch.compile would compile another graph.
+            # view_as: where blocks are compiled one by one (CPU), a block whose x and attn_input
+            # were the same tensor would be compiled once more.
             attn_input = x.view_as(x)
             if layer.attn_input_layer is not None:
                 attn_input = outputs[layer.attn_input_layer]
             x = block(
-                x, attn_input, x0, ngram,
+                x, attn_input, x0,
+                ngram=None if block is self.blocks[0] else ngram,  # its input has them already
                 h0=h0 if layer.mudd else None,
                 skip=None if layer.skip_from is None else outputs[layer.skip_from],
                 value_embed=None if layer.value_table is None else values[layer.value_table],
                 is_doc_start=is_doc_start,
-                rotary=rotary if layer.attention == "paired" else rotary[:, :len(x)],
+                rotary=rotary[layer.attention],
                 scale=scale,
                 mask=masks[layer.attention])
             outputs.append(x.view_as(x))
@@ -835,13 +855,13 @@ def sample_softmax_classes(targets: Tensor, vocab_size: int,
 
     Returns class ids (softmax_size,) and the index of each target among them (N, K): -1 for a
     target that is -1 or did not fit. (None, targets) stands for the whole vocabulary: if
-    softmax_size is 0, and for texts of more than 4 softmax_size tokens, of which too many targets
+    softmax_size is 0 or not below vocab_size, or if N > 4 * softmax_size, when too many targets
     would not fit."""
     is_sampled = 0 < softmax_size < vocab_size and len(targets) <= 4 * softmax_size
     if not is_sampled:
         return None, targets
     entry = torch.arange(vocab_size, device=targets.device)
-    order = (entry + targets.sum()) * 20_011 % vocab_size  # 20,011 is prime: a permutation
+    order = (entry + targets.sum()) * 20_011 % vocab_size  # a permutation: 20,011 is prime
     is_target = torch.zeros(vocab_size + 1, dtype=torch.int64, device=targets.device)
     is_target[targets] = 1  # target -1 sets the extra element at the end
     class_ids = (order - vocab_size * is_target[:-1]).argsort()[:softmax_size]  # targets come first
@@ -953,13 +973,14 @@ def optimizer_groups(hp: Hyperparameters, dtype: torch.dtype) -> list[Group]:
     value_decay = 5 * hp.adam_decay * hp.value_lr
     ngram_decay = 5 * hp.adam_decay * hp.ngram_lr
     head_decay = 150 * hp.adam_decay * hp.head_lr
-    # What several groups share. Muon's learning rates of the MLP have the factors 2 and 4, instead
-    # of a factor for a matrix's shape. Adam's second moment decays fast or slowly.
+    # What several groups share. Muon's usual factor for a matrix's shape is absent; instead, the
+    # MLP's groups have 2 and 4 times the learning rate. Adam's second moment decays fast or slowly.
     muon = dict(rule="muon", betas=(hp.muon_beta2,), decay=muon_decay, comm_dtype=dtype)
     table = dict(betas=(0.75, 0.95), comm_dtype=dtype)
     fast = dict(rule="adam", betas=(0.9, 0.95), decay=0.0, comm_dtype=fp32)
     slow = dict(rule="adam", betas=(0.9, 0.99), decay=0.0, comm_dtype=fp32)
     lr = hp.scalar_lr
+    gates = {**slow, "decay": hp.adam_decay * lr / 5}
     block = r"blocks\.\d+\."
     attn = block + r"attention\."
     return [
@@ -968,8 +989,8 @@ def optimizer_groups(hp: Hyperparameters, dtype: torch.dtype) -> list[Group]:
         Group("mlp_out", block + r"mlp\.proj\.weight", lr=4 * hp.muon_lr, **muon),
         Group("resid", block + "resid_lambdas", lr=lr, **fast),
         Group("branch", ".*(branch_lambdas|ngram_lambda|xsa_lambdas)", lr=lr / 5, **fast),
-        Group("scalars", ".*(v|skip|smear)_lambda", lr=lr, **slow),
-        Group("gates", attn + "(value_)?gate", lr=lr / 5, **slow),
+        Group("scalars", ".*(v|proj|skip|smear)_lambda", lr=lr, **slow),
+        Group("gates", attn + "(value_)?gate", lr=lr / 5, **gates),
         Group("mudd", r".*mudd\..*", lr=lr / 20, **slow),
         Group("skip_gate", block + "skip_gate", lr=lr / 100, **slow),
         Group("smear_gate", r"input_embedding\.smear_gate", lr=lr / 500, **slow),
@@ -1015,7 +1036,7 @@ def muon_direction(group: Group, grad: Tensor, momentum_buffer: Tensor, second_m
     direction = grad + momentum * (momentum_buffer - grad)
     direction = orthogonalize(direction.to(group.comm_dtype)).float()
     second_moment.lerp_(direction.square().mean(-1, keepdim=True), 1 - group.betas[0])
-    normalized = direction / second_moment.sqrt().clamp(min=1e-10)
+    normalized = direction * second_moment.clamp(min=1e-10).rsqrt()
     norm_before = direction.norm(dim=(-2, -1), keepdim=True)
     norm_after = normalized.norm(dim=(-2, -1), keepdim=True)
     return normalized * (norm_before / norm_after.clamp(min=1e-10))
@@ -1032,7 +1053,8 @@ def adam_direction(group: Group, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tens
         active_rows = (grad != 0).any(-1, keepdim=True).float()
     exp_avg.lerp_(grad, (1 - beta1) * active_rows)
     exp_avg_sq.lerp_(grad.square(), (1 - beta2) * active_rows)
-    return active_rows * (exp_avg / bias1) / ((exp_avg_sq / bias2).sqrt() + 1e-10)
+    # eps is added before the bias correction, as in modded-nanogpt.
+    return active_rows * (exp_avg / bias1) * bias2.sqrt() / (exp_avg_sq.sqrt() + 1e-10)
 
 
 class Rule(NamedTuple):
@@ -1042,13 +1064,14 @@ class Rule(NamedTuple):
     direction: Callable
     state: tuple[str, ...]      # state tensors of the parameter's shape
     row_state: tuple[str, ...]  # state tensors with one number per row of a matrix
-    is_matrix_rule: bool        # works on stacks of equal matrices, and updates in every step
+    is_matrix_rule: bool        # works on stacks of equal matrices
+    every_step: bool            # updates in every step, else in every adam_every-th
 
 
 RULES = {
-    "muon": Rule(muon_direction, ("momentum_buffer",), ("second_moment",), is_matrix_rule=True),
-    "adam": Rule(adam_direction, ("exp_avg", "exp_avg_sq"), (), is_matrix_rule=False),
-    "lazy_adam": Rule(adam_direction, ("exp_avg", "exp_avg_sq"), (), is_matrix_rule=False),
+    "muon": Rule(muon_direction, ("momentum_buffer",), ("second_moment",), True, every_step=True),
+    "adam": Rule(adam_direction, ("exp_avg", "exp_avg_sq"), (), False, every_step=False),
+    "lazy_adam": Rule(adam_direction, ("exp_avg", "exp_avg_sq"), (), False, every_step=False),
 }
 
 
@@ -1057,7 +1080,8 @@ def compute_update(direction: Callable, group: Group, grad: Tensor, values: Tens
                    *direction_args: Tensor) -> Tensor:
     """The update to subtract from values, in comm_dtype, before the schedule's factor lr_scale.
 
-    grad, values, state: this rank's rows of a bucket. lr: 0-dim or one number per row. lr_scale and
+    grad, values, state: this rank's rows of a bucket, (matrices, rows, columns) for Muon, (rows,
+    columns) of a table, or (numbers,). lr: 0-dim or one number per row. lr_scale and
     direction_args (momentum and bias corrections): 0-dim.
 
     Cautious weight decay (arXiv 2510.12402, records 2025-11-10, 2025-12-18) decays a weight only
@@ -1065,7 +1089,9 @@ def compute_update(direction: Callable, group: Group, grad: Tensor, values: Tens
     update is applied, so it falls with the square of the schedule."""
     update = direction(group, grad, *state, *direction_args)
     if group.decay:
-        shrinks = update * values > 0
+        product = update * values
+        # Muon also decays a weight whose update is zero, as in modded-nanogpt.
+        shrinks = product >= 0 if group.rule == "muon" else product > 0
         update = update + group.decay * lr_scale * values * shrinks
     return (lr * update).to(group.comm_dtype)
 
@@ -1081,7 +1107,7 @@ class Optimizer:
                  world_size: int = 1):
         """dtype: of the activations. Raises UserError if a parameter is in no group or in two."""
         self.adam_every = hp.adam_every
-        self.num_updates = 0
+        self.num_updates = 0  # calls of step()
         self.update_fns = dict.fromkeys(RULES, compute_update)  # compile_model compiles them
         is_sparse = {id(module.weight) for module in model.modules()
                      if isinstance(module, nn.Embedding) and module.sparse}
@@ -1122,9 +1148,10 @@ class Optimizer:
         """Update the weights and clear the gradients, except those that Adam sums up for its next
         update. Collective."""
         self.num_updates += 1
+        # Muon updates in each step, Adam in each adam_every-th. While tied, embed has no gradient.
         adam_is_due = self.num_updates % self.adam_every == 0
         due = [bucket for bucket in self.buckets
-               if (adam_is_due or RULES[bucket.group.rule].is_matrix_rule)
+               if (adam_is_due or RULES[bucket.group.rule].every_step)
                and any(p.grad is not None for p in bucket.params)]
         for bucket in due:
             bucket.reduce_scatter_grads()
@@ -1133,12 +1160,13 @@ class Optimizer:
             group = bucket.group
             rule = RULES[group.rule]
             grad, values, state = bucket.local_grad_and_state()
-            t = self.num_updates // (1 if rule.is_matrix_rule else self.adam_every)
+            t = self.num_updates // (1 if rule.every_step else self.adam_every)
             bias_corrections = [1 - beta ** t for beta in group.betas]
             numbers = [schedule.lr_scale, schedule.momentum, *bias_corrections]  # 0-dim tensors
             update = self.update_fns[group.rule](
                 rule.direction, group, grad, values, state, bucket.lr, *map(torch.tensor, numbers))
-            updates.append(bucket.apply_update(update, state, schedule.lr_scale))
+            # Starts the all-gather. Returns None if the bucket has subtracted the update itself.
+            updates.append(bucket.start_update(update, state, schedule.lr_scale))
         for bucket, update in zip(due, updates, strict=True):
             bucket.wait()
             if update is not None:
@@ -1161,7 +1189,8 @@ class Optimizer:
 
 class BatchLoader:
     """This rank's micro-batches of each step; a thread reads ahead. Rank r reads the sequences of a
-    step whose index is r modulo W, so the batches depend neither on W nor on a resume."""
+    step whose index in the step is r modulo W, so the batches depend neither on W nor on a resume.
+    """
     def __init__(self, stream: "TokenStream", hp: Hyperparameters, runtime: "Runtime",
                  step: int = 0):
         self.stream = stream
@@ -1183,7 +1212,8 @@ class BatchLoader:
         """How often all training tokens have been read before a step."""
         index = sequences_before(step, self.hp)
         if self.first_docs is not None:
-            return int(self.first_docs[index]) // (len(self.stream.documents) - 1)
+            num_documents = len(self.stream.documents) - 1  # the last element is an end
+            return int(self.first_docs[index]) // num_documents
         return index // len(self.order)
 
     def _sequence(self, index: int, max_doc_len: int) -> tuple[Tensor, Tensor]:
@@ -1236,7 +1266,9 @@ def training_step(model: GPT, optimizer: Optimizer, batch: list, schedule: Sched
     mean_loss = torch.zeros((), device=batch[0][0].device)
     for tokens, targets in batch:
         objective, loss = model(tokens, targets, schedule)
-        objective.backward()
+        # 1/8, not 1/W: the optimizer sums over the ranks, and modded-nanogpt averages over its 8.
+        # So the gradient is the same for any W. Only the optimizers' epsilons depend on the factor.
+        (objective / 8).backward()
         mean_loss += loss / len(batch)
     optimizer.step(schedule)
     return mean_loss
@@ -1260,8 +1292,9 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
     """Train one model. Returns the exit code: 0, or 128 + n after signal n. Raises UserError."""
     track = TRACKS[hp.track]
     device = runtime.device
-    train_stream = TokenStream(track.train_files, track, hp.batch_size * hp.sequence_length + 1)
-    val_stream = TokenStream(track.val_files, track, track.val_tokens + 1)
+    min_tokens = hp.batch_size * hp.sequence_length + 1
+    train_stream = TokenStream(track.train_files, track, min_tokens)
+    val_stream = TokenStream(track.val_files, track, min_tokens=track.val_tokens + 1)
     dtype = activation_dtype(hp, device)
     compiled = is_compiled(hp, device)
     info = run_info(hp, runtime, train_stream, val_stream, dtype, compiled)
@@ -1272,7 +1305,7 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
     model = build_model(hp, device, dtype, flex, sparse)
     optimizer = Optimizer(model, hp, dtype, runtime.rank, runtime.world_size)
     compile_and_warm_up(model, optimizer, train_stream, hp, runtime, compiled)
-    progress = load_checkpoint(model, optimizer, hp, info)
+    progress = load_checkpoint(model, optimizer, hp, info)  # without --resume, of a new run
     first_step = progress.step
     loader = BatchLoader(train_stream, hp, runtime, first_step)
 
@@ -1286,10 +1319,11 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
                 optimizer.untie()
             is_last = step == hp.num_steps
             # Checkpoints don't hold the gradients that Adam sums up between its updates.
+            # (save_every is a multiple of adam_every.)
             can_save = is_last or step % hp.adam_every == 0
             stops = can_save and stop.agreed
             val_due = is_last or (hp.val_every and step % hp.val_every == 0)
-            if stops or step <= progress.validated_step:  # at step 0, or before the run was resumed
+            if stops or step <= progress.validated_step:  # not twice; step 0 counts as validated
                 val_due = False
             save_due = stops or (hp.save_every and step % hp.save_every == 0 and step > first_step)
             if val_due or save_due:  # neither counts as training time
@@ -1310,16 +1344,17 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
             if profile:
                 profile.step()
             if (step + 1) % hp.log_every == 0:
-                # Without validation and checkpoint, this is where the host waits for the device.
+                # Without validation and checkpoint, the host waits for the device only here. After
+                # that, perf_counter is what runtime.seconds() would return.
                 loss_sum, signal_sum = runtime.sum(loss, stop.number)
                 train_ms = progress.train_ms + 1000 * (time.perf_counter() - started)
                 log_metric("train_loss", loss_sum / runtime.world_size, step + 1, hp, train_ms)
                 if not math.isfinite(loss_sum):
                     raise UserError(f"the loss is not finite at step {step + 1}; use lower "
-                                    "learning rates, or --resume from a checkpoint with them")
+                                    "learning rates (they can also be given with --resume)")
                 stop.agreed = signal_sum > 0
             if loader.epoch(step + 1) > loader.epoch(step):
-                log.info(f"all {len(train_stream):,} training tokens were read; "
+                log.info(f"all {len(train_stream):,} training tokens were used; "
                          f"epoch {loader.epoch(step + 1) + 1} begins")
     loader.close()
     return finish(progress, stop, hp, runtime, info)
@@ -1381,7 +1416,7 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, window
     it is faster for long layers in training, but slower for paired heads, and several times slower
     in validations of 2,048 tokens (records/studies/2026-11-29_PlainCode)."""
     _, H, N, d = q.shape
-    size = window // 2
+    size = math.ceil(window / 2)
     num_chunks = math.ceil(N / size)
     padding = num_chunks * size - N
     query = torch.arange(num_chunks * size, device=q.device).view(num_chunks, size, 1)
@@ -1427,16 +1462,16 @@ def open_shard(path: Path, get_data: str) -> np.ndarray:
 class TokenStream:
     """All shards that match a pattern, in the order of their names, as one endless stream of
     tokens."""
-    def __init__(self, pattern: str, track: Track, minimum: int):
+    def __init__(self, pattern: str, track: Track, min_tokens: int):
         """pattern: a glob below the repository. Raises UserError for damaged or missing shards, and
-        for fewer than `minimum` tokens."""
+        for fewer than min_tokens."""
         self.track = track
         self.paths = sorted(ROOT.glob(pattern))
         self.shards = [open_shard(path, track.get_data) for path in self.paths]
         self.ends = np.cumsum([0, *map(len, self.shards)])  # 0, then the end of each shard
-        if len(self) < minimum:
+        if len(self) < min_tokens:
             raise UserError(f"{ROOT / pattern}: found {len(self.paths)} shards with {len(self):,} "
-                            f"tokens, expected at least {minimum:,} tokens; run: {track.get_data}")
+                            f"tokens, expected at least {min_tokens:,}; run: {track.get_data}")
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -1644,7 +1679,7 @@ class Bucket:
             handle.wait()
         self.pending.clear()
 
-    def apply_update(self, update: Tensor, state: list[Tensor], lr_scale: float) -> Tensor | None:
+    def start_update(self, update: Tensor, state: list[Tensor], lr_scale: float) -> Tensor | None:
         """Subtract lr_scale * update from the rows of local_grad_and_state(), and start to gather
         all ranks' values. If values are more precise than comm_dtype, gather the updates instead
         and return them, for the caller to subtract after wait(). Collective."""
@@ -1922,7 +1957,7 @@ def run_info(hp: Hyperparameters, runtime: Runtime, train_stream: TokenStream,
     fingerprints = val_stream.fingerprint(track.val_tokens + 1), train_stream.fingerprint(2 ** 26)
     run_id = f"{hp.track}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}"
     if hp.resume not in ("", "latest"):
-        run_id = Path(open_checkpoint(hp.resume)["info"]["run_id"]).name  # goes on in the same log
+        run_id = Path(str(open_checkpoint(hp.resume)["info"].get("run_id"))).name  # the same log
     return runtime.broadcast_object({
         "run_id": run_id,
         "command": sys.argv,
@@ -2192,13 +2227,25 @@ def parse_arguments(argv: list[str] | None = None) -> Hyperparameters:
         track = given.track or ("fineweb" if has_gpu else "laptop")
         parser.set_defaults(track=track, **of_track(PRESETS, track))
     else:
-        saved = open_checkpoint(resume)
-        settings = {**saved["hyperparameters"], "dtype": saved["info"]["activations"]}
-        for field in dataclasses.fields(Hyperparameters):
-            if field.name in settings and field.name not in ("resume", "profile"):
-                parser.set_defaults(**{field.name: field.type(settings[field.name])})
+        parser.set_defaults(**settings_of_checkpoint(resume))
     args = vars(parser.parse_args(argv))
     return Hyperparameters(**{**args, "resume": resume})
+
+
+def settings_of_checkpoint(path: str) -> dict:
+    """The settings of the run that saved a checkpoint. Settings that its script did not have are
+    those of the track. Raises UserError."""
+    saved = open_checkpoint(path)
+    try:
+        dtype = saved["info"]["activations"]
+        old = {**saved["hyperparameters"], "dtype": dtype}
+        settings = {"track": old["track"], **of_track(PRESETS, old["track"])}
+        for field in dataclasses.fields(Hyperparameters):
+            if field.name in old and field.name not in ("resume", "profile"):
+                settings[field.name] = field.type(old[field.name])
+        return settings
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint {path} has damaged settings: {error!r}") from None
 
 
 def require(condition: bool, message: str) -> None:
@@ -2294,10 +2341,13 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         message = str(error)
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not re.search("MemoryError|out of memory|allocate memory", repr(error)):
+        if re.search("MemoryError|out of memory|allocate memory", repr(error)):
+            message = ("out of memory; use a smaller --micro_batch, then a smaller --val_length "
+                       "and --sequence_length (`./run.sh simulate` predicts a GPU's memory)")
+        elif dist.is_initialized() and re.search("DistBackendError|Connection", repr(error)):
+            message = "the connection to another rank is lost; see why that rank ended"
+        else:
             raise
-        message = ("out of memory; use a smaller --micro_batch, then a smaller --val_length and "
-                   "--sequence_length (`./run.sh simulate` predicts the memory on a GPU)")
     finally:
         handlers = log.handlers[:]
         log.handlers.clear()

@@ -1,125 +1,172 @@
 #!/usr/bin/env bash
-# Every check and measurement that needs a real GPU, in one go: 5.3 minutes on an H200 with 16 cores but for the last
-# run, which took one more elsewhere (records/studies/2026-11-28_H200); compiling alone varied from 3 to 4.3 minutes.
+# All checks and measurements that need a real GPU, in one go.
 #
-#   bash tests/gpu.sh CORPUS            CORPUS: a folder with GPT-2 tokens, *_train_*.bin and *_val_*.bin
-#   bash tests/gpu.sh CORPUS turns      ms a step of the entry before and of train_gpt.py, compiled together, run in turn
-#   bash tests/gpu.sh CORPUS entries    the four historical entries at full size: ms a micro-batch, memory, loss
-#   SIMULATE=1 bash tests/gpu.sh ...    the same runs on the simulated GPU (./run.sh simulate): do they run at all?
+#   bash tests/gpu.sh CORPUS               tests, profile and losses of train_gpt.py
+#   bash tests/gpu.sh CORPUS turns OTHER   step times of the script OTHER and of train_gpt.py, three
+#                                          runs each, in turn; both are compiled first
+#   bash tests/gpu.sh CORPUS published     the four scripts of records/published at full size
+#   SIMULATE=1 bash tests/gpu.sh ...       the same runs on the simulated GPU: do they run at all?
 #
-# Results come to $OUT (default: gpu_logs/): summary.txt, and logs.tar.gz with all else. It takes the Python it finds
-# (PYTHON=...) and installs nothing. The corpus stands in for FineWeb under its names, and the machine's own Python
-# source for the laptop track's, so the losses compare runs of this script with each other only.
+# CORPUS is a folder with GPT-2 tokens, *_train_*.bin and *_val_*.bin, which stands in for FineWeb
+# under its names. The Python source of this machine stands in for the laptop track's corpus. So the
+# losses compare runs of this script with each other only. Results are in $OUT (default: gpu_logs/):
+# summary.txt, and logs.tar.gz with everything else. The script uses the Python that it finds
+# (PYTHON=...) and installs nothing. On one H200 with 16 cores the first command took 5.3 minutes
+# without its last run, which took one minute elsewhere (records/studies/2026-11-28_H200); compiling
+# alone varied from 3 to 4.3 minutes.
 set -euo pipefail
-[[ -d "${1:-}" ]] || { echo "error: '${1:-}' is no folder; expected: bash tests/gpu.sh CORPUS [turns|entries]" >&2; exit 2; }
-corpus=$(realpath "$1") what=${2:-checks}
+
+die() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+[[ -d ${1:-} ]] ||
+    die "'${1:-}' is not a folder; usage: bash tests/gpu.sh CORPUS [turns OTHER|published]"
+corpus=$(realpath "$1")
+what=${2:-checks}
+if [[ $what == turns ]]; then
+    [[ -f ${3:-} ]] || die "'${3:-}' is not a file; expected a script to compare with train_gpt.py"
+    other=$(realpath "$3")
+fi
 mkdir -p "${OUT:-gpu_logs}"
 out=$(realpath "${OUT:-gpu_logs}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 logs=$(mktemp -d)
+entry=gpu_$$ # the runs write their logs into folders of records/ that begin with it
+failed=
+
 for data in data/fineweb10B data/laptop; do
-    [[ ! -e $data ]] || { echo "error: $data exists; move it away, this script writes there" >&2; exit 2; }
+    [[ ! -e $data ]] || die "$data exists; move it away, because this script writes there"
 done
-finish() {
+
+clean_up() {
     rm -rf data/fineweb10B data/laptop
-    cp records/"${entry:-none}"*/*.txt "$logs" 2>/dev/null || true
-    rm -rf records/"${entry:-none}"*
+    cp records/"$entry"*/*.txt "$logs" 2>/dev/null || true
+    rm -rf records/"$entry"*
     gzip -9 "$logs"/*.trace.json 2>/dev/null || true
-    find "$logs" -size +15M -print -delete  # what comes back may have 16 MiB a file
+    find "$logs" -size +15M -print -delete # larger files do not come back from the device machine
     tar -czf "$out/logs.tar.gz" -C "$logs" .
     rm -rf "$logs"
 }
-trap finish EXIT
+trap clean_up EXIT
 exec > >(tee "$out/summary.txt") 2>&1
 
 "$python" - "$corpus" <<'PY'
 import sys
 import sysconfig
 from pathlib import Path
+
 import numpy as np
-from data.shards import write_shard
-from train_gpt import ROOT, TRACKS, open_shard
+
+from data.shards import open_shard, write_shard
+from train_gpt import ROOT, TRACKS
+
 folder = Path(sys.argv[1])
+fineweb = ROOT / "data/fineweb10B"
 for number, path in enumerate(sorted(folder.glob("*_train_*.bin")), 1):
-    write_shard(ROOT / f"data/fineweb10B/fineweb_train_{number:06d}.bin", open_shard(path))
+    write_shard(fineweb / f"fineweb_train_{number:06d}.bin", open_shard(path))
 val = np.concatenate([open_shard(path) for path in sorted(folder.glob("*_val_*.bin"))])
-write_shard(ROOT / "data/fineweb10B/fineweb_val_000000.bin", np.resize(val, TRACKS["fineweb"].val_tokens + 1))
+val = np.resize(val, TRACKS["fineweb"].val_tokens + 1)  # repeated if it is too short
+write_shard(fineweb / "fineweb_val_000000.bin", val)
+
+laptop = ROOT / "data/laptop"
 files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
 tokens = np.concatenate([np.array([256, *path.read_bytes()], "<u2") for path in files])
 size = TRACKS["laptop"].val_tokens + 1
-write_shard(ROOT / "data/laptop/laptop_val_000000.bin", tokens[:size])
-write_shard(ROOT / "data/laptop/laptop_train_000001.bin", tokens[size:])
+write_shard(laptop / "laptop_val_000000.bin", tokens[:size])
+write_shard(laptop / "laptop_train_000001.bin", tokens[size:])
 PY
 
-run() {  # seconds, name, script (or -m and a module), flags: a run, or a simulation of one
+run() { # seconds, name, script (or "-m MODULE ARGUMENT"), flags: one run, or its simulation
     local limit=$1 name=$2 script=$3
     shift 3
     echo "== $name: $script $*"
-    if [[ -n "${SIMULATE:-}" ]]; then
-        "$python" -m tests.simulate "$script" --gpus 1 "$@" || failed=1
-    else
-        timeout "$limit" "$python" $script "$@" > "$logs/$name.txt" 2>&1 || { echo "exit code $?"; failed=1; }
-        grep -E "compil|step_avg|tokens_per_second|^error|Error" "$logs/$name.txt" | tail -n 5 || true
+    if [[ -n ${SIMULATE:-} ]]; then
+        "$python" -m tools.simulate "$script" --gpus 1 "$@" || failed=1
+        return
     fi
+    # $script is split into words on purpose.
+    timeout "$limit" "$python" $script "$@" > "$logs/$name.txt" 2>&1 || {
+        echo "exit code $?"
+        failed=1
+    }
+    grep -E "compil|step_avg|tokens_per_second|^error|Error" "$logs/$name.txt" | tail -n 5 || true
 }
-failed=
-[[ -n "${SIMULATE:-}" ]] || nvidia-smi
-entry=gpu_$$
-today="--track fineweb --batch_size 1 --num_steps 100 --extension_steps 10 --val_every 0 --log_every 5"
-today+=" --sample_tokens 0 --entry $entry"
+
+# The batch of one of 8 GPUs: 16,384, 32,768 and 49,152 tokens a step in the three sizes of stages.
+one_of_eight="--track fineweb --batch_size 1 --val_every 0 --log_every 5 --entry $entry"
+hundred_steps="$one_of_eight --num_steps 100 --extension 0.1"
+
+compile_together() { # what is not timed: it fills the compiler's caches for the runs below
+    local started=$SECONDS pids
+    (timeout 220 "$python" -m pytest -q --show-capture=no tests/runs/test_cuda.py ||
+        echo "exit code $?") > "$logs/test_cuda.txt" 2>&1 &
+    pids=$! # a bare wait would also wait for the tee above
+    run 270 today_compiles train_gpt.py $one_of_eight --num_steps 8 --extension 0.125 \
+        > "$logs/1.out" 2>&1 &
+    pids+=" $!"
+    run 200 ValueEmbed_compiles records/published/2024-12-04_ValueEmbed/train_gpt.py \
+        --track fineweb --batch_size 1 --num_steps 4 --cooldown_steps 2 --val_every 0 \
+        --entry "$entry" > "$logs/2.out" 2>&1 &
+    pids+=" $!"
+    (for resume in "" "--resume=latest"; do # the second run repeats the last steps of the first
+        run 100 "laptop$resume" train_gpt.py --track laptop --num_steps 100 --save_every 40 \
+            --log_every 1 --entry "${entry}_laptop" $resume
+    done) > "$logs/3.out" 2>&1 &
+    wait $pids $!
+    cat "$logs"/test_cuda.txt "$logs"/[123].out
+    ! grep -q "exit code" "$logs"/test_cuda.txt "$logs"/[123].out || failed=1
+    echo "== compiled after $((SECONDS - started)) s"
+}
+
+[[ -n ${SIMULATE:-} ]] || nvidia-smi
 case $what in
 checks)
-    ab="--track fineweb --val_every 100 --log_every 10 --entry $entry"
-    if [[ -n "${SIMULATE:-}" ]]; then
-        "$python" -m tests.simulate --tests || failed=1
-        run 0 today train_gpt.py $today
+    if [[ -n ${SIMULATE:-} ]]; then
+        "$python" -m tools.simulate --tests || failed=1
+        run 0 today train_gpt.py $hundred_steps
     else
-        # Together what is not timed: it compiles, on its own cores, what the runs below then find in the caches.
-        begun=$SECONDS
-        (timeout 220 "$python" -m pytest -q --show-capture=no tests/test_cuda.py || echo "exit code $?") > "$logs/test_cuda.txt" 2>&1 &
-        pids=$!  # a bare wait would wait for the tee above, too
-        (run 270 today_compiles train_gpt.py $today --num_steps 8 --extension_steps 1) > "$logs/1.out" 2>&1 &
-        pids+=" $!"
-        (run 200 ValueEmbed_compiles records/2024-12-04_ValueEmbed/train_gpt.py --track fineweb --batch_size 1 \
-            --num_steps 4 --cooldown_steps 2 --val_every 0 --entry "$entry") > "$logs/2.out" 2>&1 &
-        pids+=" $!"
-        (for resume in "" "--resume=latest"; do  # the second run does its last steps again
-            run 100 "laptop$resume" train_gpt.py --track laptop --num_steps 100 --save_every 40 --log_every 1 \
-                --entry "${entry}_laptop" $resume
-        done) > "$logs/3.out" 2>&1 &
-        wait $pids $!
-        cat "$logs"/test_cuda.txt "$logs"/[123].out
-        ! grep -q "exit code" "$logs"/test_cuda.txt "$logs"/[123].out || failed=1
-        echo "== compiled after $((SECONDS - begun)) s"
-        # What one of 8 GPUs does, 16,384, 32,768 and 49,152 tokens a step: ms, MFU, peak memory, kernels
-        run 120 today "-m tests.simulate.trace $logs" $today
+        compile_together
+        # Times, peak memory and kernels of each stage
+        run 120 today "-m tools.simulate.trace $logs" $hundred_steps
     fi
-    # Loss at equal tokens, 13.1 M: ValueEmbed's 65,536 a step, today's 32,768 to 98,304
-    run 120 ab_today train_gpt.py $ab --num_steps 200 --extension_steps 5 --batch_size 2 \
-        --sample_tokens 50
-    run 120 ab_ValueEmbed records/2024-12-04_ValueEmbed/train_gpt.py $ab --num_steps 200 --cooldown_steps 80 \
-        --batch_size 1 ;;
+    # Losses at equal tokens, 13.1 M: ValueEmbed has 65,536 tokens a step, today's 32,768 to 98,304.
+    compared="--track fineweb --val_every 100 --log_every 10 --entry $entry"
+    run 120 losses_today train_gpt.py $compared --num_steps 200 --extension 0.025 --batch_size 2
+    run 120 losses_ValueEmbed records/published/2024-12-04_ValueEmbed/train_gpt.py $compared \
+        --num_steps 200 --cooldown_steps 80 --batch_size 1
+    ;;
 turns)
-    scripts="records/2026-11-28_SampledSoftmax/train_gpt.py train_gpt.py" pids=
-    for script in $scripts; do
-        [[ -z "${SIMULATE:-}" ]] || continue
-        (run 400 "compiles_${script//\//_}" $script $today --num_steps 8 --extension_steps 1) &
-        pids+=" $!"
-    done
-    [[ -z "$pids" ]] || wait $pids
-    for turn in 1 2 3; do
-        for script in $scripts; do
-            run 100 "${script//\//_}_$turn" $script $today
+    # Only flags that older scripts have, too
+    pids=
+    if [[ -z ${SIMULATE:-} ]]; then
+        for script in "$other" train_gpt.py; do
+            # 20 steps reach each stage.
+            run 400 "compiles_${script//\//_}" "$script" $one_of_eight --num_steps 20 &
+            pids+=" $!"
         done
-    done ;;
-entries)
-    for script in 2024-12-04_ValueEmbed 2024-11-03_UntieEmbed 2024-10-14_ModernArch 2024-06-06_AdamW; do
-        batch=1
-        [[ $script == 2024-12* ]] || batch=64  # sequences of 1,024 tokens: 65,536 tokens a step too
-        run 145 "$script" "records/$script/train_gpt.py" --track fineweb --batch_size $batch --num_steps 60 \
-            --warmup_steps 5 --cooldown_steps 15 --val_every 0 --log_every 5
-    done ;;
-*) echo "error: '$what' is unknown; expected turns, entries, or nothing"; exit 2 ;;
+        wait $pids
+    fi
+    for turn in 1 2 3; do
+        for script in "$other" train_gpt.py; do
+            run 100 "${script//\//_}_$turn" "$script" $one_of_eight --num_steps 100
+        done
+    done
+    ;;
+published)
+    for path in records/published/*/; do
+        name=$(basename "$path")
+        batch=64 # sequences of 1,024 tokens: 65,536 tokens a step
+        [[ $name != *ValueEmbed ]] || batch=1 # a sequence of 65,536 tokens
+        run 145 "$name" "${path}train_gpt.py" --track fineweb --batch_size $batch \
+            --num_steps 60 --warmup_steps 5 --cooldown_steps 15 --val_every 0 --log_every 5
+    done
+    ;;
+*) die "'$what' is unknown; expected turns, published, or nothing" ;;
 esac
-[[ -z "$failed" ]] || { echo "FAILED: something above"; exit 1; }
+if [[ -n $failed ]]; then
+    echo "FAILED: something above"
+    exit 1
+fi

@@ -19,6 +19,7 @@ from train_gpt import (
     chunked_attention,
     document_start,
     first_visible_key,
+    paired_rotary_tables,
     rotary_tables,
     rotate,
 )
@@ -38,7 +39,7 @@ def plain_attention(q, k, v, mask):
 
 
 @pytest.mark.parametrize("T, window, max_window", [
-    (256, 64, 64), (256, 40, 128), (64, 64, 256), (333, 100, 192)])
+    (256, 64, 64), (256, 40, 128), (64, 64, 256), (333, 100, 192), (100, 33, 33)])
 def test_chunked_attention_and_its_gradients_agree_with_a_plain_softmax(T, window, max_window):
     torch.manual_seed(T)
     tokens = random_tokens(T, seed=T)
@@ -125,7 +126,7 @@ def test_rotary_tables_are_as_precise_as_float32_angles():
     frequencies = reference_model.yarn([384], 32)[0].float()
     position = torch.tensor([0, 1, 77_777, 2 * 262_144 - 1])
     cos, sin = rotary_tables(frequencies, 2 * 262_144)[:, position]
-    angle = position[:, None].double() * frequencies.double()
+    angle = position[:, None, None].double() * frequencies.double()
     torch.testing.assert_close(cos.double(), angle.cos(), atol=0.03, rtol=0)
     torch.testing.assert_close(sin.double(), angle.sin(), atol=0.03, rtol=0)
     assert (cos[:2].double() - angle[:2].cos()).abs().max() < 1e-6
@@ -148,10 +149,13 @@ def run_layer(hp, layer, x, tokens, value_embed=None, window=9):
     is_doc_start = start == torch.arange(len(x))
     start = (positions_per_token * start).repeat_interleave(positions_per_token)
     frequencies = frequencies_of(hp.model_dim // hp.num_heads)
+    rotary = rotary_tables(frequencies, len(x))
+    if layer.kind == "paired":
+        rotary = paired_rotary_tables(frequencies, len(x), hp.num_heads)
     with torch.no_grad():
         return layer(
             x, value_embed, is_doc_start,
-            rotary=rotary_tables(frequencies, positions_per_token * len(x)),
+            rotary=rotary,
             scale=torch.tensor(0.3),
             mask=first_visible_key(start, torch.tensor(window)),
             value_gates=None,
@@ -174,7 +178,7 @@ def run_reference(hp, layer, number, x, tokens, value_embed=None, window=9):
 
 
 @pytest.mark.parametrize("kind, number", [("paired", 0), ("long", 3), ("short", 4)])
-@pytest.mark.parametrize("num_heads", [2, 6])
+@pytest.mark.parametrize("num_heads", [2, 4, 6])
 def test_attention_agrees_with_the_reference(recipe, kind, number, num_heads):
     torch.manual_seed(num_heads)
     hp = replace(recipe, num_heads=num_heads, model_dim=16 * num_heads)
@@ -199,7 +203,8 @@ def test_gated_value_embeddings_agree_with_the_reference(recipe):
 
 
 def test_value_gates_are_one_at_initialization(recipe):
-    """A token that sees only itself, and whose own V is zero, outputs its value embedding."""
+    """A token that sees only itself, and whose own V is zero, outputs its value embedding, and the
+    output map has a learned factor."""
     torch.manual_seed(0)
     layer = make_layer(recipe, "short", value_table=0)
     with torch.no_grad():
@@ -207,10 +212,11 @@ def test_value_gates_are_one_at_initialization(recipe):
         layer.v_lambda.zero_()
         layer.xsa_lambdas.zero_()
     x, value_embed = torch.randn(30, 32), torch.randn(30, 32)
-    y = run_layer(recipe, layer, x, random_tokens(30, seed=1), value_embed, window=1)
+    y = run_layer(recipe, layer, x, random_tokens(30, seed=1), value_embed, window=0)
     with torch.no_grad():
         gate = torch.sigmoid(x[:, :12] @ layer.gate.T)
-        expected = layer.proj((value_embed.view(30, 2, 16) * gate[..., None]).flatten(1))
+        gated = (value_embed.view(30, 2, 16) * gate[..., None]).flatten(1)
+        expected = layer.proj_lambda * layer.proj(gated)
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -221,7 +227,7 @@ def test_xsa_of_a_zero_value_is_zero_with_a_finite_gradient(recipe):
     x = torch.randn(6, 32, requires_grad=True)
     y = layer(
         x, None, torch.arange(6) == 0,
-        rotary=torch.ones(2, 6, 4),
+        rotary=torch.ones(2, 6, 1, 4),
         scale=torch.tensor(1.0),
         mask=first_visible_key(torch.zeros(6, dtype=torch.long), torch.tensor(9)),
         value_gates=None,

@@ -23,7 +23,7 @@ def dense_mask(first_key: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("T", [1, 130, 256])
-@pytest.mark.parametrize("window", [1, 64, 1000])
+@pytest.mark.parametrize("window", [0, 1, 64, 1000])
 def test_the_mask_agrees_with_the_rule(T, window):
     tokens = random_tokens(T, seed=T)
     mask = dense_mask(first_visible_key(tokens[None], window))
@@ -71,6 +71,15 @@ def test_block_lists_hold_each_block_once(window, mean_length):
     assert torch.equal(listed(blocks, "full_q"), full.T.int())
 
 
+def test_a_window_of_three_blocks_needs_four_blocks_of_keys():
+    """The first query of a block sees window + 1 keys, the last of them the first key of the block
+    three blocks before. So an inclusive window computes no more blocks than an exclusive one."""
+    tokens = random_tokens(1024, seed=0, mean_length=10**6)
+    blocks = block_mask(first_visible_key(tokens[None], 384))
+    count = listed(blocks, "kv").sum(-1) + listed(blocks, "full_kv").sum(-1)
+    assert count.tolist() == [1, 2, 3, 4, 4, 4, 4, 4]
+
+
 @pytest.mark.parametrize("kind, window", [("short", 128), ("long", 384), ("paired", 128)])
 def test_the_models_masks_agree_with_the_rule_for_both_kernels(recipe, kind, window):
     """Two sequences. Paired heads have two positions per token, and their window counts
@@ -79,7 +88,7 @@ def test_the_models_masks_agree_with_the_rule_for_both_kernels(recipe, kind, win
     tokens[:, 0] = EOT  # the rule, as it is written here, knows only one sequence
     if kind == "paired":
         starts = reference_model.document_starts(tokens.flatten().tolist(), EOT)
-        expected = torch.tensor([[k <= q and q - k < window and starts[k // 2] == starts[q // 2]
+        expected = torch.tensor([[k <= q and q - k <= window and starts[k // 2] == starts[q // 2]
                                   for k in range(1024)] for q in range(1024)])
     else:
         expected = rule(tokens.flatten(), window)

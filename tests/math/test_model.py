@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 import small
 import torch
+import torch.nn.functional as F
 from conftest import at_window, away_from_zero
 from reference import model as reference_model
 
+import train_gpt
 from train_gpt import (
     GPT,
     LAYERS,
@@ -51,9 +53,10 @@ def logits_of(model, tokens, schedule):
 
 
 @pytest.mark.parametrize("step, stage, num_heads", [
-    (0, 0, 2), (4, 1, 2), (8, 2, 2), (14, 4, 2), (8, 2, 4)])
+    (0, 0, 2), (4, 1, 2), (8, 2, 2), (14, 4, 2), (8, 2, 4), (0, 0, 6)])
 def test_logits_agree_with_the_reference(recipe, step, stage, num_heads):
-    """All 11 layers, tied and untied, up to the last validation. 4 heads make two pairs."""
+    """All 11 layers, tied and untied, up to the last validation. 4 heads make two pairs, 6 heads
+    three."""
     hp = replace(recipe, num_heads=num_heads, model_dim=16 * num_heads)
     model = amplified(away_from_zero(build_model(hp, CPU, torch.float32, flex=False)))
     schedule = Schedule(step, hp, CPU)
@@ -82,6 +85,7 @@ def test_logits_depend_on_each_kind_of_parameter(recipe, recipe_model):
     for name in ("input_embedding.smear_lambda", "input_embedding.smear_gate",
                  "input_embedding.ngram_lambda", "value_embed.weight", "ngram.tables.0.weight",
                  "blocks.1.attention.value_gate", "blocks.4.attention.v_lambda",
+                 "blocks.4.attention.proj_lambda",
                  "blocks.3.attention.gate", "blocks.7.attention.xsa_lambdas",
                  "blocks.6.skip_lambda", "blocks.6.skip_gate", "blocks.0.mlp.proj.weight",
                  "blocks.8.branch_lambdas", "blocks.9.resid_lambdas", "blocks.10.mudd.fc",
@@ -116,15 +120,15 @@ def test_no_logit_depends_on_a_later_token_or_another_document(request, changed,
 
 
 def test_logits_depend_on_the_window(tiny_model):
-    """A window of 128 instead of 64 changes the logits from the 65th token of each document on."""
+    """A query sees the keys of its own position and of `window` positions before. So a window of
+    128 instead of 64 changes the logits from the 66th token of each document on."""
     narrow, wide = at_window(64), at_window(128)
     wide.windows["paired"] = torch.tensor(64)  # positions of half a token
     tokens = random_tokens()
     differs = (logits_of(tiny_model, tokens, narrow) != logits_of(tiny_model, tokens, wide)).any(-1)
-    assert not differs[:64].any()
-    assert differs[64:100].any()
-    assert not differs[100:164].any()
-    assert differs[164:].any()
+    for begin, end in ((0, 100), (100, 256)):  # the two documents
+        assert not differs[begin:begin + 65].any()
+        assert differs[begin + 65:end].all()
 
 
 @pytest.mark.parametrize("model", ["tiny_model", "recipe_model"])
@@ -181,6 +185,108 @@ def test_the_layers_of_the_fineweb_track_are_the_published_ones():
     assert list(layers_with("xsa")) == [1, 3, 4, 7, 8, 10]
     assert list(layers_with("mudd")) == [10]
     assert layers_with("head_skip_init") == {3: 0.0, 7: -0.5, 9: 0.0}
+
+
+def test_the_output_map_of_each_attention_has_a_learned_factor(recipe_model):
+    """Scaling the factor by 2 gives the same logits, bit for bit, as scaling the map. There is no
+    factor in the layer without attention."""
+    model = amplified(recipe_model)
+    tokens = random_tokens(T=128)
+    schedule = Schedule(0, model.hp, CPU)
+    before = logits_of(model, tokens, schedule)
+    for layer, block in enumerate(model.blocks):
+        if block.attention is None:
+            assert layer == 6
+            continue
+        logits = []
+        for p in (block.attention.proj_lambda, block.attention.proj.weight):
+            with torch.no_grad():
+                p.mul_(2)
+                logits.append(logits_of(model, tokens, schedule))
+                p.div_(2)
+        assert torch.equal(*logits), layer
+        assert not torch.equal(logits[0], before), layer
+
+
+def test_n_grams_reach_layer_0_only_in_its_input(recipe_model):
+    """All other layers with attention add them, too, after the attention."""
+    model = amplified(recipe_model)
+    with torch.no_grad():
+        model.ngram.tables[0].weight.normal_()
+    tokens = random_tokens(T=128)
+    schedule = Schedule(0, model.hp, CPU)
+    before = logits_of(model, tokens, schedule)
+    for layer in range(10):  # layer 10 predicts its coefficients
+        coefficients = model.blocks[layer].branch_lambdas
+        with torch.no_grad():
+            coefficients[3] += 1
+            changed = (logits_of(model, tokens, schedule) - before).abs().max() > 0.01
+            coefficients[3] -= 1
+        assert changed == (layer not in (0, 6)), layer
+    with torch.no_grad():
+        model.input_embedding.ngram_lambda += 1
+    assert (logits_of(model, tokens, schedule) - before).abs().max() > 0.01
+
+
+def six_heads(recipe):
+    """The recipe's model with 6 heads of 16 dimensions, in 3 pairs."""
+    hp = replace(recipe, num_heads=6, model_dim=96)
+    return away_from_zero(build_model(hp, CPU, torch.float32, flex=False))
+
+
+def heads_of_layer_0(model, tokens):
+    """What attention in layer 0, a paired layer, gives to its output map: (T, 6, 16)."""
+    outputs = []
+    proj = model.blocks[0].attention.proj
+    hook = proj.register_forward_pre_hook(lambda module, args: outputs.append(args[0]))
+    logits_of(model, tokens, at_window(500, model.hp))
+    hook.remove()
+    return outputs[0].view(len(tokens), 6, 16)
+
+
+@pytest.mark.parametrize("matrix, heads", [
+    (0, [0, 1]), (1, [2, 3]), (2, [4, 5]),             # queries
+    (3, [0, 1, 3, 4]), (4, [2, 5, 0, 3]), (5, [4, 5, 1, 2])])  # keys, which the partner sees, too
+def test_head_h_attends_with_h_plus_3_and_shares_a_matrix_with_its_neighbor(recipe, matrix, heads):
+    """In a paired layer the softmax pairs heads (0, 3), (1, 4), (2, 5), but Muon's matrices of Q
+    and K are those of heads (0, 1), (2, 3), (4, 5)."""
+    model = six_heads(recipe)
+    tokens = random_tokens(T=128)
+    before = heads_of_layer_0(model, tokens)
+    with torch.no_grad():
+        weight = model.blocks[0].attention.qk.weight[matrix]
+        weight.copy_(weight.flip(-1))
+    differs = (heads_of_layer_0(model, tokens) - before).abs().amax((0, 2)) > 1e-3
+    assert differs.nonzero().flatten().tolist() == sorted(heads)
+
+
+def test_head_h_of_a_pair_rotates_by_twice_its_token_plus_the_parity_of_h(recipe, monkeypatch):
+    """The queries and keys that attention receives in layer 0 are those of the reference."""
+    received = []
+    attention = train_gpt.attention
+
+    def record(q, k, v, *args):
+        received.append((q, k))
+        return attention(q, k, v, *args)
+
+    monkeypatch.setattr(train_gpt, "attention", record)
+    model = six_heads(recipe)
+    weights = model.blocks[0].attention.qk.weight
+    with torch.no_grad():  # all heads have the same Q and K
+        same = weights[0, :, :16].clone()
+        weights.copy_(same.repeat(1, 2).expand_as(weights))
+    inputs = []
+    model.blocks[0].attention.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    schedule = Schedule(0, model.hp, CPU)
+    logits_of(model, random_tokens(T=128), schedule)
+    unrotated = F.rms_norm(inputs[0] @ same, (16,))
+    scaled_q, k = (t.reshape(128, 6, 16) for t in received[0])
+    q = scaled_q / schedule.attention_scale
+    for t in (0, 1, 50, 127):
+        for h in range(6):
+            expected = reference_model.rotate(unrotated[t], 2 * t + h % 2, schedule.frequencies)
+            torch.testing.assert_close(q[t, h], expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(k[t, h], expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("num_heads, layers", [
@@ -301,7 +407,8 @@ def test_initial_weights_are_the_published_ones(recipe):
     model = build_model(replace(recipe, model_dim=128), CPU, torch.float32, flex=False)
     resid = [1.1 ** 0.5] * 2
     branch = [1.0, 1.0, 0.0, 0.05]
-    lambdas = {"v_lambda": 0.5, "skip_lambda": -1.5, "smear_lambda": 0.0, "ngram_lambda": 0.05}
+    lambdas = {"v_lambda": 0.5, "proj_lambda": 1.0, "skip_lambda": -1.5, "smear_lambda": 0.0,
+               "ngram_lambda": 0.05}
     for name, p in model.named_parameters():
         p = p.detach()
         if name.endswith(("qk.weight", "v.weight", "attention.proj.weight", "fc.weight")):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import small
 import torch
+import torch.nn.functional as F
 from reference import optimizer as reference
 
 import train_gpt
@@ -129,6 +130,23 @@ def test_normuon_normalizes_rows_and_keeps_the_norm_of_each_matrix(shape, monkey
     assert row_norms.max() < 3 * row_norms.min()
 
 
+def test_normuon_does_not_enlarge_tiny_rows_more_than_published(monkeypatch):
+    """The second moment counts as at least 1e-10, so a row of size 1e-7 is enlarged 1e5-fold, not
+    1e7-fold, beside rows that are enlarged (1 - beta2) ** -0.5 fold in the first step."""
+    torch.manual_seed(0)
+    direction = torch.ones(1, 4, 8)
+    direction[0, 1] = 1e-7
+    monkeypatch.setattr(train_gpt, "orthogonalize", lambda x: direction)
+    state = torch.zeros(1, 4, 8), torch.zeros(1, 4, 1)
+    result = muon_direction(MUON, torch.randn(1, 4, 8), *state, torch.tensor(0.9),
+                            torch.tensor(0.0))
+    expected, _ = reference.normalize_rows(
+        direction[0].double(), torch.zeros(4, dtype=torch.double), MUON.betas[0])
+    torch.testing.assert_close(result[0].double(), expected, atol=1e-6, rtol=1e-4)
+    ratio = (result[0, 1] / result[0, 0]).mean().item()
+    assert ratio == pytest.approx(1e-7 * 1e5 * 0.05 ** 0.5, rel=1e-3)
+
+
 def test_muon_does_not_move_a_matrix_without_gradient():
     state = torch.zeros(1, 8, 4), torch.zeros(1, 8, 1)
     direction = muon_direction(MUON, torch.zeros(1, 8, 4), *state, torch.tensor(0.9),
@@ -141,7 +159,9 @@ def test_muon_does_not_move_a_matrix_without_gradient():
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_adam_agrees_with_torch(dtype, tolerance):
-    """The gradients are so small that an eps of 1e-8 instead of 1e-10 would show."""
+    """The gradients are so small that an eps of 1e-8 instead of 1e-10 would show. torch adds eps
+    after the bias correction of the second moment, the recipe before, which is the same as a larger
+    eps in the first updates."""
     torch.manual_seed(3)
     expected = torch.nn.Parameter(torch.randn(5, 7).to(dtype).float())
     value = expected.detach().clone().to(dtype)
@@ -151,8 +171,22 @@ def test_adam_agrees_with_torch(dtype, tolerance):
         grad = (1e-8 * torch.randn(5, 7)).to(dtype)
         value.add_(adam_direction(make_group("adam"), grad, *state, *adam_numbers(t)), alpha=-0.01)
         expected.grad = grad.float()
+        torch_adam.param_groups[0]["eps"] = 1e-10 / (1 - 0.95 ** t) ** 0.5
         torch_adam.step()
     torch.testing.assert_close(value.float(), expected.detach(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("size", [1e-11, 1e-10, 1e-9])
+def test_adam_adds_its_epsilon_before_the_bias_correction(size):
+    """Updates for gradients of about the epsilon agree with the reference."""
+    torch.manual_seed(5)
+    state = torch.zeros(5, 7), torch.zeros(5, 7)
+    expected_state = torch.zeros(5, 7).double(), torch.zeros(5, 7).double()
+    for t in range(1, 6):
+        grad = size * torch.randn(5, 7)
+        result = adam_direction(make_group("adam"), grad, *state, *adam_numbers(t))
+        expected = reference.adam_step(grad.double(), *expected_state, t, 0.8, 0.95)
+        torch.testing.assert_close(result.double(), expected, atol=0, rtol=1e-4)
 
 
 def test_lazy_adam_skips_rows_without_gradient_and_their_moments():
@@ -171,23 +205,27 @@ def test_lazy_adam_skips_rows_without_gradient_and_their_moments():
     assert torch.equal(v[idle], v_before[idle]) and torch.equal(v[active], v_dense[active])
 
 
+@pytest.mark.parametrize("rule", ["muon", "adam"])
 @pytest.mark.parametrize("lr, lr_scale, decay", [(0.2, 0.5, 0.3), (0.1, 1.73, 0.0)])
-def test_weight_decay_is_cautious_and_falls_with_the_square_of_the_schedule(lr, lr_scale, decay):
+def test_weight_decay_is_cautious_and_falls_with_the_square_of_the_schedule(
+        lr, lr_scale, decay, rule):
     """A weight decays only where the update shrinks it, by lr lr_scale * decay lr_scale of
-    itself."""
+    itself. Muon's also decay where the update is zero."""
     torch.manual_seed(0)
     values, direction = torch.randn(50), torch.randn(50)
     values[:3] = 0
     direction[3:6] = 0
     update = lr_scale * compute_update(
-        lambda *_: direction, make_group("adam", decay=decay), None, values, [],
+        lambda *_: direction, make_group(rule, decay=decay), None, values, [],
         torch.tensor(lr), torch.tensor(lr_scale))
     for value, step, result in zip(values, direction, update, strict=True):
-        decayed = lr * lr_scale * decay * lr_scale * value if step * value > 0 else 0.0
+        shrinks = step * value > 0 or (rule == "muon" and step * value == 0)
+        decayed = lr * lr_scale * decay * lr_scale * value if shrinks else 0.0
         assert result.item() == pytest.approx(float(lr * lr_scale * step + decayed),
                                               rel=1e-5, abs=1e-9)
-    shrinks = torch.sign(values) * torch.sign(direction)
-    assert (shrinks > 0).any() and (shrinks < 0).any()
+    signs = torch.sign(values) * torch.sign(direction)
+    assert (signs > 0).any() and (signs < 0).any()
+    assert ((direction == 0) & (values != 0)).any()
 
 
 # --- Groups ---------------------------------------------------------------------------------------
@@ -196,7 +234,8 @@ def test_weight_decay_is_cautious_and_falls_with_the_square_of_the_schedule(lr, 
 @pytest.mark.parametrize("name, decay", [
     ("attention", 0.023 * 1.2), ("mlp_in", 0.023 * 1.2), ("mlp_out", 0.023 * 1.2),
     ("values", 0.6 * 0.005 * 5), ("ngrams", 0.6 * 0.005 * 5), ("head", 0.008 * 0.005 * 150),
-    ("scalars", 0), ("gates", 0), ("mudd", 0), ("skip_gate", 0), ("smear_gate", 0), ("resid", 0),
+    ("gates", 0.008 * 0.005),  # of attention and of value embeddings: the default factor, 1
+    ("scalars", 0), ("mudd", 0), ("skip_gate", 0), ("smear_gate", 0), ("resid", 0),
     ("branch", 0)])
 def test_weight_decays_are_the_published_ones(name, decay):
     (group,) = [g for g in optimizer_groups(Hyperparameters(), torch.float32) if g.name == name]
@@ -216,9 +255,10 @@ def test_every_parameter_has_its_published_rule_learning_rate_and_betas():
             assert (group.rule, group.betas) == ("muon", (0.9,)), name
             assert group.lr == pytest.approx(0.023 * factor), name
         else:
-            lr, beta1, beta2, _ = reference.adam_settings(name)
+            lr, beta1, beta2, decay_factor = reference.adam_settings(name)
             assert (group.rule, group.betas) == ("adam", (beta1, beta2)), name
             assert group.lr == pytest.approx(lr), name
+            assert group.decay == pytest.approx(lr * 0.005 * decay_factor), name
     assert num_muon == 10 * 3 + 11 * 2
 
 
@@ -404,6 +444,32 @@ def test_muon_updates_in_every_step_and_adam_in_every_second(recipe, recipe_mode
             updates = has_gradient and (reference.muon_lr_factor(name) is not None or step == 1)
             assert torch.equal(p, before[name]) != updates, (step, name)
             assert (p.grad is None) == (updates or not has_gradient), (step, name)
+
+
+def test_the_gradient_of_a_step_is_the_sum_over_its_tokens_divided_by_8(recipe, recipe_model,
+                                                                        monkeypatch):
+    """On one rank with two micro-batches: modded-nanogpt's gradient is the mean over 8 ranks, which
+    sum over their tokens."""
+    batch = []
+    schedule = Schedule(8, recipe, CPU)
+    schedule.softmax_size = 0
+    expected = 0
+    for seed in (0, 1):
+        text = torch.randint(256, (1, 129), generator=torch.Generator().manual_seed(seed))
+        tokens, targets = text[:, :-1], text[:, 1:]
+        batch.append((tokens, targets))
+        logits = recipe_model(tokens, None, schedule).double()
+        expected = expected + F.cross_entropy(logits, targets.flatten(), reduction="sum") / 8
+    expected.backward()
+    expected_grads = {name: p.grad for name, p in recipe_model.named_parameters()}
+    recipe_model.zero_grad()
+    optimizer = Optimizer(recipe_model, recipe, torch.float32)
+    monkeypatch.setattr(optimizer, "step", lambda schedule: None)  # would clear the gradients
+    training_step(recipe_model, optimizer, batch, schedule)
+    for name in ("head.linear.weight", "embed.weight", "value_embed.weight",
+                 "blocks.0.mlp.fc.weight", "blocks.10.attention.proj.weight"):
+        grad = recipe_model.get_parameter(name).grad
+        assert (grad - expected_grads[name]).norm() <= 1e-4 * expected_grads[name].norm(), name
 
 
 def test_two_steps_of_adam_are_one_step_with_both_batches(recipe):

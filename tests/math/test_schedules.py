@@ -25,16 +25,20 @@ from train_gpt import (
 
 CPU = torch.device("cpu")
 FINEWEB = Hyperparameters()
-# 1,365 scheduled steps, then the extension of 40. Thirds of the schedule end at 455 and 910, and
-# 95% of it at 1,297 (1,296.75, rounded).
-STAGE_BEGINS = (0, 455, 910, 1297, 1365)
+# 1,395 scheduled steps, then the extension of 10. Thirds of the schedule end at 465 and 930, and
+# 92.7% of it at 1,293 (1,293.165, rounded).
+STAGE_BEGINS = (0, 465, 930, 1293, 1395)
 
 
 # --- Stages and batches ---------------------------------------------------------------------------
 
 
 def test_stages_of_the_fineweb_track_begin_at_the_published_steps():
-    assert stage_ends(FINEWEB) == [455, 910, 1297, 1365, 1405]
+    """The proof has 1,375 scheduled steps and 10 after them. 20 scheduled steps are added for the
+    sampled softmax."""
+    assert stage_ends(FINEWEB) == [465, 930, 1293, 1395, 1405]
+    assert FINEWEB.scheduled_steps == 1375 + 20
+    assert FINEWEB.extension_steps == 10
     for stage, begin in enumerate(STAGE_BEGINS):
         assert stage_index(begin, FINEWEB) == stage
         if begin:
@@ -45,15 +49,15 @@ def test_stages_of_the_fineweb_track_begin_at_the_published_steps():
 
 def test_batches_of_the_fineweb_track_are_the_published_ones():
     """8, 16 and 24 sequences of 16,384 tokens in the thirds of the schedule, and 24 in the
-    extension: 373.6 million tokens in all."""
+    extension: 369.6 million tokens in all."""
     sequences = 0
     for step in range(1405):
         assert sequences_before(step, FINEWEB) == sequences
         assert tokens_before(step, FINEWEB) == 16_384 * sequences
-        sequences += 8 if step < 455 else 16 if step < 910 else 24
+        sequences += 8 if step < 465 else 16 if step < 930 else 24
     assert sequences_before(1405, FINEWEB) == sequences
-    assert tokens_before(1405, FINEWEB) == 16_384 * (8 * 455 + 16 * 455 + 24 * 495)
-    assert tokens_before(1405, FINEWEB) == pytest.approx(373.6e6, abs=5e4)
+    assert tokens_before(1405, FINEWEB) == 16_384 * (8 * 465 + 16 * 465 + 24 * 475)
+    assert tokens_before(1405, FINEWEB) == pytest.approx(369.6e6, abs=5e4)
 
 
 @pytest.mark.parametrize("num_steps, extension_steps",
@@ -64,7 +68,7 @@ def test_stages_of_runs_of_any_length_have_their_share_of_the_steps(num_steps, e
     hp = replace(FINEWEB, num_steps=num_steps, extension=extension_steps / num_steps)
     assert hp.extension_steps == extension_steps
     scheduled_steps = num_steps - extension_steps
-    borders = [0, Fraction(1, 3), Fraction(2, 3), Fraction(95, 100), 1]
+    borders = [0, Fraction(1, 3), Fraction(2, 3), Fraction(927, 1000), 1]
     rounding = Fraction(1, 2 * scheduled_steps)
     sequences = 0
     for step in range(num_steps):
@@ -81,8 +85,8 @@ def test_stages_of_runs_of_any_length_have_their_share_of_the_steps(num_steps, e
 
 def test_the_embedding_is_untied_once_after_two_thirds_of_the_schedule():
     schedules = [Schedule(step, FINEWEB, CPU) for step in range(1406)]
-    assert [s.tied for s in schedules] == [True] * 910 + [False] * 496
-    assert [step for step, s in enumerate(schedules) if s.unties] == [910]
+    assert [s.tied for s in schedules] == [True] * 930 + [False] * 476
+    assert [step for step, s in enumerate(schedules) if s.unties] == [930]
     laptop = parse_arguments(["--track=laptop"])
     for step in range(laptop.num_steps + 1):
         assert not Schedule(step, laptop, CPU).unties
@@ -90,17 +94,16 @@ def test_the_embedding_is_untied_once_after_two_thirds_of_the_schedule():
 
 def test_the_sampled_softmax_has_at_least_the_published_sizes():
     """Published (pull request 360 of 2026-08-31): 10,240 entries at first, 14,336 after 57% of the
-    run, 24,576 after 80%, all after 92%. Here each size begins with a stage, which is earlier,
-    except for one step before the last change."""
+    run, 24,576 after 80%, all after 92%. Here each size begins with a stage, which is earlier."""
     sizes = [Schedule(step, FINEWEB, CPU).softmax_size for step in range(1406)]
-    assert sizes == [10_240] * 455 + [14_336] * 455 + [24_576] * 387 + [0] * 109
+    assert sizes == [10_240] * 465 + [14_336] * 465 + [24_576] * 363 + [0] * 113
     for step, size in enumerate(sizes[:-1]):
         share = step / 1405
         if share < 681 / 1194:
             published = 10_240
         elif share < 961 / 1194:
             published = 14_336
-        elif share < 1101 / 1194 + 0.002:
+        elif share < 1101 / 1194:
             published = 24_576
         else:
             published = 50_304
@@ -113,15 +116,15 @@ def test_the_sampled_softmax_has_at_least_the_published_sizes():
 
 @pytest.mark.parametrize("step, expected", [
     (0, 1.0),                                         # there is no warmup
-    (454, 1.0), (455, 1.52),                          # the second stage begins
-    (546, 1.52),                                      # the decay begins: 0.6 of it is left
-    (547, 1.52 * 818 / 819 + 0.15 * 1 / 819),
-    (909, 1.52 * 456 / 819 + 0.15 * 363 / 819),
-    (910, 1.73 * 455 / 819 + 0.15 * 364 / 819),       # the third stage begins
-    (955, 1.73 * 410 / 819 + 0.15 * 409 / 819),
-    (1297, 1.73 * 68 / 819 + 0.15 * 751 / 819),       # the fourth stage changes only the softmax
-    (1364, 1.73 * 1 / 819 + 0.15 * 818 / 819),
-    (1365, 0.15), (1404, 0.15), (1405, 0.15)])        # flat in the extension
+    (464, 1.0), (465, 1.52),                          # the second stage begins
+    (558, 1.52),                                      # the decay begins: 0.6 of it is left
+    (559, 1.52 * 836 / 837 + 0.15 * 1 / 837),
+    (929, 1.52 * 466 / 837 + 0.15 * 371 / 837),
+    (930, 1.73 * 465 / 837 + 0.15 * 372 / 837),       # the third stage begins
+    (975, 1.73 * 420 / 837 + 0.15 * 417 / 837),
+    (1293, 1.73 * 102 / 837 + 0.15 * 735 / 837),      # the fourth stage changes only the softmax
+    (1394, 1.73 * 1 / 837 + 0.15 * 836 / 837),
+    (1395, 0.15), (1404, 0.15), (1405, 0.15)])        # flat in the extension
 def test_learning_rates_of_the_fineweb_track(step, expected):
     assert lr_scale(step, FINEWEB) == pytest.approx(expected, rel=1e-12)
 
@@ -158,9 +161,9 @@ def test_momentum_without_warmup_and_cooldown_is_constant():
 
 
 @pytest.mark.parametrize("step, weights", [
-    (0, (1, 0.5, 0.25)), (161, (1, 0.5, 0.25 * 294 / 455)), (454, (1, 0.5, 0.25 / 455)),
-    (455, (1, 0.5)), (682, (1, 0.5 * 228 / 455)), (909, (1, 0.5 / 455)),
-    (910, (1,)), (1365, (1,)), (1405, (1,))])
+    (0, (1, 0.5, 0.25)), (161, (1, 0.5, 0.25 * 304 / 465)), (464, (1, 0.5, 0.25 / 465)),
+    (465, (1, 0.5)), (697, (1, 0.5 * 233 / 465)), (929, (1, 0.5 / 465)),
+    (930, (1,)), (1395, (1,)), (1405, (1,))])
 def test_weights_of_multi_token_prediction(step, weights):
     expected = torch.tensor(weights, dtype=torch.float32)
     torch.testing.assert_close(Schedule(step, FINEWEB, CPU).mtp_weights, expected)
@@ -170,7 +173,7 @@ def test_weights_of_multi_token_prediction(step, weights):
 
 
 @pytest.mark.parametrize("step, long, short", [
-    (0, 3, 1), (455, 7, 3), (910, 11, 5), (1297, 11, 5), (1365, 13, 6), (1405, 20, 6)])
+    (0, 3, 1), (465, 7, 3), (930, 11, 5), (1293, 11, 5), (1395, 13, 6), (1405, 20, 6)])
 def test_windows_of_the_fineweb_track_in_blocks_of_128(step, long, short):
     """At the beginning of each stage, and in the last validation, where long layers see 20
     blocks."""

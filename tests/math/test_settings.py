@@ -29,7 +29,7 @@ def test_defaults_are_the_published_recipe():
         final_window=2560, cooldown=0.6, lr_floor=0.15, val_every=125)
     for name, value in published.items():
         assert getattr(hp, name) == value, name
-    assert hp.extension_steps == 40
+    assert hp.extension_steps == 10
     assert [stage.max_doc_len for stage in hp.stages] == [896, 2048, 2048, 2048, 2048]
     assert TRACKS["fineweb"].val_tokens == 10_485_760
     assert TRACKS["fineweb"].target == 3.28

@@ -73,10 +73,10 @@ def test_each_gradient_and_each_update_is_sent_once_in_bfloat16(monkeypatch, ste
 
 def test_small_parameters_share_their_messages(monkeypatch):
     """A step with Adam has two messages each for Muon's three shapes, the value and n-gram tables,
-    the head, and two buckets of scalars and gates."""
+    the head, and three buckets of scalars and gates."""
     without_adam, with_adam, _ = count_two_steps(monkeypatch, step=0)
     assert len(without_adam.bytes) == 2 * MATRIX_SHAPES
-    assert len(with_adam.bytes) == 2 * (MATRIX_SHAPES + 3 + 2)
+    assert len(with_adam.bytes) == 2 * (MATRIX_SHAPES + 3 + 3)
 
 
 def test_one_rank_sends_nothing(monkeypatch):

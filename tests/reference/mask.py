@@ -1,7 +1,8 @@
 """The attention mask by its rule, and random documents to evaluate it on.
 
-The rule: a query sees a key if the key is not later, in the same document, and among the last
-`window` positions.
+The rule: a query sees a key if the key is not later, in the same document, and at most `window`
+positions back. With its own position, a query so sees up to window + 1 keys, as FlashAttention
+counts.
 """
 import torch
 
@@ -26,5 +27,5 @@ def rule(tokens: torch.Tensor, window: int) -> torch.Tensor:
     T = len(tokens)
     mask = []
     for q in range(T):
-        mask.append([k <= q and document[q] == document[k] and q - k < window for k in range(T)])
+        mask.append([k <= q and document[q] == document[k] and q - k <= window for k in range(T)])
     return torch.tensor(mask)

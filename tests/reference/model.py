@@ -1,6 +1,7 @@
 """The recipe's model in float64, computed token by token with loops.
 
-It is written from the specification of modded-nanogpt's record of 2026-05-07 and uses nothing of
+It is written from the specification of modded-nanogpt's script of 2026-05-24, with the differences
+that the README of records/candidates/2026-11-29_ParityRecipe declares, and uses nothing of
 train_gpt.py. Layers are named by their number here, whereas train_gpt.py keeps them in a table.
 In all functions `p` is the dict of the model's parameters, from parameters().
 """
@@ -65,34 +66,44 @@ def single_heads(q, k, v, starts, window, frequencies, scale, key_offset):
                 before = t if t == starts[t] else t - 1
                 keys[t] = torch.cat([keys[t][:d // 2], fixed[before]])
         for t in range(T):
-            seen = range(max(starts[t], t - window + 1), t + 1)
+            seen = [s for s in range(starts[t], t + 1) if t - s <= window]
             query = rotate(q[t, h], t, frequencies)
             y[t, h] = attend(query, [keys[s] for s in seen], [v[s, h] for s in seen], scale)
     return y
 
 
 def paired_heads(q, k, v, starts, window, frequencies, scale):
-    """Heads 2 i and 2 i + 1 become one head over 2 T positions: token t of member m is at position
-    2 t + m."""
-    T, H, _ = q.shape
-    y = torch.zeros_like(q)
+    """H heads of T tokens become H / 2 heads of 2 T positions, by viewing (T, H, d) as
+    (2 T, H / 2, d). The rotary position of head h at token t is 2 t + (h mod 2), which is not
+    always its position in the view."""
+    T, H, d = q.shape
+    viewed_q = q.reshape(2 * T, H // 2, d)
+    viewed_k = k.reshape(2 * T, H // 2, d)
+    viewed_v = v.reshape(2 * T, H // 2, d)
+    y = torch.zeros_like(viewed_q)
     for pair in range(H // 2):
-        token_and_head = [(position // 2, 2 * pair + position % 2) for position in range(2 * T)]
-        for position, (t, h) in enumerate(token_and_head):
+        tokens = []
+        queries = []
+        keys = []
+        for position in range(2 * T):
+            t, h = divmod(position * (H // 2) + pair, H)  # before the view
+            tokens.append(t)
+            queries.append(rotate(viewed_q[position, pair], 2 * t + h % 2, frequencies))
+            keys.append(rotate(viewed_k[position, pair], 2 * t + h % 2, frequencies))
+        for position in range(2 * T):
             seen = []
-            for s in range(2 * T):
-                same_document = token_and_head[s][0] >= starts[t]
-                if s <= position and position - s < window and same_document:
+            for s in range(position + 1):
+                if position - s <= window and tokens[s] >= starts[tokens[position]]:
                     seen.append(s)
-            query = rotate(q[t, h], position, frequencies)
-            keys = [rotate(k[token_and_head[s]], s, frequencies) for s in seen]
-            y[t, h] = attend(query, keys, [v[token_and_head[s]] for s in seen], scale)
-    return y
+            y[position, pair] = attend(
+                queries[position], [keys[s] for s in seen], [viewed_v[s, pair] for s in seen],
+                scale)
+    return y.reshape(T, H, d)
 
 
 def query_or_key(p, name: str, which: int, x, H: int):
     """Q (which = 0) or K (which = 1) of x (T, D), as (T, H, d). Each matrix of the weight belongs
-    to heads 2 i and 2 i + 1; a wide one is stored transposed."""
+    to the neighboring heads 2 i and 2 i + 1; a wide one is stored transposed."""
     matrices = p[name + "qk.weight"]
     D = x.size(-1)
     pairs = len(matrices) // 2
@@ -135,11 +146,7 @@ def attention(p, layer: int, x, value_embed, H: int, starts, windows, frequencie
                     gate = mudd_gates[t, 0 if h < H // 2 else 1]
                 v[t, h] += gate * value_embed[t].view(H, -1)[h]
     if layer in PAIRED_LAYERS:
-        # The record's pair i of V is made of our heads i and i + H / 2.
-        heads = [i + member * H // 2 for i in range(H // 2) for member in range(2)]
-        y = torch.zeros_like(v)
-        y[:, heads] = paired_heads(
-            q, k, v[:, heads], starts, windows["short"], frequencies, scale)
+        y = paired_heads(q, k, v, starts, windows["short"], frequencies, scale)
     else:
         is_long = layer in LONG_LAYERS
         window = windows["long" if is_long else "short"]
@@ -151,7 +158,8 @@ def attention(p, layer: int, x, value_embed, H: int, starts, windows, frequencie
                 y[t, h] -= strength * (y[t, h] @ direction) * direction
     for t in range(T):
         y[t] *= sigmoid(p[name + "gate"] @ x[t, :12])[:, None]
-    return torch.stack([p[name + "proj.weight"][0] @ row for row in y.reshape(T, -1)])
+    output_map = p[name + "proj_lambda"] * p[name + "proj.weight"][0]
+    return torch.stack([output_map @ row for row in y.reshape(T, -1)])
 
 
 def mlp(p, layer: int, x):
@@ -219,7 +227,9 @@ def logits(model, tokens: list[int], eot_token: int, windows: dict[str, int], fr
             attn_input = norm(outputs[7] if layer in (8, 9, 10) else x)
             y = attention(p, layer, attn_input, value_embed, H, starts, windows, frequencies, scale,
                           mudd_gates, added_to_v)
-            x = resid[0] * x + branch[0] * y + branch[2] * x0 + branch[3] * bigrams
+            x = resid[0] * x + branch[0] * y + branch[2] * x0
+            if layer > 0:  # layer 0 has them in its input
+                x = x + branch[3] * bigrams
         x = resid[1] * x + branch[1] * mlp(p, layer, norm(x))
         outputs.append(x)
     weights = torch.stack([mudd_weights(p, "head.mudd.", row) for row in x])

@@ -1,7 +1,8 @@
 """The recipe's optimizers in float64, computed parameter by parameter.
 
-They are written from the specification of modded-nanogpt's record of 2026-05-07 and use nothing of
-train_gpt.py. Learning rates, decays and betas stand here by the names of the parameters.
+They are written from the specification of modded-nanogpt's script of 2026-05-24 and use nothing of
+train_gpt.py. MUDD's matrices do not decay, which is a declared difference. Learning rates, decays
+and betas stand here by the names of the parameters.
 """
 import re
 
@@ -23,8 +24,8 @@ ADAM_SETTINGS = {  # learning rate, beta1, beta2, factor of the decay
     r"ngram\.tables\..*": (0.6, 0.75, 0.95, 5),
     r".*resid_lambdas": (0.04, 0.9, 0.95, 0),
     r".*(branch|xsa)_lambdas|input_embedding\.ngram_lambda": (0.008, 0.9, 0.95, 0),
-    r".*(v|skip|smear)_lambda": (0.04, 0.9, 0.99, 0),
-    r".*attention\.(value_)?gate": (0.008, 0.9, 0.99, 0),
+    r".*(v|proj|skip|smear)_lambda": (0.04, 0.9, 0.99, 0),
+    r".*attention\.(value_)?gate": (0.008, 0.9, 0.99, 1),
     r".*skip_gate": (0.008 * 0.05, 0.9, 0.99, 0),
     r".*smear_gate": (0.008 * 0.01, 0.9, 0.99, 0),
     r".*mudd\..*": (0.008 * 0.25, 0.9, 0.99, 0)}
@@ -41,14 +42,24 @@ def polar_express(matrix):
 
 def normalize_rows(direction, second_moment, beta2=0.9):
     """NorMuon: divide each row by its running root mean square, then scale the matrix back to its
-    Frobenius norm. Returns the matrix and the running mean squares."""
+    Frobenius norm. Returns the matrix and the running mean squares. A mean square counts as at
+    least 1e-10, so its root as at least 1e-5."""
     rows = []
     for i, row in enumerate(direction):
         second_moment[i] = beta2 * second_moment[i] + (1 - beta2) * (row ** 2).mean()
-        rows.append(row / second_moment[i].sqrt())
+        rows.append(row / max(second_moment[i].item(), 1e-10) ** 0.5)
     normalized = torch.stack(rows)
     scale = (direction ** 2).sum().sqrt() / (normalized ** 2).sum().sqrt()
     return normalized * scale, second_moment
+
+
+def adam_step(grad, m, v, t, beta1, beta2):
+    """Adam's t-th step, counted from 1, before the learning rate. m and v change in place. The
+    epsilon is added before the bias correction."""
+    m[...] = beta1 * m + (1 - beta1) * grad
+    v[...] = beta2 * v + (1 - beta2) * grad ** 2
+    correction = (1 - beta2 ** t) ** 0.5 / (1 - beta1 ** t)
+    return correction * m / (v.sqrt() + 1e-10)
 
 
 def muon_lr_factor(name):
@@ -82,8 +93,9 @@ class ReferenceOptimizer:
         self.moments["embed.weight"] = [moment[0].clone() for moment in head_moments]
 
     def step(self, grads, lr_scale, momentum):
-        """grads: by name. lr_scale: the schedule's factor of all learning rates. Adam updates in
-        every second step with the summed gradients."""
+        """grads: by name, of the loss summed over the tokens of a step and divided by 8. lr_scale:
+        the schedule's factor of all learning rates. Adam updates in every second step with the
+        summed gradients."""
         self.steps += 1
         for name, grad in grads.items():
             if muon_lr_factor(name):
@@ -107,7 +119,7 @@ class ReferenceOptimizer:
             buffers[i] = momentum * buffers[i] + (1 - momentum) * grad[i]
             update = polar_express((1 - momentum) * grad[i] + momentum * buffers[i])
             update, second_moments[i] = normalize_rows(update, second_moments[i])
-            shrinks = update * parts[i] > 0
+            shrinks = update * parts[i] >= 0
             parts[i] = parts[i] - lr * (update + decay * shrinks * parts[i])
 
     def adam(self, name, grad, t, lr_scale):
@@ -116,11 +128,7 @@ class ReferenceOptimizer:
         if name not in self.moments:
             self.moments[name] = [torch.zeros_like(grad), torch.zeros_like(grad)]
         m, v = self.moments[name]
-        m[...] = beta1 * m + (1 - beta1) * grad
-        v[...] = beta2 * v + (1 - beta2) * grad ** 2
-        m_hat = m / (1 - beta1 ** t)
-        v_hat = v / (1 - beta2 ** t)
-        update = lr * m_hat / (v_hat.sqrt() + 1e-10)
+        update = lr * adam_step(grad, m, v, t, beta1, beta2)
         value = self.values[name]
         shrinks = update * value > 0
         self.values[name] = value - update - lr ** 2 * ADAM_DECAY * decay_factor * shrinks * value

@@ -1,7 +1,9 @@
-// A CUDA runtime without a GPU: a node of cards on which nothing is computed. Preloaded before libcudart, it answers
-// what torch asks (counts, properties, streams, events) and swallows what torch starts (kernels, copies between
-// devices). Enough for FakeTensors with device cuda, autograd's device threads, torch.cuda.*. The card is described by
-// environment variables that __main__.py sets from model.py's table.
+// A CUDA runtime without a GPU. It describes a node of cards and computes nothing.
+//
+// It is preloaded before libcudart. It answers torch's questions (counts, properties, streams,
+// events) and ignores the work that torch starts (kernels, copies between devices). That is enough
+// for FakeTensors with device cuda, autograd's device threads and torch.cuda. Environment variables
+// describe the card; __main__.py sets them from the table in model.py.
 #include <cuda_runtime_api.h>
 #include <cstdlib>
 #include <cstring>

@@ -1,10 +1,12 @@
-"""One rank of a training script on GPUs that are not there: what it compiles, allocates, sends and waits for.
+"""Run one rank of a training script on simulated GPUs, and record what it does.
 
-    python -m tests.simulate.node REQUEST      # JSON; run by __main__.py, in a process of its own, over fakecudart.cpp
+    python -m tools.simulate.node REQUEST
 
-Real are the script from its first line to its last, dynamo with its guards, inductor's code, Triton and ptxas for the
-card, autograd, the allocations of the generated code, the order of the collectives. No kernel runs and no number is
-computed: tensors are FakeTensors, the process group is torch's fake one.
+REQUEST is JSON. __main__.py starts this in a process of its own, on the runtime of fakecudart.cpp.
+The record holds what the rank compiles, allocates, sends and waits for. These are real: the script
+from its first line to its last, dynamo with its guards, inductor's code, Triton and ptxas for the
+card, autograd, the allocations of the generated code, and the order of the collectives. No kernel
+runs and no number is computed: tensors are FakeTensors, and the process group is torch's fake one.
 """
 import ast
 import collections
@@ -43,19 +45,20 @@ from torch.utils.flop_counter import flop_registry
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 
-from tests.simulate import stages
-from tests.simulate.model import CARDS, Card
+from tools.simulate import stages
+from tools.simulate.model import CARDS, Card
 
-VAL_TOKENS = 2**20  # a validation of the simulated run, instead of the track's
+VAL_TOKENS = 2**20  # tokens of a validation of the simulated run
+# Functions of the script whose calls are the phases of a record. Older scripts have write_sample.
 PHASES = ("warm_up", "training_step", "validate", "write_sample", "save_checkpoint")
-HEAVY = 6 * 10**8  # bytes; of kernels that move more the instructions are counted
+HEAVY = 6 * 10**8  # bytes; instructions are counted for kernels that move more
 
 
-# --- Triton without a driver ------------------------------------------------------------------------------------------
+# --- Triton without a driver ----------------------------------------------------------------------
 
-KERNELS: dict[tuple, dict] = {}     # (name, hash) -> what is known of a compiled kernel
+KERNELS: dict[tuple, dict] = {}  # (name, hash) -> what is known about a compiled kernel
 CUBINS: dict[tuple, bytes] = {}
-HEAVY_KERNELS: set[str] = set()     # hashes of their source
+HEAVY_KERNELS: set[str] = set()  # hashes of their source
 COMPILING: list[concurrent.futures.Future] = []
 CUOBJDUMP = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
 
@@ -68,42 +71,52 @@ def cuobjdump(flag: str, cubin: bytes) -> str:
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
-    """(registers a thread, bytes of its stack: spilled registers)."""
+    """(registers of a thread, bytes of its stack, which holds spilled registers)."""
     text = cuobjdump("--dump-resource-usage", cubin)
-    found = [re.search(rf"{what}:(\d+)", text) for what in ("REG", "STACK")]
-    return tuple(int(m[1]) if m else -1 for m in found)
+    registers = re.search(r"REG:(\d+)", text)
+    stack = re.search(r"STACK:(\d+)", text)
+    return int(registers[1]) if registers else -1, int(stack[1]) if stack else -1
 
 
 def count_instructions(cubin: bytes) -> tuple[list[int], int]:
-    """Machine instructions (of each loop, in all)."""
+    """Machine instructions: (those of each loop, all). A loop ends in a branch backwards."""
     text = cuobjdump("-sass", cubin)
-    lines = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", text)]
-    jumps = [(at, int(m[1], 16)) for at, code in lines if (m := re.search(r"BRA(?:\.\w+)?\s.*?0x([0-9a-f]+)", code))]
-    work = [at for at, code in lines if "NOP" not in code]
-    return [sum(low <= at <= high for at in work) for high, low in jumps if low < high], len(work)
+    work, loops = [], []  # addresses of instructions; (first, last) of each loop
+    for match in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", text):
+        address, code = int(match[1], 16), match[2]
+        if "NOP" not in code:
+            work.append(address)
+        branch = re.search(r"BRA(?:\.\w+)?\s.*?0x([0-9a-f]+)", code)
+        if branch and int(branch[1], 16) < address:
+            loops.append((int(branch[1], 16), address))
+    counts = [sum(first <= address <= last for address in work) for first, last in loops]
+    return counts, len(work)
 
 
 class Utils:
-    """What Triton asks of the driver about the card and a kernel."""
+    """Triton's questions to the driver, about the card and about a kernel."""
     def __init__(self, card: Card):
         self.card = card
 
     def get_device_properties(self, device) -> dict:
         return {"max_shared_mem": self.card.shared, "max_num_regs": 65_536, "warpSize": 32,
-                "multiprocessor_count": self.card.multiprocessors, "sm_clock_rate": int(self.card.clock / 1e3),
+                "multiprocessor_count": self.card.multiprocessors,
+                "sm_clock_rate": int(self.card.clock / 1e3),
                 "mem_clock_rate": 2_619_000, "mem_bus_width": 5120}
 
     def load_binary(self, name, kernel, shared, device):
         registers, stack = resource_usage(kernel)
-        threads = 65_536 // max(registers, 1) // 32 * 32  # that fit beside each other with so many registers
+        threads = 65_536 // max(registers, 1) // 32 * 32  # that have enough registers
         return 1, 1, registers, stack // 4, min(1024, threads)
 
 
 def fake_triton(card: Card) -> None:
+    """Replace Triton's driver. Each kernel that is compiled is noted in KERNELS."""
     major, minor = card.capability
 
     class Driver:
-        utils, launcher_cls = Utils(card), lambda self, src, metadata: (lambda *args, **kwargs: None)
+        utils = Utils(card)
+        launcher_cls = lambda self, src, metadata: (lambda *args, **kwargs: None)
         get_current_target = staticmethod(lambda: GPUTarget("cuda", 10 * major + minor, 32))
         get_current_device = staticmethod(lambda: 0)
         set_current_device = staticmethod(lambda device: None)
@@ -125,29 +138,36 @@ def fake_triton(card: Card) -> None:
     def init_handles(self):
         if self.module is not None:
             return original(self)
-        fact = dict(name=self.name, code=short_hash(self.src.fn.src), error="", shared=self.metadata.shared,
-                    warps=self.metadata.num_warps)
+        fact = dict(name=self.name, code=short_hash(self.src.fn.src), error="",
+                    shared=self.metadata.shared, warps=self.metadata.num_warps)
         try:
             original(self)
             fact |= dict(registers=self.n_regs, spilled=4 * self.n_spills)
         except Exception as error:
             registers, stack = resource_usage(self.kernel)
-            fact |= dict(registers=registers, spilled=stack, error=f"{type(error).__name__}: {error}")
+            message = f"{type(error).__name__}: {error}"
+            fact |= dict(registers=registers, spilled=stack, error=message)
             raise
         finally:
-            constants = {k: v for k, v in self.src.constants.items() if isinstance(v, (int, bool))}
-            fact["constants"] = {self.src.fn.arg_names[k[0]] if isinstance(k, tuple) else k: v
-                                 for k, v in constants.items()}
+            fact["constants"] = {}
+            for key, value in self.src.constants.items():
+                if isinstance(value, (int, bool)):
+                    name = self.src.fn.arg_names[key[0]] if isinstance(key, tuple) else key
+                    fact["constants"][name] = value
             fact["wgmma"] = self.asm["ptx"].count("wgmma.mma_async") if "ptx" in self.asm else 0
             KERNELS.setdefault((self.name, self.hash), fact)
             CUBINS.setdefault((self.name, self.hash), self.kernel)
     CompiledKernel._init_handles = init_handles
 
 
-# --- What a rank does -------------------------------------------------------------------------------------------------
+# --- What a rank does -----------------------------------------------------------------------------
 
 class Ledger:
-    """Kernels, collectives and waits in order, synchronisations with the host, memory."""
+    """What a rank did in the present phase.
+
+    events: kernels, collectives and waits for collectives, in order. syncs: where the host waited
+    for the GPU. live and peak: bytes that tensors hold; peak_tensors: what they were at the peak.
+    """
     def __init__(self):
         self.live = self.peak = self.collectives = 0
         self.sizes, self.where = {}, {}
@@ -164,14 +184,16 @@ class Ledger:
         if tensor.device.type != "cuda" or storage._cdata in self.sizes:
             return
         key, size = storage._cdata, (storage.nbytes() + 511) // 512 * 512
-        self.sizes[key], self.where[key] = size, f"{str(tensor.dtype)[6:]}{list(tensor.shape)} {caller()}"
+        self.sizes[key] = size
+        self.where[key] = f"{str(tensor.dtype)[6:]}{list(tensor.shape)} {caller()}"
         self.live += size
         if self.live > self.peak:
             self.peak = self.live
-            if self.live > 1.02 * self.peak_seen:
-                self.peak_seen, table = self.live, collections.Counter()
-                for k, s in self.sizes.items():
-                    table[self.where[k]] += s
+            if self.live > 1.02 * self.peak_seen:  # not at each small step upwards
+                self.peak_seen = self.live
+                table = collections.Counter()
+                for other, other_size in self.sizes.items():
+                    table[self.where[other]] += other_size
                 self.peak_tensors = table.most_common(8)
         weakref.finalize(storage, self.free, key)
 
@@ -180,12 +202,14 @@ class Ledger:
         self.where.pop(key, None)
 
 
-LEDGER, GRAPHS, SCRIPT_FILES = Ledger(), [], set()
-TRUTH = [False]  # what a comparison of fake numbers says
+LEDGER = Ledger()
+GRAPHS: list[str] = []         # the compiled graphs that run now, the innermost last
+SCRIPT_FILES: set[str] = set()
+TRUTH = [False]  # the result of a comparison of fake numbers
 
 
 def caller() -> str:
-    """The innermost line of the script that runs now, "autograd" where there is none, in a compiled graph its name."""
+    """Where the script is now: a compiled graph, else a line, else "autograd"."""
     if GRAPHS:
         return GRAPHS[-1]
     frame = sys._getframe(1)
@@ -200,14 +224,24 @@ def num_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def note_collective(name: str, tensors: list[torch.Tensor]) -> None:
+    """Add a collective to the ledger. The script waits for it, unless `noted` says otherwise."""
+    LEDGER.events.append(dict(
+        kind="collective", name=name, where=caller(), number=LEDGER.collectives, blocking=True,
+        moved=max(map(num_bytes, tensors), default=0),
+        tensors=[[list(t.shape), str(t.dtype)] for t in tensors]))
+    LEDGER.collectives += 1
+
+
 # Operations that start no kernel.
-VIEWS = set("""view _unsafe_view transpose t t_ permute slice select split split_with_sizes expand unsqueeze squeeze
-    alias detach as_strided unbind chunk reshape unfold diagonal empty empty_like empty_strided new_empty lift_fresh
-    set_ _reshape_alias new_empty_strided is_pinned record_stream resize_ _local_scalar_dense""".split())
+VIEWS = set("""view _unsafe_view transpose t t_ permute slice select split split_with_sizes expand
+    unsqueeze squeeze alias detach as_strided unbind chunk reshape unfold diagonal empty empty_like
+    empty_strided new_empty lift_fresh set_ _reshape_alias new_empty_strided is_pinned record_stream
+    resize_ _local_scalar_dense""".split())
 
 
 class Watcher(TorchDispatchMode):
-    """Sees every operation that is not inside a generated kernel."""
+    """Sees every operation outside generated kernels."""
     @classmethod
     def is_infra_mode(cls):
         return True
@@ -232,11 +266,7 @@ class Watcher(TorchDispatchMode):
         for tensor in outs:
             LEDGER.track(tensor)
         if "c10d" in func._schema.name:
-            LEDGER.events.append(dict(
-                kind="collective", name=name, where=caller(), number=LEDGER.collectives, blocking=True,
-                moved=max(map(num_bytes, tensors), default=0),
-                tensors=[[list(t.shape), str(t.dtype)] for t in tensors]))
-            LEDGER.collectives += 1
+            note_collective(name, tensors)
         elif not (name in VIEWS or func._schema.name.startswith("prim")) and (
                 cuda or any(t.device.type == "cuda" for t in outs)):
             self.kernel(func, name, args, kwargs, tensors, cuda, out, outs)
@@ -244,15 +274,16 @@ class Watcher(TorchDispatchMode):
 
     @staticmethod
     def number(func, tensor, args, kwargs):
-        """What .item() gives, and a synchronisation if it is the GPU's."""
+        """The result of .item(). The host waits if the number is on the GPU."""
         if tensor.device.type == "cuda":
             LEDGER.syncs.append(f"item in {caller()}")
         if not isinstance(tensor, FakeTensor):
             return func(*args, **kwargs)
         if getattr(tensor, "constant", None) is not None:
             return tensor.constant.item()
-        if tensor.dtype.is_floating_point:  # on the CPU: what Watch reads, which must not mean "not finite"
-            return 1.0 if tensor.device.type == "cuda" else 0.0
+        # Zero is a finite loss, and it means that no signal has come.
+        if tensor.dtype.is_floating_point:
+            return 0.0
         return TRUTH[0] if tensor.dtype is torch.bool else 0
 
     @staticmethod
@@ -261,11 +292,12 @@ class Watcher(TorchDispatchMode):
         target = tensors[0] if name == "copy_" else outs[0]
         if source.device.type == target.device.type:
             return
-        waits = not kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
-        to_host = source.device.type == "cuda"
-        if waits:  # of one number, too: "gpu_tensor[0] = 3" waited 7 to 67 ms on an H200
-            direction = "from" if to_host else "to"
-            LEDGER.syncs.append(f"copy of {num_bytes(target)} bytes {direction} the GPU in {caller()}")
+        third = args[2] if name == "copy_" and len(args) > 2 else False
+        if not kwargs.get("non_blocking", third):
+            # The host waits, also for one number: "gpu_tensor[0] = 3" waited 7 to 67 ms on an H200.
+            direction = "from" if source.device.type == "cuda" else "to"
+            LEDGER.syncs.append(f"copy of {num_bytes(target)} bytes {direction} the GPU in "
+                                f"{caller()}")
 
     @staticmethod
     def kernel(func, name, args, kwargs, tensors, cuda, out, outs) -> None:
@@ -281,11 +313,12 @@ class Watcher(TorchDispatchMode):
         flops = 0
         if func.overloadpacket in flop_registry:
             flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
-        LEDGER.events.append(dict(kind="aten", name=name, where=caller(), moved=moved, flops=flops, tensors=[]))
+        LEDGER.events.append(dict(kind="aten", name=name, where=caller(), moved=moved,
+                                  flops=flops, tensors=[]))
 
 
-def watch_synchronisation() -> None:
-    """Note what waits for the GPU without an operation on a tensor."""
+def watch_synchronization() -> None:
+    """Note the calls that wait for the GPU without an operation on a tensor."""
     def noted_wait(name, function):
         def call(*args, **kwargs):
             LEDGER.syncs.append(f"{name} in {caller()}")
@@ -296,15 +329,19 @@ def watch_synchronisation() -> None:
 
 
 def watch_collectives() -> None:
-    """Note which collectives the script does not wait for at once, and where it waits for them."""
-    for name in ("all_reduce", "broadcast", "reduce", "all_gather", "all_gather_into_tensor", "all_gather_single",
-                 "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single", "all_to_all_single", "all_to_all"):
+    """Note which collectives are asynchronous, and where the script waits for them."""
+    for name in ("all_reduce", "broadcast", "reduce", "all_gather", "all_gather_into_tensor",
+                 "all_gather_single", "reduce_scatter", "reduce_scatter_tensor",
+                 "reduce_scatter_single", "all_to_all_single", "all_to_all"):
         if hasattr(dist, name):
             setattr(dist, name, noted(getattr(dist, name)))
+    # It pickles its objects, which FakeTensors can't carry: the call is noted, and each rank keeps
+    # its own objects.
+    dist.broadcast_object_list = lambda *args, **kwargs: note_collective("broadcast_object", [])
 
 
 class Handle:
-    """What an asynchronous collective returned, with a note of who waits for it."""
+    """The handle of an asynchronous collective; it notes who waits for it."""
     def __init__(self, work, number: int):
         self.work, self.number = work, number
 
@@ -317,6 +354,7 @@ class Handle:
 
 
 def noted(collective):
+    """A collective that marks its events as asynchronous if it returns a handle."""
     def call(*args, **kwargs):
         before = LEDGER.collectives
         work = collective(*args, **kwargs)
@@ -329,6 +367,7 @@ def noted(collective):
 
 
 def fake_process_group(world_size: int, rank: int) -> None:
+    """Replace the process group by torch's fake one, and DistributedDataParallel's reducer."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
     init = dist.init_process_group
     dist.init_process_group = lambda backend=None, device_id=None, **kwargs: init(
@@ -336,11 +375,13 @@ def fake_process_group(world_size: int, rank: int) -> None:
     import torch.nn.parallel.distributed as ddp
     ddp._verify_param_shape_across_processes = lambda *args, **kwargs: None
     ddp._sync_module_states = lambda *args, **kwargs: None
-    # One bucket for each dtype stays, as in its first step: the real rebuilding looks at data.
+    # The real rebuilding of buckets looks at data. Here one bucket for each dtype stays.
     torch._C._distributed_c10d.Reducer._rebuild_buckets = lambda self: False
-    construct, backward, pending = ddp.DistributedDataParallel.__init__, torch.Tensor.backward, []
+    construct, backward = ddp.DistributedDataParallel.__init__, torch.Tensor.backward
+    pending = []  # handles of the collectives
 
-    def with_hook(self, *args, **kwargs):  # the fake group's futures hold no tensors, which C++ wants
+    def with_hook(self, *args, **kwargs):
+        """The reducer wants a future that holds a tensor; the fake group's futures are empty."""
         construct(self, *args, **kwargs)
 
         def hook(state, bucket):
@@ -350,26 +391,29 @@ def fake_process_group(world_size: int, rank: int) -> None:
             return future
         self.register_comm_hook(None, hook)
 
-    def backward_then_wait(self, *args, **kwargs):  # as the reducer does when the last bucket has come
+    def backward_then_wait(self, *args, **kwargs):
+        """The reducer waits at the end of the backward pass."""
         backward(self, *args, **kwargs)
         while pending:
             pending.pop(0).wait()
-    ddp.DistributedDataParallel.__init__, torch.Tensor.backward = with_hook, backward_then_wait
+    ddp.DistributedDataParallel.__init__ = with_hook
+    torch.Tensor.backward = backward_then_wait
 
 
-# --- Inductor without a GPU -------------------------------------------------------------------------------------------
+# --- Inductor without a GPU -----------------------------------------------------------------------
 
 def short_hash(source: str) -> str:
     return hashlib.sha256(source.encode()).hexdigest()[:12]
 
 
 def iterations(source: str) -> int:
-    """Elements that a generated kernel goes over; 0 where its source does not say."""
+    """The number of elements that a generated kernel goes over; 0 if its source does not say."""
     found = re.findall(r"^\s+[xyr]\d?_?numel = (\d+)$", source, re.M)
     return math.prod(map(int, found)) if found else 0
 
 
 def fake_inductor() -> None:
+    """Let inductor generate and compile kernels, and note each launch instead of running it."""
     import torch._inductor.runtime.triton_heuristics as heuristics
     import torch._inductor.utils as utils
     from torch._dynamo.convert_frame import CatchErrorsWrapper
@@ -382,24 +426,29 @@ def fake_inductor() -> None:
     guards = torch._C._dynamo.guards
     guards._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(
         size, stride, dtype=dtype, device="cuda")
-    guards._empty_strided_cpu = lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype)
+    guards._empty_strided_cpu = lambda size, stride, dtype: torch.empty_strided(
+        size, stride, dtype=dtype)
     guards._reinterpret_tensor = lambda t, size, stride, offset=0: torch.as_strided(
         t, size, stride, t.storage_offset() + offset)
     guards.assert_alignment = lambda *args, **kwargs: None
-    utils.copy_misaligned_inputs = compile_fx.copy_misaligned_inputs = lambda *args, **kwargs: ([], [])
+    utils.copy_misaligned_inputs = lambda *args, **kwargs: ([], [])
+    compile_fx.copy_misaligned_inputs = utils.copy_misaligned_inputs
 
-    now, pool = heuristics.CachingAutotuner.precompile, concurrent.futures.ThreadPoolExecutor(2)
     parse, lock = ast.parse, threading.RLock()
 
     def parse_alone(*args, **kwargs):
-        """In several threads at once it raises SystemErrors in Python 3.11."""
+        """ast.parse raises SystemErrors in Python 3.11 when several threads call it."""
         with lock:
             return parse(*args, **kwargs)
     ast.parse = parse_alone
 
+    precompile_now = heuristics.CachingAutotuner.precompile
+    pool = concurrent.futures.ThreadPoolExecutor(2)
+
     def precompile(self, *args, **kwargs):
-        """Beside what follows: Triton and ptxas take half of the time, and do without Python's lock."""
-        self.compiling = pool.submit(contextvars.copy_context().run, now, self, *args, **kwargs)
+        """In a thread: Triton and ptxas take half of the time and do not hold Python's lock."""
+        context = contextvars.copy_context()
+        self.compiling = pool.submit(context.run, precompile_now, self, *args, **kwargs)
         COMPILING.append(self.compiling)
     heuristics.CachingAutotuner.precompile = precompile
 
@@ -410,25 +459,32 @@ def fake_inductor() -> None:
         name = self.fn.__name__
         names = [a for a in self.fn.arg_names if a not in self.triton_meta.get("constants", {})]
         pairs = [(a, t) for a, t in zip(names, args, strict=False) if isinstance(t, torch.Tensor)]
-        code, elements, moved, counted = short_hash(self.fn.src), iterations(self.fn.src), 0, []
+        code, elements = short_hash(self.fn.src), iterations(self.fn.src)
+        moved, counted = 0, []  # bytes; elements of each argument that are read or written
         for argument, t in pairs:
             accesses = self.fn.src.count(f"({argument} + ") * elements or t.numel()
-            times = 2 if argument.startswith("in_out") else 1
             counted.append(min(t.numel(), accesses))
-            moved += times * counted[-1] * t.element_size() if t.device.type == "cuda" else 0
+            if t.device.type == "cuda":
+                times = 2 if argument.startswith("in_out") else 1
+                moved += times * counted[-1] * t.element_size()
         if moved > HEAVY:
             HEAVY_KERNELS.add(code)
-        LEDGER.events.append(dict(kind="triton", name=name, code=code, elements=elements, where=caller(), moved=moved,
-                                  flops=0, tensors=[list(t.shape) for _, t in pairs], counted=counted))
+        LEDGER.events.append(dict(
+            kind="triton", name=name, code=code, elements=elements, where=caller(), moved=moved,
+            flops=0, tensors=[list(t.shape) for _, t in pairs], counted=counted))
     heuristics.CachingAutotuner.run = run
-    CatchErrorsWrapper.__call__ = outside(CatchErrorsWrapper.__call__)  # below DistributedDataParallel dynamo forgets
-    # Nothing can be timed. What asks (pad_mm: the matrix as it is, then padded) is told that the later one is faster.
+    # Below DistributedDataParallel, dynamo does not leave the modes by itself.
+    CatchErrorsWrapper.__call__ = outside(CatchErrorsWrapper.__call__)
+    # Nothing can be timed. Inductor's pad_mm asks for the time of a matrix product as it is, and
+    # then padded: the later one is said to be faster.
     clock = iter(range(10**9, 0, -1))
     type(benchmarker).benchmark_gpu = lambda self, *args, **kwargs: float(2 ** (next(clock) % 1000))
-    original, inner, number = compile_fx.compile_fx, compile_fx.compile_fx_inner, iter(range(10**9))
+    original, inner = compile_fx.compile_fx, compile_fx.compile_fx_inner
+    number = iter(range(10**9))
 
     def named(graph, example_inputs, **kwargs):
-        label = f"{'backward' if kwargs.get('is_backward') else 'forward'} graph {next(number)}"
+        direction = "backward" if kwargs.get("is_backward") else "forward"
+        label = f"{direction} graph {next(number)}"
         compiled = inner(graph, example_inputs, **kwargs)
 
         def call(inputs):
@@ -444,7 +500,7 @@ def fake_inductor() -> None:
 
 
 def outside(function):
-    """function without any mode: it deals in real tensors."""
+    """The function without FakeTensors and the Watcher: it works on real tensors."""
     def call(*args, **kwargs):
         with _disable_current_modes():
             return function(*args, **kwargs)
@@ -452,8 +508,11 @@ def outside(function):
 
 
 def apply(self, function, recurse=True):
-    """nn.Module._apply without swap_tensors, which FakeTensors with weak references can't stand. Ties stay."""
-    done = self.__dict__.setdefault("_simulated", {})
+    """nn.Module._apply without swap_tensors, which refuses FakeTensors with weak references.
+
+    Parameters that two modules share stay shared.
+    """
+    done = self.__dict__.setdefault("_simulated", {})  # id of a parameter -> (it, its result)
     for module in self.modules() if recurse else [self]:
         for name, p in module._parameters.items():
             if p is not None:
@@ -470,50 +529,58 @@ def apply(self, function, recurse=True):
 
 
 def enter(card: Card, world_size: int, rank: int, compiling: bool) -> None:
-    """From here on this process has the card, and is the rank of so many."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank % 8), "WORLD_SIZE": str(world_size)}
+    """From here on this process has the card, and is this rank of world_size ranks."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank % 8), "WORLD_SIZE": str(world_size),
+                   "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # nothing connects to it
     fake_triton(card)
     if compiling:
         fake_inductor()
-    else:  # the order of the collectives is seen without
+    else:  # the order of the collectives does not depend on it
         torch.compile = lambda function=None, **kwargs: function or (lambda f: f)
         torch.nn.Module.compile = lambda self, *args, **kwargs: None
     if world_size > 1:
         fake_process_group(world_size, rank)
     watch_collectives()
-    watch_synchronisation()
-    torch.get_rng_state, torch.set_rng_state = outside(torch.get_rng_state), outside(torch.set_rng_state)
+    watch_synchronization()
+    torch.get_rng_state = outside(torch.get_rng_state)
+    torch.set_rng_state = outside(torch.set_rng_state)
     torch.nn.Module._apply = apply
 
 
 def start_modes() -> None:
-    """FakeTensors for the rest of this process, the watcher above them."""
+    """FakeTensors for the rest of this process, and the Watcher above them."""
     FakeTensorMode(allow_non_fake_inputs=True).__enter__()
     Watcher().__enter__()
 
 
-# --- The script itself ------------------------------------------------------------------------------------------------
+# --- The script itself ----------------------------------------------------------------------------
 
 def place(script: Path, track, tokens: int, folder: Path) -> Path:
-    """A folder that looks like the repository to the script: itself, run.sh, data for a run of so many tokens."""
-    copy = folder / (f"records/{script.parent.name}" if script.parent.parent.name == "records" else "") / script.name
+    """Make a folder that looks like the repository to the script. Returns the script's copy.
+
+    It has run.sh, the script at its place, and random data for a run of this many tokens.
+    """
+    records = [path for path in script.parents if path.name == "records"]
+    relative = script.relative_to(records[0].parent) if records else Path(script.name)
+    copy = folder / relative
     copy.parent.mkdir(parents=True, exist_ok=True)
     copy.write_text(script.read_text())
     (folder / "run.sh").touch()
     random = np.random.RandomState(0)
-    # Twice as many: a script may leave out the ends of long documents.
+    # Twice the tokens: a script may leave out the ends of long documents.
     for pattern, count in ((track.train_files, 2 * tokens + 1), (track.val_files, VAL_TOKENS + 1)):
         path = folder / pattern.replace("*", "000001")
         path.parent.mkdir(parents=True, exist_ok=True)
-        tokens = random.randint(0, track.eot_token, count).astype("<u2")
-        tokens[::700] = track.eot_token
+        content = random.randint(0, track.eot_token, count).astype("<u2")
+        content[::700] = track.eot_token
         header = np.zeros(256, "<i4")
         header[:3] = 20240520, 1, count
-        path.write_bytes(header.tobytes() + tokens.tobytes())
+        path.write_bytes(header.tobytes() + content.tobytes())
     return copy
 
 
 def load(path: Path, name: str) -> types.ModuleType:
+    """Import a script from its path."""
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -522,11 +589,15 @@ def load(path: Path, name: str) -> types.ModuleType:
 
 
 def compilations() -> int:
+    """The number of frames that dynamo has compiled."""
     return torch._dynamo.utils.counters["frames"]["total"]
 
 
 def watch(module: types.ModuleType, name: str, phases: list[dict]) -> None:
-    """Record each call of the script's function as a phase; what is between two calls belongs to the one before."""
+    """Record each call of the script's function as a phase.
+
+    What happens between two calls belongs to the first of them, as "after".
+    """
     original = getattr(module, name)
 
     def call(*args, **kwargs):
@@ -536,55 +607,81 @@ def watch(module: types.ModuleType, name: str, phases: list[dict]) -> None:
             return original(*args, **kwargs)
         finally:
             phases.append(dict(
-                name=name, seconds=time.time() - start, compiled=compilations() - before, peak=LEDGER.peak,
-                live=LEDGER.live, syncs=list(LEDGER.syncs), events=list(LEDGER.events),
-                peak_tensors=LEDGER.peak_tensors, tokens=first_tokens(args, kwargs), after=dict(syncs=[], events=[])))
+                name=name, seconds=time.time() - start, compiled=compilations() - before,
+                peak=LEDGER.peak, live=LEDGER.live, syncs=list(LEDGER.syncs),
+                events=list(LEDGER.events), peak_tensors=LEDGER.peak_tensors,
+                tokens=first_tokens(args, kwargs), after=dict(syncs=[], events=[])))
             LEDGER.reset()
     setattr(module, name, call)
 
 
 def first_tokens(args: tuple, kwargs: dict) -> int:
-    """How many elements the first tensor of whole numbers has: a micro-batch's tokens, among a step's arguments."""
-    tensors = (t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
-    return next((t.numel() for t in tensors if not t.dtype.is_floating_point and t.ndim), 0)
+    """The number of tokens in a micro-batch: of elements in the first tensor of integers."""
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, torch.Tensor) and not leaf.dtype.is_floating_point and leaf.ndim:
+            return leaf.numel()
+    return 0
 
 
 def close(phases: list[dict]) -> None:
-    """What was seen since the last phase belongs to it; before the first, to a phase of its own, "start"."""
+    """Add what happened since the last phase to it. Before the first call there is "start"."""
     if not phases:
-        phases.append(dict(name="start", seconds=0.0, compiled=0, peak=LEDGER.peak, live=LEDGER.live, syncs=[],
-                           events=[], peak_tensors=LEDGER.peak_tensors))
+        phases.append(dict(name="start", seconds=0.0, compiled=0, peak=LEDGER.peak,
+                           live=LEDGER.live, syncs=[], events=[],
+                           peak_tensors=LEDGER.peak_tensors))
     phases[-1]["after"] = dict(syncs=list(LEDGER.syncs), events=list(LEDGER.events))
     LEDGER.reset()
 
 
 def shortened(hp, num_steps: int) -> dict:
-    """The fields of hp that make it a run of so many steps, and what they are then."""
-    short = dict(num_steps=num_steps, cooldown_steps=3, warmup_steps=1, momentum_warmup_steps=3, extension_steps=2,
-                 val_every=4, log_every=2, save_every=0, sample_tokens=2)
-    return {name: value for name, value in short.items() if hasattr(hp, name)}
+    """The settings that make hp a run of num_steps steps; only those that the script has."""
+    short = dict(num_steps=num_steps, val_every=4, log_every=2, save_every=0,
+                 extension=2 / num_steps, momentum_warmup=3 / num_steps)
+    older = dict(cooldown_steps=3, warmup_steps=1, momentum_warmup_steps=3, extension_steps=2,
+                 sample_tokens=2)
+    fields = {field.name for field in dataclasses.fields(hp)}
+    return {name: value for name, value in {**short, **older}.items() if name in fields}
 
 
 def about(module: types.ModuleType, hp) -> tuple[dict, dict]:
-    """(what the model of the time and the report must know of the whole run, the fields that shorten it)."""
+    """(facts about the whole run for the model and the report, the settings that shorten it)."""
     def short_run(num_steps):
         return stages.schedule(module, dataclasses.replace(hp, **shortened(hp, num_steps)))
-    real, vocab_size = stages.schedule(module, hp), module.TRACKS[hp.track].vocab_size
+    real = stages.schedule(module, hp)
     num_steps = stages.steps_of_a_short_run(real, short_run)
-    described = dict(real=stages.packed(real), short=stages.packed(short_run(num_steps)), batch_size=hp.batch_size,
-                     sequence_length=hp.sequence_length, model_dim=hp.model_dim,
-                     vocab_size=-(-vocab_size // 128) * 128)
+    vocab_size = module.TRACKS[hp.track].vocab_size
+    described = dict(real=stages.packed(real), short=stages.packed(short_run(num_steps)),
+                     batch_size=hp.batch_size, sequence_length=hp.sequence_length,
+                     model_dim=hp.model_dim, vocab_size=-(-vocab_size // 128) * 128)
     return described, shortened(hp, num_steps)
 
 
+class Tee:
+    """stderr that remembers the end of what was written: a script's message to its user."""
+    def __init__(self, stream):
+        self.stream, self.text = stream, ""
+
+    def write(self, text: str) -> int:
+        self.text = (self.text + text)[-4000:]
+        return self.stream.write(text)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def last_line(self) -> str:
+        lines = self.text.strip().splitlines()
+        return lines[-1] if lines else ""
+
+
 def run_script(request: dict) -> dict:
-    """One rank of the script, from its first line to its last. Returns what was seen."""
+    """Run one rank of the script from its first line to its last. Returns the record."""
     phases, messages, handler = [], [], logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
     for name in ("torch._dynamo", "torch._inductor"):
         logging.getLogger(name).addHandler(handler)
     torch._logging.set_logs(recompiles=True, graph_breaks=True)
-    error, code, described = "", 0, {}
+    sys.stderr = Tee(sys.stderr)
+    described, error = {}, ""
     try:
         script, folder = Path(request["script"]), Path(request["work"])
         probe = load(script, "probe")
@@ -594,64 +691,63 @@ def run_script(request: dict) -> dict:
         copy = place(script, probe.TRACKS[hp.track], tokens, folder)
         os.chdir(folder)
         enter(CARDS[request["card"]], request["world_size"], request["rank"], request["compile"])
-        code = run_copy(copy, [*request["flags"], *(f"--{name}={value}" for name, value in short.items())], phases)
+        short_flags = [f"--{name}={value}" for name, value in short.items()]
+        code = run_copy(copy, [*request["flags"], *short_flags], phases)
+        if code:
+            error = sys.stderr.last_line()
     except BaseException as wrong:
-        told = type(wrong).__name__ == "UserError"  # one line for the user
-        last = f"{type(wrong).__name__}: {' '.join(str(wrong).split())[:300]}"  # dynamo puts advice below its errors
-        code, error = (2, str(wrong)) if told else (1, f"{''.join(traceback.format_exception(wrong))[-6000:]}\n{last}")
+        code, error = explain(wrong)
     close(phases)
-    return dict(described, code=code, error=error, phases=phases, messages=messages, kernels=kernels(),
-                compilations=compilations(), torch=torch.__version__)
+    return dict(described, code=code, error=error, phases=phases, messages=messages,
+                kernels=kernels(), compilations=compilations(), torch=torch.__version__)
 
 
-def agree(runtime, value):
-    """In place of the script's Runtime.agree, which sends objects: the call is noted."""
-    if runtime.world_size > 1:
-        LEDGER.events.append(dict(kind="collective", name="broadcast_object", where=caller(), number=LEDGER.collectives,
-                                  blocking=True, tensors=[], moved=0))
-        LEDGER.collectives += 1
-    return value
-
-
-def mean(runtime, value) -> float:
-    """In place of Runtime.mean: its collective and its wait, and a number that means nothing."""
-    if runtime.world_size > 1:
-        dist.all_reduce(value.clone())
-    if value.device.type == "cuda":
-        LEDGER.syncs.append(f"item in {caller()}")
-    return 3.0
+def explain(wrong: BaseException) -> tuple[int, str]:
+    """(exit code, message whose last line says what is wrong)."""
+    if type(wrong).__name__ == "UserError":  # the script's own: one line for the user
+        return 2, str(wrong)
+    if isinstance(wrong, SystemExit) and wrong.code:
+        return 2, sys.stderr.last_line() or f"SystemExit: {wrong.code}"
+    # Dynamo puts advice below its errors, so the error is repeated as the last line.
+    last = f"{type(wrong).__name__}: {' '.join(str(wrong).split())[:300]}"
+    return 1, f"{''.join(traceback.format_exception(wrong))[-6000:]}\n{last}"
 
 
 def run_copy(copy: Path, flags: list[str], phases: list[dict]) -> int:
-    """The script's own run, watched; its exit code. Raises what it raises."""
+    """Run the script's main function, watched. Returns its exit code; raises what it raises."""
     module = load(copy, "script_under_test")
-    tracks = {name: dataclasses.replace(track, val_tokens=VAL_TOKENS) for name, track in module.TRACKS.items()}
-    module.TRACKS.clear()
-    module.TRACKS.update(tracks)
-    module.Runtime.agree, module.Runtime.mean = agree, mean
+    for name, track in list(module.TRACKS.items()):
+        module.TRACKS[name] = dataclasses.replace(track, val_tokens=VAL_TOKENS)
+    # Older scripts write a sample at the end of a run, with tiktoken.
     sys.modules.setdefault("tiktoken", types.SimpleNamespace(
         get_encoding=lambda name: types.SimpleNamespace(decode=lambda ids: f"{len(ids)} tokens")))
     for name in PHASES:
         if hasattr(module, name):
             watch(module, name, phases)
+    # After a mistake, main ends the process at once, because other ranks may still compute.
+    os._exit = sys.exit
+    start = module.run if hasattr(module, "run") else module.main  # older scripts have a run
     start_modes()
-    return module.run(flags) or 0
+    return start(flags) or 0
 
 
 def run_tests(request: dict) -> dict:
-    """The functions of tests/test_cuda.py, each as it stands; a comparison of numbers counts as true."""
+    """Run the test functions of a file as they are. A comparison of numbers counts as true."""
     project = Path(request["project"])
     enter(CARDS[request["card"]], 1, 0, True)
     fake_process_group(1, 0)
-    sys.modules["pytest"] = types.SimpleNamespace(mark=types.SimpleNamespace(skipif=lambda *args, **kwargs: None))
+    mark = types.SimpleNamespace(skipif=lambda *args, **kwargs: None)
+    sys.modules["pytest"] = types.SimpleNamespace(mark=mark)
     sys.path.insert(0, str(project))
-    tests = load(project / "tests/test_cuda.py", "test_cuda")
+    tests = load(project / request["tests"], "test_cuda")
     SCRIPT_FILES.add(str(project / "train_gpt.py"))
     torch.testing.assert_close = lambda *args, **kwargs: None
     TRUTH[0] = True
     start_modes()
     results = {}
-    for name in [n for n in dir(tests) if n.startswith("test_")]:
+    for name in dir(tests):
+        if not name.startswith("test_"):
+            continue
         torch._dynamo.reset()
         try:
             getattr(tests, name)()
@@ -662,7 +758,7 @@ def run_tests(request: dict) -> dict:
 
 
 def kernels() -> list[dict]:
-    """What is known of each compiled kernel; of the heavy ones the instructions too."""
+    """What is known about each compiled kernel; for heavy ones also their instructions."""
     concurrent.futures.wait(COMPILING)
     for key, fact in KERNELS.items():
         if fact["code"] in HEAVY_KERNELS and "tem_" not in fact["name"]:
@@ -672,5 +768,5 @@ def kernels() -> list[dict]:
 
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
-    result = run_tests(asked) if "project" in asked else run_script(asked)
+    result = run_tests(asked) if "tests" in asked else run_script(asked)
     Path(asked["out"]).write_text(json.dumps(result, default=str))

@@ -1,0 +1,80 @@
+"""Text from a checkpoint."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data import run_as_program
+from tools import sample
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def checkpoint(home):
+    assert home.run("--save_every=3").code == 0
+    return max(home.scratch.glob("*.pt"))
+
+
+def text_of(capfd, *argv):
+    capfd.readouterr()
+    code = run_as_program(sample.main, list(map(str, argv)))
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+def test_the_newest_checkpoint_writes_the_same_text_again(checkpoint, capfd):
+    named = text_of(capfd, checkpoint, "--tokens", 20)
+    newest = text_of(capfd, "--tokens", 20)
+    assert named == newest and named[0] == 0 and named[2] == ""
+    other_seed = text_of(capfd, checkpoint, "--tokens", 20, "--seed", 1)
+    assert other_seed[1] != named[1]
+
+
+def test_the_text_begins_with_the_prompt(checkpoint, capfd):
+    code, out, _ = text_of(capfd, checkpoint, "--prompt", "naïve", "--tokens", 5)
+    assert code == 0 and out.startswith("naïve")
+
+
+def test_an_empty_prompt_is_a_document_from_its_beginning(checkpoint, capfd):
+    code, out, _ = text_of(capfd, checkpoint, "--prompt", "", "--tokens", 5)
+    assert code == 0 and out.strip()
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["--prompt", "\udcff"], "--prompt"),
+    (["--temperature", "0"], "--temperature"),
+    (["no-such-file.pt"], "no-such-file.pt"),
+])
+def test_mistakes_are_one_line(checkpoint, capfd, argv, named):
+    code, _, err = text_of(capfd, *argv)
+    assert code == 2
+    assert len(err.splitlines()) == 1 and named in err
+
+
+def test_without_a_checkpoint_it_is_one_line(home, capfd):
+    code, _, err = text_of(capfd)
+    assert code == 2
+    assert len(err.splitlines()) == 1 and str(home.scratch) in err
+
+
+def test_padding_changes_nothing(checkpoint, monkeypatch):
+    """The mask is causal: what stands behind the last token of the context is not seen."""
+    model, step = sample.load_model(str(checkpoint))
+    tokens = [256, *b"the text"]
+    padded = sample.generate(model, tokens, count=8, temperature=0.8, seed=0, step=step)
+    zeros = sample.F.pad
+    monkeypatch.setattr(sample.F, "pad", lambda x, pad: zeros(x, pad, value=65))
+    assert sample.generate(model, tokens, count=8, temperature=0.8, seed=0, step=step) == padded
+
+
+@pytest.mark.slow
+def test_a_console_that_is_not_utf8(checkpoint):
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.sample", str(checkpoint), "--prompt", "naïve", "--tokens", "5"],
+        cwd=ROOT, env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"na\\xefve")
