@@ -84,10 +84,10 @@ def test_growing_window_compiles_flex_attention_once(recipe, graphs):
                 schedule = at_window(window, recipe)
                 losses = [model(tokens, tokens, schedule)[1].item() for model in models]
                 assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-    # One graph for all layers of a kind: a layer with value embeddings has more inputs, and one
-    # with MUDD or XSA more operations.
-    kinds = {(layer.attention, layer.value_table is None, layer.mudd, layer.xsa)
-             for layer in recipe.layers if layer.attention}
+    # One graph for all layers of a kind: a layer with value embeddings has more inputs, one with
+    # MUDD or XSA more operations, and layer 0 adds no n-grams.
+    kinds = {(layer.attention, layer.value_table is None, layer.mudd, layer.xsa, i == 0)
+             for i, layer in enumerate(recipe.layers) if layer.attention}
     with_attention = [graph for graph in graphs if "flex_attention" in str(graph.graph)]
     assert len(with_attention) == len(kinds)
 
