@@ -203,11 +203,11 @@ def saved(home, monkeypatch):
 def test_checkpoint_that_is_none(saved):
     home, path = saved
     good = path.read_bytes()
-    for name, damage in CHECKPOINTS.items():
+    for damage in CHECKPOINTS.values():
         path.write_bytes(good)
         damage(path)
-        assert_one_line(home.run("--resume", path, flags_before=[]), path.name), name
-        assert_one_line(home.run("--resume=latest"), path.name), name
+        assert_one_line(home.run("--resume", path, flags_before=[]), path.name)
+        assert_one_line(home.run("--resume=latest"), path.name)
 
 
 @pytest.mark.parametrize("flags", [["--model_dim=64"], ["--ngram_rows=999"], ["--ngrams=2"]])
