@@ -1,5 +1,6 @@
 """What several tests of whole runs need."""
 import dataclasses
+import subprocess
 import threading
 from pathlib import Path
 
@@ -70,6 +71,20 @@ def assert_same_state(path: Path, expected: Path) -> None:
         assert state.keys() == expected_state.keys()
         for name, value in expected_state.items():
             assert torch.equal(state[name], value), name
+
+
+def finish(process) -> tuple[str, str]:
+    """(stdout, stderr) of a process that ends by itself. One that hangs is ended, which fails the
+    test."""
+    try:
+        return process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its ranks
+        try:
+            process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
 
 
 def wait_for(process, text: str) -> None:

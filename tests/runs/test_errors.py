@@ -15,6 +15,7 @@ from run_helpers import (
     assert_one_line,
     checkpoint,
     checkpoints,
+    finish,
     logged_lines,
     no_warm_up,
 )
@@ -202,11 +203,11 @@ def saved(home, monkeypatch):
 def test_checkpoint_that_is_none(saved):
     home, path = saved
     good = path.read_bytes()
-    for name, damage in CHECKPOINTS.items():
+    for damage in CHECKPOINTS.values():
         path.write_bytes(good)
         damage(path)
-        assert_one_line(home.run("--resume", path, flags_before=[]), path.name), name
-        assert_one_line(home.run("--resume=latest"), path.name), name
+        assert_one_line(home.run("--resume", path, flags_before=[]), path.name)
+        assert_one_line(home.run("--resume=latest"), path.name)
 
 
 @pytest.mark.parametrize("flags", [["--model_dim=64"], ["--ngram_rows=999"], ["--ngrams=2"]])
@@ -353,7 +354,7 @@ def test_missing_compiler(home, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/g++")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(home.root / "cold"))
     process = home.start("--compile=on")
-    _, err = process.communicate(timeout=LIMIT)
+    _, err = finish(process)
     assert process.returncode == 2
     assert err.count("\n") == 1 and "--compile" in err
 
@@ -361,7 +362,7 @@ def test_missing_compiler(home, monkeypatch):
 @pytest.mark.slow
 def test_two_ranks_say_a_mistake_once(home):
     process = home.start("--batch_size=3", ranks=2)
-    _, err = process.communicate(timeout=LIMIT)
+    _, err = finish(process)
     assert process.returncode != 0
     assert len([line for line in err.splitlines() if "--batch_size" in line]) == 1
 

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+from run_helpers import finish
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden_losses.txt"  # lines: run, step, val_loss
 RENEW = "RENEW_GOLDEN=1 ./run.sh test tests/runs/test_golden.py"
@@ -70,6 +71,6 @@ def test_losses_are_golden(request, run, fixture, flags, classes):
 
 def test_losses_on_two_ranks_are_golden(recipe_home):
     process = recipe_home.start(ranks=2)
-    out, err = process.communicate(timeout=600)
+    out, err = finish(process)
     assert process.returncode == 0, err
     assert_golden("recipe", out)

@@ -13,11 +13,11 @@ import small
 import torch
 from conftest import metric_lines
 from run_helpers import (
-    LIMIT,
     assert_one_line,
     assert_same_state,
     checkpoint,
     checkpoints,
+    finish,
     logged_lines,
     no_warm_up,
     steps_of,
@@ -234,7 +234,7 @@ def test_kill_in_a_save_leaves_the_checkpoint_before(home):
     shutil.rmtree(home.scratch)
 
     process = home.start("--save_every=2", patch=f"{PATCHES}:kill_in_the_second_save")
-    process.communicate(timeout=LIMIT)
+    finish(process)
     assert process.returncode == -signal.SIGKILL
     assert checkpoints(home) == [checkpoint(home, 2)]
     rest = home.run("--resume=latest", flags_before=[])
@@ -255,7 +255,7 @@ def test_killed_twenty_times(home):
     last = checkpoint(home, 200).rename(home.root / "whole.pt")
     shutil.rmtree(home.scratch)
     process = home.start(*flags, "--resume=latest", patch=f"{PATCHES}:twenty_kills")
-    _, err = process.communicate(timeout=LIMIT)
+    _, err = finish(process)
     assert process.returncode == 0, err
     found = []
     for path in home.scratch.glob("*.txt"):

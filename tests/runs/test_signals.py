@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import metric_lines
 from run_helpers import (
-    LIMIT,
     assert_same_state,
     checkpoint,
     checkpoints,
+    finish,
     log_text,
     no_warm_up,
     steps_of,
@@ -137,7 +137,7 @@ def test_signal_ends_a_process_with_a_checkpoint(home, number):
     process = home.start(*ENDLESS)
     wait_for(process, "step:20/")
     process.send_signal(number)
-    out, err = process.communicate(timeout=LIMIT)
+    out, err = finish(process)
     assert process.returncode == 128 + number, err
     assert "Traceback" not in err
     (path,) = checkpoints(home)
@@ -169,7 +169,7 @@ def assert_both_ranks_stopped(home, process, out) -> int:
 def test_signal_to_one_of_two_ranks_ends_both_at_the_same_step(home):
     """Rank 1 receives it in step 5, and both end after that step."""
     process = home.start(*ENDLESS, ranks=2, patch=f"{PATCHES}:signal_rank_1_in_step_5")
-    out, _ = process.communicate(timeout=LIMIT)
+    out, _ = finish(process)
     assert assert_both_ranks_stopped(home, process, out) == 6
 
 
@@ -178,5 +178,5 @@ def test_signal_to_torchrun_ends_both_ranks(home):
     process = home.start(*ENDLESS, ranks=2)
     wait_for(process, "step:20/")
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=LIMIT)
+    out, _ = finish(process)
     assert assert_both_ranks_stopped(home, process, out) >= 20
