@@ -1353,7 +1353,7 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
                     raise UserError(f"the loss is not finite at step {step + 1}; use lower "
                                     "learning rates (they can also be given with --resume)")
                 stop.agreed = signal_sum > 0
-            if loader.epoch(step + 1) > loader.epoch(step):
+            if loader.epoch(step + 1) > loader.epoch(step) and step + 1 < hp.num_steps:
                 log.info(f"all {len(train_stream):,} training tokens were used; "
                          f"epoch {loader.epoch(step + 1) + 1} begins")
     loader.close()
@@ -2244,7 +2244,7 @@ def settings_of_checkpoint(path: str) -> dict:
             if field.name in old and field.name not in ("resume", "profile"):
                 settings[field.name] = field.type(old[field.name])
         return settings
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"the checkpoint {path} has damaged settings: {error!r}") from None
 
 
