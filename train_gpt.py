@@ -6,8 +6,9 @@
     python train_gpt.py --track laptop      # a CPU: bytes of Python source, about a minute
     python train_gpt.py --help              # every setting, with its unit and default
 
-Measured on the laptop track: 16.8 s of training (median) for 170 steps, loss 1.0677 +- 0.0138, 5
-runs, one core of an AMD EPYC, compiled, bfloat16, torch 2.13 (records/studies/2026-11-29_PlainCode).
+Measured on the laptop track: 16.8 s of training (median) for 170 steps, loss 1.0677 +- 0.0138; five
+runs on one core of an AMD EPYC, compiled, bfloat16, torch 2.13. Logs:
+records/studies/2026-11-29_PlainCode.
 Predicted for the fineweb track: 1.36 minutes on 8 H100s for 1,405 steps, by a simulator. It was
 never run there, so neither this time nor the loss of 3.28 is confirmed (records/candidates).
 
