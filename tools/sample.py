@@ -95,12 +95,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.tokens < 0:
+        raise UserError(f"--tokens {args.tokens} must be at least 0")
     if args.temperature <= 0:
         raise UserError(f"--temperature {args.temperature} must be more than 0")
     scratch = train_gpt.ROOT / "records" / "scratch"
     path = args.checkpoint or train_gpt.newest_checkpoint(scratch, track="")
     if not path:
         raise UserError(f"no checkpoint in {scratch}; name one, or train with --save_every")
+    print(f"checkpoint: {path}", file=sys.stderr)
     try:
         model, step = load_model(path)
     except train_gpt.UserError as error:

@@ -7,6 +7,7 @@ The environment variables NPROC and SHARDS are explained by ./run.sh --help.
 import argparse
 import logging
 import os
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -117,8 +118,9 @@ def start_ranks(processes: int, script: str, flags: list[str]) -> int:
         return 128 + stop.sigval
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode == 2:  # a mistake of the user: the rank has explained it
-            return 2
+        stopped = [128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+        if failure.exitcode in (2, *stopped):  # the rank has explained it
+            return failure.exitcode
         reason = f"exit code {failure.exitcode}"
         if failure.exitcode < 0:
             reason = f"signal {-failure.exitcode}"

@@ -113,8 +113,8 @@ def test_stop_signal_restores_the_handlers_and_ignores_what_was_ignored(monkeypa
 
 
 def test_second_signal_ends_at_once(monkeypatch):
-    """But not the copy of the first one that torchrun sends. The handlers are called by hand, because
-    Python calls them some time after a signal."""
+    """But not the copy of the first one that torchrun sends. The handlers are called by hand,
+    because Python calls them some time after a signal."""
     def deliver(number):
         signal.getsignal(number)(number, None)
 

@@ -1121,7 +1121,7 @@ class Optimizer:
         for name, p in model.named_parameters():
             group = group_of(name, groups)
             if RULES[group.rule].is_matrix_rule:
-                layout = p.shape[-2:]  # matrices of equal shape are stacked
+                layout = (p.dim(), *p.shape[-2:])  # matrices of equal shape are stacked
             elif name.endswith(".weight"):
                 layout = name          # a table has a bucket of its own
             else:
@@ -1351,13 +1351,13 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
             if (step + 1) % hp.log_every == 0:
                 # Without validation and checkpoint, the host waits for the device only here. After
                 # that, perf_counter is what runtime.seconds() would return.
-                loss_sum, signal_sum = runtime.sum(loss, stop.number)
+                loss_sum, *signals = runtime.sum(loss, stop.number > 0, stop.number)
                 train_ms = progress.train_ms + 1000 * (time.perf_counter() - started)
                 log_metric("train_loss", loss_sum / runtime.world_size, step + 1, hp, train_ms)
                 if not math.isfinite(loss_sum):
                     raise UserError(f"the loss is not finite at step {step + 1}; use lower "
                                     "learning rates (they can also be given with --resume)")
-                stop.agreed = signal_sum > 0
+                stop.agree(*signals)
             if loader.epoch(step + 1) > loader.epoch(step) and step + 1 < hp.num_steps:
                 log.info(f"all {len(train_stream):,} training tokens were used; "
                          f"epoch {loader.epoch(step + 1) + 1} begins")
@@ -1750,6 +1750,10 @@ class Runtime:
             dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def barrier(self) -> None:
+        """Wait for all ranks. Collective."""
+        self.sum(0)
+
     def seconds(self) -> float:
         """Wall-clock time, after the device has finished its work."""
         if self.cuda:
@@ -1826,11 +1830,11 @@ def is_compiled(hp: Hyperparameters, device: torch.device) -> bool:
 
 class StopSignal:
     """Inside `with`, SIGINT, SIGTERM and SIGHUP (Ctrl-C, Slurm, spot machines, a lost connection)
-    only set `number`. The training loop reads it at each log line, so that all ranks stop at the
-    same step, and sets `agreed`. A second signal ends the process at once."""
+    only set `number`. The training loop sums it over the ranks at each log line and calls agree(),
+    so that all ranks stop at the same step. A second signal ends the process at once."""
     def __init__(self):
         self.number = 0
-        self.agreed = False
+        self.agreed = 0  # the signal that ends the run, the same on all ranks; 0: none
         self.received_at = 0.0
 
     def __enter__(self):
@@ -1843,6 +1847,11 @@ class StopSignal:
     def __exit__(self, *_):
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
+
+    def agree(self, num_ranks: float, number_sum: float) -> None:
+        """Set `agreed` to the signal that num_ranks ranks received. number_sum: of its number."""
+        if num_ranks:
+            self.agreed = round(number_sum / num_ranks)
 
     def receive(self, number, frame) -> None:
         now = time.monotonic()
@@ -2055,13 +2064,13 @@ def finish(progress: "Progress", stop: StopSignal, hp: Hyperparameters, runtime:
                         f"--nproc_per_node={runtime.world_size}"]
         command += [os.path.relpath(__file__), "--resume", str(checkpoint_path(progress, hp, info))]
         log.info(f"stopped by a signal at step {progress.step}; continue with: {' '.join(command)}")
-        return 128 + (stop.number or signal.SIGTERM)
-    target = f"target {TRACKS[hp.track].target}"
-    if progress.target_ms is None:
-        log.info(f"{target}: missed")
-    else:
-        log.info(f"{target}: reached at step {progress.target_step} after "
+        return 128 + stop.agreed
+    target = TRACKS[hp.track].target
+    if progress.target_ms is not None:
+        log.info(f"target {target}: reached at step {progress.target_step} after "
                  f"{progress.target_ms / 1000:.1f} s")
+    elif target:  # a track of one's own may have none
+        log.info(f"target {target}: missed")
     if runtime.cuda:
         peak_bytes = torch.cuda.max_memory_allocated(runtime.device)
     else:  # in KiB on Linux, in bytes on macOS
@@ -2122,19 +2131,19 @@ def save_checkpoint(progress: Progress, model: GPT, optimizer: Optimizer, hp: Hy
     if not all(weight.isfinite().all() for weight in state["model"].values()):
         raise UserError(f"the weights are not finite at step {progress.step}, so no checkpoint was "
                         "saved; use lower learning rates, or --resume from an earlier checkpoint")
-    if runtime.rank:
-        return
-    path = checkpoint_path(progress, hp, info)
-    temporary = path.with_suffix(".tmp")
-    try:
-        torch.save(state, temporary)
-        os.replace(temporary, path)  # atomic: no reader ever sees half a checkpoint
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
-        temporary.unlink(missing_ok=True)
-        reason = " ".join(str(error).split())[:200]
-        log.warning(f"warning: can't write the checkpoint {path}: {reason}")
-    else:
-        log.info(f"saved {path}")
+    if runtime.rank == 0:
+        path = checkpoint_path(progress, hp, info)
+        temporary = path.with_suffix(".tmp")
+        try:
+            torch.save(state, temporary)
+            os.replace(temporary, path)  # atomic: no reader ever sees half a checkpoint
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
+            temporary.unlink(missing_ok=True)
+            reason = " ".join(str(error).split())[:200]
+            log.warning(f"warning: can't write the checkpoint {path}: {reason}")
+        else:
+            log.info(f"saved {path}")
+    runtime.barrier()  # torchrun ends all ranks when one ends, so none may end before the save
 
 
 def open_checkpoint(path: str) -> dict:
@@ -2142,13 +2151,14 @@ def open_checkpoint(path: str) -> dict:
     """
     try:  # weights_only: a file can't run code
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        missing = {"info", "hyperparameters", "progress", "model", "optimizer"} - state.keys()
-        if missing:
-            raise ValueError(f"it has no {', '.join(sorted(missing))}")
-        return state
-    except Exception as error:  # a damaged file can raise almost anything
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"can't read the checkpoint {path}: {reason}") from None
+        is_complete = {"info", "hyperparameters", "progress", "model", "optimizer"} <= state.keys()
+    except OSError as error:
+        raise UserError(f"can't read the checkpoint {path}: {error.strerror}") from None
+    except Exception:  # a damaged file can raise almost anything
+        is_complete = False
+    require(is_complete, f"{path} is not a checkpoint of train_gpt.py, or it is damaged; "
+                         "records/scratch/*.pt are those of your runs")
+    return state
 
 
 def load_checkpoint(model: GPT, optimizer: Optimizer, hp: Hyperparameters, info: dict) -> Progress:
@@ -2175,7 +2185,8 @@ def load_checkpoint(model: GPT, optimizer: Optimizer, hp: Hyperparameters, info:
     log.info(f"resumed from {hp.resume} at step {progress.step}")
     settings = dataclasses.asdict(hp)
     for name, value in saved["hyperparameters"].items():
-        if name != "resume" and settings.get(name) != value:
+        is_shown = name not in ("resume", "dtype")  # dtype: see activations below
+        if is_shown and settings.get(name) != value:
             log.info(f"setting changed: {name} was {value}, now {settings.get(name)}")
     for name in ("code_hash", "data_fingerprint", "train_tokens", "activations", "torch", "device"):
         if saved["info"].get(name) != info[name]:
@@ -2340,6 +2351,7 @@ def main(argv: list[str] | None = None) -> int:
         runtime = start_runtime(hp)
         hp = runtime.broadcast_object(hp)  # --resume latest may find other files on another node
         code = train(hp, runtime)
+        runtime.barrier()  # until rank 0 has logged its last line
         if dist.is_initialized():
             dist.destroy_process_group()
         return code
