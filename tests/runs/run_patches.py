@@ -3,6 +3,7 @@ import os
 import random
 import signal
 import sys
+import time
 
 import torch
 
@@ -74,12 +75,18 @@ def twenty_kills(module) -> None:
 
 
 def signal_rank_1_in_step_5(module) -> None:
-    """SIGTERM for rank 1 alone."""
+    """SIGTERM for rank 1 alone, and a disk so slow that rank 1 could end before rank 0 has saved."""
     training_step = module.training_step
+    save = module.torch.save
 
     def step_with_signal(model, optimizer, batch, schedule):
         if optimizer.num_updates == 5 and module.dist.get_rank() == 1:
             signal.raise_signal(signal.SIGTERM)
         return training_step(model, optimizer, batch, schedule)
 
+    def slow_save(*arguments):
+        time.sleep(5)
+        save(*arguments)
+
     module.training_step = step_with_signal
+    module.torch.save = slow_save

@@ -268,6 +268,14 @@ def test_a_rank_that_fails_is_named_in_one_line(project, kind):
 
 
 @pytest.mark.slow
+def test_ranks_that_were_asked_to_stop_are_no_error(project):
+    write_script(project, "import sys\nsys.exit(143)\n")
+    process = begin(["./run.sh", "--track=laptop"], project, NPROC="2")
+    _, errors = process.communicate(timeout=HANG)
+    assert (process.returncode, errors) == (143, "")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_ctrl_c_ends_all_ranks(project, processes):
     write_script(project, "import signal, sys, time\n"
