@@ -74,19 +74,31 @@ def twenty_kills(module) -> None:
     module.main = repeated_main
 
 
-def signal_rank_1_in_step_5(module) -> None:
-    """SIGTERM for rank 1 alone, and a disk so slow that rank 1 could end before rank 0 has saved."""
+def signal_rank_in_step_5(module, rank: int) -> None:
+    """SIGTERM for one of two ranks."""
     training_step = module.training_step
-    save = module.torch.save
 
     def step_with_signal(model, optimizer, batch, schedule):
-        if optimizer.num_updates == 5 and module.dist.get_rank() == 1:
+        if optimizer.num_updates == 5 and module.dist.get_rank() == rank:
             signal.raise_signal(signal.SIGTERM)
         return training_step(model, optimizer, batch, schedule)
+
+    module.training_step = step_with_signal
+
+
+def signal_rank_1_in_step_5(module) -> None:
+    """SIGTERM for rank 1 alone."""
+    signal_rank_in_step_5(module, rank=1)
+
+
+def signal_rank_0_whose_disk_is_slow(module) -> None:
+    """SIGTERM for rank 0 alone, which saves so slowly that rank 1 could end before. torchrun would
+    then signal rank 0 again, which ends it at once."""
+    save = module.torch.save
 
     def slow_save(*arguments):
         time.sleep(5)
         save(*arguments)
 
-    module.training_step = step_with_signal
+    signal_rank_in_step_5(module, rank=0)
     module.torch.save = slow_save
