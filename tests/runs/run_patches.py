@@ -81,6 +81,7 @@ def signal_rank_in_step_5(module, rank: int) -> None:
     def step_with_signal(model, optimizer, batch, schedule):
         if optimizer.num_updates == 5 and module.dist.get_rank() == rank:
             signal.raise_signal(signal.SIGTERM)
+            time.sleep(2)  # a later signal is then no copy of this one
         return training_step(model, optimizer, batch, schedule)
 
     module.training_step = step_with_signal

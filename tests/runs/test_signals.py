@@ -174,7 +174,7 @@ def assert_both_ranks_stopped(home, process, out) -> int:
     "signal_rank_1_in_step_5",
     pytest.param("signal_rank_0_whose_disk_is_slow", marks=pytest.mark.slow)])
 def test_signal_to_one_of_two_ranks_ends_both_at_the_same_step(home, patch):
-    """One rank receives it in step 5, and both end after that step, when the checkpoint is saved."""
+    """One rank receives it in step 5. Both end after that step, when the checkpoint is saved."""
     process = home.start(*ENDLESS, ranks=2, patch=f"{PATCHES}:{patch}")
     out, _ = finish(process)
     assert assert_both_ranks_stopped(home, process, out) == 6
