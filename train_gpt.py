@@ -376,6 +376,7 @@ class Schedule:
 
         # hp.stages is an argument because the cache compares arguments, and STAGES is not in hp.
         tensors = _stage_tensors(index, step == hp.num_steps, hp, hp.stages, device)
+        # windows: by kind of attention, 0-dim; frequencies: (d / 4,); attention_scale: 0-dim
         self.windows, self.frequencies, self.attention_scale, weights, weights_end = tensors
         begin, end = [0, *stage_ends(hp)][index:index + 2]
         done = min((step - begin) / max(end - begin, 1), 1.0)
@@ -779,8 +780,9 @@ class GPT(nn.Module):
              mtp_weights: Tensor | None, is_doc_start: Tensor, rotary: dict, scale: Tensor,
              masks: dict):
         """The part of forward() after the lookups: the blocks, the head, the loss; on CUDA it is
-        one compiled graph. pieces: (class ids, targets) of sample_softmax_classes for each piece.
-        """
+        one compiled graph. x0, ngram and each of values: (N, D). is_doc_start: (N,). pieces: (class
+        ids, targets) of sample_softmax_classes for each piece; mtp_weights: (K,). rotary and masks:
+        by kind of attention. scale: 0-dim."""
         h0 = x = x0 + self.input_embedding.ngram_lambda * ngram
         outputs = []
         for block, layer in zip(self.blocks, self.hp.layers, strict=True):
@@ -851,8 +853,8 @@ def softcap(logits: Tensor, cap: float, shift: float, scale: float) -> Tensor:
 def sample_softmax_classes(targets: Tensor, vocab_size: int,
                            softmax_size: int) -> tuple[Tensor | None, Tensor]:
     """The vocabulary entries of a sampled softmax (arXiv 1412.2007, modded-nanogpt pull request
-    360; without a correction for the sampling probability): all targets (N, K), filled up to
-    softmax_size with other entries.
+    360; without a correction for the sampling probability): all targets (N, K) of a piece, filled
+    up to softmax_size with other entries.
 
     The other entries are taken from one fixed permutation, from an offset given by the sum of the
     targets. So the choice needs neither a random state nor communication, and a resumed run or
@@ -1222,7 +1224,7 @@ class BatchLoader:
         return index // len(self.order)
 
     def _sequence(self, index: int, max_doc_len: int) -> tuple[Tensor, Tensor]:
-        """Tokens and targets of the run's sequence `index`."""
+        """Tokens and targets of the run's sequence `index`, (T,) each."""
         if self.first_docs is not None:
             first_doc = int(self.first_docs[index])
             max_doc_len = max_doc_len or len(self.stream)
