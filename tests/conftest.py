@@ -1,4 +1,5 @@
 """Fixtures and helpers of several tests, and the option --all."""
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,13 @@ import small  # noqa: E402
 import train_gpt  # noqa: E402
 
 torch.set_num_threads(1)
+
+# A job in the background, or under nohup, starts with these signals ignored, and so would the
+# processes that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_addoption(parser):
