@@ -166,6 +166,7 @@ def test_scripts_hardware_torch_versions_and_lengths_are_kept_apart(tmp_path, ca
     found = rows(capsys, write(tmp_path / "public", texts))
     # Public logs of two torch versions share a row; those of this project do not.
     assert len(found) == 6 and sum(r["runs"] for r in found) == 8
+    assert any(TORCH in r["torch"] and "2.11.0" in r["torch"] for r in found if r["torch"])
     ours = [log(environment=facts(hyperparameters={}).replace("2.7.1", version))
             for version in ("2.11.0", "2.13.0")]
     assert len(rows(capsys, write(tmp_path / "ours", ours))) == 2

@@ -15,7 +15,8 @@ WHERE = {"activations", "compiled", "threads", "data_fingerprint", "on", "torch"
 
 @dataclass
 class Group:
-    """Runs of one script with equal hardware, torch version, length and settings."""
+    """Runs of one script with equal hardware, length and settings, and, where the log has an
+    environment, with the same torch version."""
     runs: list[Run]          # complete ones, each once
     incomplete: list[Run]
     duplicates: list[Run]    # logs with the same bytes as one of the others
@@ -44,7 +45,13 @@ class Group:
                  for name, value in run.config.items() if name != "num_steps"}
         if host := host_entry(run):
             found["in"] = host
-        return {**found, "steps": str(run.steps), "on": self.device, "torch": str(run.torch)}
+        return {**found, "steps": str(run.steps), "on": self.device, "torch": str(self.torch)}
+
+    @property
+    def torch(self) -> str | None:
+        """The torch version of the runs; several, joined by a comma, if public logs have several."""
+        versions = {run.torch for run in [*self.runs, *self.incomplete] if run.torch}
+        return ", ".join(sorted(versions)) or None
 
     @property
     def losses(self) -> list[float]:

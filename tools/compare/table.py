@@ -40,7 +40,7 @@ def row_of(group: Group, label: str, target: float | None, claim: bool = False) 
         "code_hash": run.code_hash,
         "gpu": run.gpu,
         "world_size": run.world_size,
-        "torch": run.torch,
+        "torch": group.torch,
         "steps": run.steps,
         "runs": len(group.runs),
         "incomplete": len(group.incomplete),

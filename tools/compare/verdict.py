@@ -210,7 +210,7 @@ def judge(new: Group, old: Group, args) -> Judgement:
         rules.append(rule_same("target", targets, True))
     data = [group.any.facts.get("data_fingerprint") for group in (new, old)]
     hardware = [hardware_of(group) for group in (new, old)]
-    torch = [group.any.torch for group in (new, old)]
+    torch = [group.torch for group in (new, old)]
     if args.systems_only:
         rules.append(rule_loss_not_worse(contrasts[0]))
     else:
