@@ -49,7 +49,7 @@ class Group:
 
     @property
     def torch(self) -> str | None:
-        """The torch version of the runs; several, joined by a comma, if public logs have several."""
+        """The torch version of the runs; public logs may have several, joined by a comma."""
         versions = {run.torch for run in [*self.runs, *self.incomplete] if run.torch}
         return ", ".join(sorted(versions)) or None
 

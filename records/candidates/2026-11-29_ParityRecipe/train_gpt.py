@@ -1827,7 +1827,8 @@ def is_compiled(hp: Hyperparameters, device: torch.device) -> bool:
     on = hp.compile == "on"
     if hp.compile == "auto":  # Triton needs compute capability 7.0
         on = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
-    return on and not torch._dynamo.config.disable
+    disabled = torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1"
+    return on and not disabled
 
 
 class StopSignal:
