@@ -85,6 +85,7 @@ def load_model(path: str) -> tuple["train_gpt.GPT", int]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit code. Raises UserError."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.sample", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)

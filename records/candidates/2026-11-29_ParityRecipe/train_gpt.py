@@ -2201,7 +2201,8 @@ def load_checkpoint(model: GPT, optimizer: Optimizer, hp: Hyperparameters, info:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    def error(self, message):  # argparse would print its usage first
+    """Reports a wrong flag as one line; argparse would print its usage first."""
+    def error(self, message):
         raise UserError(f"{message}; `python train_gpt.py --help` lists all flags")
 
 
