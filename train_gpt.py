@@ -2356,8 +2356,6 @@ def main(argv: list[str] | None = None) -> int:
         hp = runtime.broadcast_object(hp)  # --resume latest may find other files on another node
         code = train(hp, runtime)
         runtime.barrier()  # until rank 0 has logged its last line
-        if dist.is_initialized():
-            dist.destroy_process_group()
         return code
     except UserError as error:
         message = str(error)
@@ -2384,4 +2382,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if dist.is_initialized():  # a normal exit destroys the process group, where gloo can abort
+        os._exit(exit_code)
+    sys.exit(exit_code)

@@ -10,6 +10,7 @@ module first.
 """
 import dataclasses
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -121,7 +122,10 @@ def main(argv: list[str]) -> int:
     install(train_gpt, Path(argv[0]), pytest.MonkeyPatch(), recipe)
     for patch in patches:
         patch(train_gpt)
-    return train_gpt.main(argv[1:])
+    code = train_gpt.main(argv[1:])
+    if train_gpt.dist.is_initialized():  # as the script itself ends
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":
