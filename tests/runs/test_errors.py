@@ -257,8 +257,7 @@ def test_inconsistent_stage(home, monkeypatch, field):
     (stage,) = train_gpt.STAGES["laptop"]
     stages = (stage._replace(until=0.5), stage._replace(**STAGE_ROWS[field]))
     monkeypatch.setitem(train_gpt.STAGES, "laptop", stages)
-    name = field
-    assert_one_line(home.run(), "STAGES", "1", name)
+    assert_one_line(home.run(), "STAGES", "1", field)
 
 
 @pytest.mark.parametrize("times", [0, 2])
@@ -294,7 +293,7 @@ def test_loss_that_is_not_finite_ends_the_run_at_the_next_line(home, monkeypatch
     no_warm_up(monkeypatch)
     replace_step(monkeypatch, 3, lambda model, loss: loss * value)
     done = home.run("--save_every=2", "--log_every=2")
-    assert_one_line(done, "4")
+    assert_one_line(done, "4", "--resume")
     assert checkpoints(home) == [checkpoint(home, 2)]
 
 
