@@ -26,8 +26,10 @@ ranks. A function that is called "collective" must be called by all ranks.
 """
 import argparse
 import dataclasses
+import difflib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -36,12 +38,15 @@ import os
 import platform
 import re
 import resource
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -50,8 +55,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":  # until training begins, Ctrl-C ends the process without a traceback
+if __name__ == "__main__":
+    # Until training begins, Ctrl-C ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings bury our own line
 try:
     import numpy as np
     import torch
@@ -66,8 +73,17 @@ except ModuleNotFoundError as error:
     print(f"error: {error}; run ./run.sh once, then: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
 
-# The repository holds data/ and records/. A copy of this script in records/ finds it, too.
-ROOT = next((p for p in Path(__file__).resolve().parents if (p / "run.sh").exists()), Path.cwd())
+
+def find_root() -> Path:
+    """The repository: the nearest folder above this file that has run.sh, data/ and records/. So a
+    copy of this script in records/ finds it, too. Without one, the working directory."""
+    for folder in Path(__file__).resolve().parents:
+        if all((folder / name).exists() for name in ("run.sh", "data", "records")):
+            return folder
+    return Path.cwd()
+
+
+ROOT = find_root()
 
 
 class UserError(Exception):
@@ -228,6 +244,8 @@ class Hyperparameters:
     lr_floor: float = setting(0.15, "learning rates' factor at the end of the schedule")
     # run
     val_every: int = setting(125, "steps between validations; 0: only at the end")
+    val_tokens: int = setting(
+        0, "tokens per validation; 0: all of the track's. With fewer, the run is no result")
     log_every: int = setting(10, "steps between log lines with the training loss")
     save_every: int = setting(0, "steps between checkpoints; 0: only when a signal stops the run")
     resume: str = setting("", "checkpoint to continue from, with its settings; or: latest")
@@ -254,6 +272,10 @@ class Hyperparameters:
     @property
     def scheduled_steps(self) -> int:
         return self.num_steps - self.extension_steps
+
+    @property
+    def num_val_tokens(self) -> int:
+        return self.val_tokens or TRACKS[self.track].val_tokens
 
     @property
     def folder(self) -> Path:
@@ -1284,8 +1306,8 @@ def training_step(model: GPT, optimizer: Optimizer, batch: list, schedule: Sched
 @torch.no_grad()
 def validate(model: GPT, stream: "TokenStream", schedule: Schedule, hp: Hyperparameters,
              runtime: "Runtime") -> float:
-    """The mean cross-entropy in nats over the track's validation tokens. Collective."""
-    num_sequences = TRACKS[hp.track].val_tokens // hp.val_length
+    """The mean cross-entropy in nats over the validation tokens. Collective."""
+    num_sequences = hp.num_val_tokens // hp.val_length
     loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
     for index in range(runtime.rank, num_sequences, runtime.world_size):
         tokens, targets = stream.sequence(index, hp.val_length)
@@ -1301,11 +1323,16 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
     device = runtime.device
     min_tokens = hp.batch_size * hp.sequence_length + 1
     train_stream = TokenStream(track.train_files, track, min_tokens)
-    val_stream = TokenStream(track.val_files, track, min_tokens=track.val_tokens + 1)
+    val_stream = TokenStream(track.val_files, track, min_tokens=hp.num_val_tokens + 1)
     dtype = activation_dtype(hp, device)
-    compiled = is_compiled(hp, device)
+    compiled, why_not_compiled = choose_compilation(hp, runtime)
     info = run_info(hp, runtime, train_stream, val_stream, dtype, compiled)
     start_log(hp, runtime, info)
+    if why_not_compiled and runtime.rank == 0:
+        log.warning(f"warning: the model is not compiled, which is much slower: {why_not_compiled}")
+    if hp.num_val_tokens < track.val_tokens:
+        log.info(f"validations read {hp.num_val_tokens:,} of the track's {track.val_tokens:,} "
+                 "tokens (--val_tokens), so this run is no result")
 
     flex = compiled and runtime.cuda
     sparse = hp.ngram_rule == "lazy_adam" and not runtime.cuda and runtime.world_size == 1
@@ -1339,7 +1366,9 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
                 if val_due:
                     val_loss = validate(model, val_stream, schedule, hp, runtime)
                     log_metric("val_loss", val_loss, step, hp, progress.train_ms)
-                    progress.note_validation(val_loss, track.target)
+                    if hp.num_val_tokens == track.val_tokens:
+                        progress.note_target(val_loss, track.target)
+                    progress.validated_step = step
                 if save_due:
                     save_checkpoint(progress, model, optimizer, hp, runtime, info)
                 started = runtime.seconds()
@@ -1474,11 +1503,16 @@ class TokenStream:
         for fewer than min_tokens."""
         self.track = track
         self.paths = sorted(ROOT.glob(pattern))
-        self.shards = [open_shard(path, track.get_data) for path in self.paths]
-        self.ends = np.cumsum([0, *map(len, self.shards)])  # 0, then the end of each shard
+        # Few shards are open at a time, because the system limits a process's open files.
+        self.shard = functools.lru_cache(maxsize=8)(self._open)
+        sizes = [len(self._open(index)) for index in range(len(self.paths))]
+        self.ends = np.cumsum([0, *sizes])  # 0, then the end of each shard
         if len(self) < min_tokens:
             raise UserError(f"{ROOT / pattern}: found {len(self.paths)} shards with {len(self):,} "
                             f"tokens, expected at least {min_tokens:,}; run: {track.get_data}")
+
+    def _open(self, index: int) -> np.ndarray:
+        return open_shard(self.paths[index], self.track.get_data)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -1490,7 +1524,7 @@ class TokenStream:
         while count:
             start %= len(self)
             index = bisect_right(self.ends, start) - 1
-            part = self.shards[index][start - self.ends[index]:][:count].astype(np.int64)
+            part = self.shard(index)[start - self.ends[index]:][:count].astype(np.int64)
             if part.max() >= self.track.vocab_size:
                 raise UserError(
                     f"{self.paths[index]} holds the token {part.max()}, expected tokens below "
@@ -1510,8 +1544,8 @@ class TokenStream:
     def documents(self) -> np.ndarray:
         """The position of each document's first token, then the end of the last document. Raises
         UserError if there is no document."""
-        starts = [np.flatnonzero(shard == self.track.eot_token) + shard_start
-                  for shard, shard_start in zip(self.shards, self.ends, strict=False)]
+        starts = [np.flatnonzero(self.shard(index) == self.track.eot_token) + self.ends[index]
+                  for index in range(len(self.paths))]
         if not any(len(s) for s in starts):
             raise UserError(f"{self.paths[0]} has no token {self.track.eot_token}, which stands "
                             f"before each document; run: {self.track.get_data}")
@@ -1536,9 +1570,19 @@ class TokenStream:
         """12 hexadecimal digits of a hash of the first `count` tokens, or of all if there are
         fewer."""
         digest = hashlib.sha256()
-        for shard in self.shards:
-            digest.update(shard[:count])
-            count -= min(count, len(shard))
+        for index in range(bisect_left(self.ends, count, hi=len(self.paths))):
+            digest.update(self.shard(index)[:count - self.ends[index]])
+        return digest.hexdigest()[:12]
+
+    def fingerprint_of_shards(self) -> str:
+        """The same of the number of tokens of each shard and of its first and last 1,024 tokens.
+        The number of all tokens determines the order in which a shuffled track is read."""
+        digest = hashlib.sha256()
+        for index in range(len(self.paths)):
+            shard = self.shard(index)
+            digest.update(f"{len(shard)} ".encode())
+            digest.update(shard[:1024])
+            digest.update(shard[-1024:])
         return digest.hexdigest()[:12]
 
 
@@ -1579,10 +1623,12 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 def group_of(name: str, groups: list[Group]) -> Group:
     """The group of a parameter. Raises UserError if it is in no group or in two, or has no rule."""
     matches = [group for group in groups if re.fullmatch(group.pattern, name)]
-    if len(matches) != 1 or matches[0].rule not in RULES:
-        found = " and ".join(f"{group.name} ({group.rule})" for group in matches) or "none"
-        raise UserError(f"optimizer_groups: the parameter {name} must match the pattern of exactly "
-                        f"one group, with a rule of {', '.join(RULES)}; its groups: {found}")
+    found = " and ".join(group.name for group in matches) or "none"
+    require(len(matches) == 1, f"optimizer_groups: the parameter {name} must match the pattern of "
+                               f"exactly one group; its groups: {found}")
+    rule = matches[0].rule
+    require(rule in RULES, f"optimizer_groups: the group {found} has the rule {rule!r}, which is "
+                           f"not in the table RULES: {', '.join(RULES)}")
     return matches[0]
 
 
@@ -1773,7 +1819,13 @@ def environment_ranks() -> tuple[int, int, int]:
         is_valid = bool(value) if name == "MASTER_ADDR" else value.isdecimal()
         require(is_valid, f"the environment variable {name} is '{value}', but several processes "
                           "need it; start them with torchrun, or unset WORLD_SIZE")
-    return tuple(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    rank, local_rank, world_size = (
+        int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    require(local_rank <= rank < world_size,
+            f"the environment variables RANK={rank}, LOCAL_RANK={local_rank} and "
+            f"WORLD_SIZE={world_size} contradict each other; start the processes with torchrun, or "
+            "unset WORLD_SIZE")
+    return rank, local_rank, world_size
 
 
 def start_runtime(hp: Hyperparameters) -> Runtime:
@@ -1791,23 +1843,46 @@ def start_runtime(hp: Hyperparameters) -> Runtime:
         device = torch.device("cpu")
         set_threads()
     if world_size > 1:
-        # The timeout ends other nodes if a rank fails. Compiling on one node must take less.
-        backend = dict(backend="nccl", device_id=device) if hp.use_cuda else dict(backend="gloo")
-        dist.init_process_group(timeout=timedelta(minutes=10), **backend)
+        join_ranks(hp, device)
     return Runtime(rank, world_size, device)
+
+
+def join_ranks(hp: Hyperparameters, device: torch.device) -> None:
+    """Create the process group. Raises UserError if not all ranks come within a minute."""
+    backend = dict(backend="nccl", device_id=device) if hp.use_cuda else dict(backend="gloo")
+    # This timeout ends other nodes if a rank fails. Compiling on one node must take less.
+    timeout = timedelta(minutes=10)
+    try:
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # torch would try it for a minute
+        # init_process_group alone has one timeout for both.
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=1)))
+        store.set_timeout(timeout)
+        dist.init_process_group(
+            store=dist.PrefixStore("train_gpt", store), rank=rank, world_size=world_size,
+            timeout=timeout, **backend)
+    except (RuntimeError, ValueError, OSError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(
+            f"the {os.environ['WORLD_SIZE']} ranks did not find each other at {address}: {reason}; "
+            "start them all within a minute, with torchrun, or unset WORLD_SIZE") from None
 
 
 def set_threads() -> None:
     """One thread for each core that this process may use, at most 8, because the laptop track's
     matrices are small. Processes of one node share the cores. OMP_NUM_THREADS overrides this."""
-    if "OMP_NUM_THREADS" in os.environ:
+    if os.environ.get("OMP_NUM_THREADS"):
         return
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")  # set by torchrun
+    processes = int(processes) if processes.isdecimal() else 1
+    torch.set_num_threads(min(max(usable_cores() // max(processes, 1), 1), 8))
+
+
+def usable_cores() -> int:
+    """The number of CPU cores that this process may use; Slurm and taskset can limit them."""
     if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(min(max(cores // processes, 1), 8))
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def activation_dtype(hp: Hyperparameters, device: torch.device) -> torch.dtype:
@@ -1821,20 +1896,11 @@ def activation_dtype(hp: Hyperparameters, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def is_compiled(hp: Hyperparameters, device: torch.device) -> bool:
-    """Whether the model is compiled: with --compile on, or auto on a GPU that Triton supports;
-    never if torch's environment variables disable torch.compile."""
-    on = hp.compile == "on"
-    if hp.compile == "auto":  # Triton needs compute capability 7.0
-        on = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
-    disabled = torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1"
-    return on and not disabled
-
-
 class StopSignal:
-    """Inside `with`, SIGINT, SIGTERM and SIGHUP (Ctrl-C, Slurm, spot machines, a lost connection)
-    only set `number`. The training loop sums it over the ranks at each log line and calls agree(),
-    so that all ranks stop at the same step. A second signal ends the process at once."""
+    """Inside `with`, the signals of Ctrl-C, of Slurm and spot machines (SIGTERM, SIGUSR1) and of a
+    lost connection (SIGHUP) only set `number`. The training loop sums it over the ranks at each log
+    line and calls agree(), so that all ranks stop at the same step. A second signal ends the
+    process at once."""
     def __init__(self):
         self.number = 0
         self.agreed = 0  # the signal that ends the run, the same on all ranks; 0: none
@@ -1842,7 +1908,7 @@ class StopSignal:
 
     def __enter__(self):
         self.previous_handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 self.previous_handlers[number] = signal.signal(number, self.receive)
         return self
@@ -1869,6 +1935,63 @@ class StopSignal:
 
 
 # --- Compilation ----------------------------------------------------------------------------------
+
+
+def choose_compilation(hp: Hyperparameters, runtime: Runtime) -> tuple[bool, str]:
+    """Whether the model is compiled, the same on all ranks, and why it is not although it should
+    be. --compile auto compiles on a GPU that Triton supports. Raises UserError for --compile on if
+    the compiler does not work. Collective."""
+    device = runtime.device
+    if hp.compile == "auto":  # Triton needs compute capability 7.0
+        wanted = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+    else:
+        wanted = hp.compile == "on"
+    if not wanted:
+        return False, ""
+    use_compile_cache()  # torch._dynamo looks for it when it is imported, which is now
+    if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return False, "TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE is set"
+    problem = compiler_problem(device)
+    (num_problems,) = runtime.sum(bool(problem))
+    if not num_problems:
+        return True, ""
+    problem = problem or "torch.compile does not work on another rank"
+    require(hp.compile == "auto", f"{problem}; or use --compile off")
+    return False, problem
+
+
+def compiler_problem(device: torch.device) -> str:
+    """Compile a small function. Returns what is wrong with the compiler, or ""."""
+    torch._dynamo.config.suppress_errors = False  # it would run what it can't compile uncompiled
+    try:
+        torch.compile(lambda x: 2 * x + 1)(torch.zeros(64, device=device))
+    except Exception as error:  # the compiler, its headers, the path, the disk: it can be anything
+        reason = " ".join(str(error).split())[:200]
+        return ("torch.compile does not work; it needs a C++ compiler, Python's headers (Debian: "
+                "apt install build-essential python3-dev) and a Python environment in a path "
+                f"without spaces and quotes. It says: {type(error).__name__}: {reason}")
+    return ""
+
+
+def use_compile_cache() -> None:
+    """Choose the folder for compiled kernels, so that the next run starts sooner: that of
+    TORCHINDUCTOR_CACHE_DIR, else one in the repository. If it can't be used, a new temporary one.
+    """
+    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    folder = Path(given) if given else ROOT / ".cache" / "inductor"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        # torch calls the compiler with unquoted paths.
+        problem = "has a space or a quote" if re.search(r"[\s'\"]", str(folder)) else ""
+    except OSError as error:
+        problem = error.strerror
+    if problem:
+        temporary = tempfile.mkdtemp(prefix="inductor-")
+        log.warning(f"compiled kernels are kept in {temporary}, because {folder}: {problem}")
+        folder = temporary
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def compile_model(model: GPT, optimizer: Optimizer, device: torch.device) -> None:
@@ -1916,19 +2039,12 @@ def warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperpara
 
 def compile_and_warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperparameters,
                         runtime: Runtime, compiled: bool) -> None:
-    """Compile, if asked for, and warm up. Raises UserError if the compiler fails."""
+    """Compile, if asked for, and warm up."""
     started = runtime.seconds()
     if compiled:
         log.info("compiling (the first time this takes minutes) ...")
         compile_model(model, optimizer, runtime.device)
-    try:
-        warm_up(model, optimizer, stream, hp, runtime)
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            "torch.compile failed; it needs a C++ compiler, Python's headers (Debian: apt install "
-            "build-essential python3-dev) and paths without spaces; or use --compile off. It says: "
-            f"{reason}") from None
+    warm_up(model, optimizer, stream, hp, runtime)
     what = "compiled and warmed up" if compiled else "warmed up"
     log.info(f"{what} in {runtime.seconds() - started:.1f} s (not training time)")
 
@@ -1946,16 +2062,37 @@ class ConsoleHandler(logging.Handler):
         try:
             tqdm.write(self.format(record), file=stream)
             stream.flush()
-        except (OSError, UnicodeError):  # a console that is gone must not end the run
+        except OSError:  # a console that is gone, or a full disk, must not end the run
             pass
+
+
+def prepare_console() -> None:
+    """A console that is not UTF-8 shows characters that it lacks as escapes. One that was closed
+    before the start (`>&-`) is replaced by the null device."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        if isinstance(getattr(sys, name), io.TextIOWrapper):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def output_of(*command: str) -> str:
     """What a command prints; empty if it can't be run."""
     if not shutil.which(command[0]):
         return ""
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace",
+                            cwd=ROOT)
     return result.stdout.strip()
+
+
+def git_state() -> tuple[str | None, bool]:
+    """The commit of this repository and whether files differ from it; (None, False) if ROOT is a
+    folder inside another repository, or in none."""
+    top = output_of("git", "rev-parse", "--show-toplevel")
+    if not top or Path(top).resolve() != ROOT.resolve():
+        return None, False
+    commit = output_of("git", "rev-parse", "--verify", "HEAD")
+    return commit or None, bool(output_of("git", "status", "--porcelain"))
 
 
 def device_name(device: torch.device) -> str:
@@ -1971,28 +2108,37 @@ def run_info(hp: Hyperparameters, runtime: Runtime, train_stream: TokenStream,
              val_stream: TokenStream, dtype: torch.dtype, compiled: bool) -> dict:
     """What the log and the checkpoints say about the run, the same on all ranks. Collective."""
     track = TRACKS[hp.track]
-    fingerprints = val_stream.fingerprint(track.val_tokens + 1), train_stream.fingerprint(2 ** 26)
+    fingerprint = "-".join([val_stream.fingerprint(track.val_tokens + 1),
+                            train_stream.fingerprint(2 ** 26),
+                            train_stream.fingerprint_of_shards()])
     run_id = f"{hp.track}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}"
     if hp.resume not in ("", "latest"):
-        run_id = Path(str(open_checkpoint(hp.resume)["info"].get("run_id"))).name  # the same log
+        saved = open_checkpoint(hp.resume)["info"]
+        run_id = Path(str(saved.get("run_id"))).name  # the same log
+        require(saved.get("data_fingerprint") == fingerprint,
+                f"the run of the checkpoint {hp.resume} read other data: fingerprint "
+                f"{saved.get('data_fingerprint')} and {saved.get('train_tokens')} training tokens, "
+                f"now {fingerprint} and {len(train_stream)}; restore its shards in "
+                f"{ROOT / 'data'}, or start a new run")
+    commit, dirty = git_state()
     return runtime.broadcast_object({
         "run_id": run_id,
         "command": sys.argv,
         "script": os.path.relpath(__file__, ROOT),
         "code_hash": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
-        "git_commit": output_of("git", "rev-parse", "HEAD") or None,
-        "git_dirty": bool(output_of("git", "status", "--porcelain")),
+        "git_commit": commit,
+        "git_dirty": dirty,
         "hyperparameters": dataclasses.asdict(hp),
         "target": track.target,
         "stage_tokens": [stage.batch_multiplier * hp.batch_size * hp.sequence_length
                          for stage in hp.stages],
-        "data_fingerprint": "-".join(fingerprints),
+        "data_fingerprint": fingerprint,
         "train_tokens": len(train_stream),
         "activations": str(dtype).removeprefix("torch."),
         "compiled": compiled,
         "world_size": runtime.world_size,
         "device": device_name(runtime.device),
-        "device_count": runtime.world_size if runtime.cuda else os.cpu_count(),
+        "device_count": runtime.world_size if runtime.cuda else usable_cores(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
@@ -2066,12 +2212,15 @@ def finish(progress: "Progress", stop: StopSignal, hp: Hyperparameters, runtime:
             command += ["-m", "torch.distributed.run", "--standalone",
                         f"--nproc_per_node={runtime.world_size}"]
         command += [os.path.relpath(__file__), "--resume", str(checkpoint_path(progress, hp, info))]
-        log.info(f"stopped by a signal at step {progress.step}; continue with: {' '.join(command)}")
+        log.info(f"stopped by a signal at step {progress.step}; continue with: "
+                 f"{shlex.join(command)}")
         return 128 + stop.agreed
     target = TRACKS[hp.track].target
     if progress.target_ms is not None:
         log.info(f"target {target}: reached at step {progress.target_step} after "
                  f"{progress.target_ms / 1000:.1f} s")
+    elif hp.num_val_tokens < TRACKS[hp.track].val_tokens:
+        log.info(f"target {target}: not judged, because --val_tokens is {hp.val_tokens}")
     elif target:  # a track of one's own may have none
         log.info(f"target {target}: missed")
     if runtime.cuda:
@@ -2097,9 +2246,8 @@ class Progress:
     target_step: int | None = None  # when a validation first reached the target
     target_ms: float | None = None
 
-    def note_validation(self, loss: float, target: float) -> None:
-        """Note a validation at `step`."""
-        self.validated_step = self.step
+    def note_target(self, loss: float, target: float) -> None:
+        """Note the first validation, at `step`, that reaches the target."""
         if loss <= target and self.target_step is None:
             self.target_step, self.target_ms = self.step, self.train_ms
 
@@ -2109,15 +2257,18 @@ def checkpoint_path(progress: Progress, hp: Hyperparameters, info: dict) -> Path
     return hp.folder / f"{info['run_id']}_step{progress.step:06d}.pt"
 
 
-def newest_checkpoint(folder: Path, track: str) -> str:
+def newest_checkpoint(folder: Path, track: str, seed: int | None = None) -> str:
     """The checkpoint with the highest step of the run that was started last; "" if there is none.
-    track: only this track's; "": any."""
+    track: only this track's; "": any. seed: only this seed's; None: any."""
     found = []
     for path in folder.glob("*.pt"):
         match = re.fullmatch(r"(.+)-(\d{8}-\d{6}-[0-9a-f]{6})_step(\d+)", path.stem)
         if match and track in ("", match[1]):
             found.append((match[2], int(match[3]), str(path)))
-    return max(found)[2] if found else ""
+    for _, _, path in sorted(found, reverse=True):
+        if seed is None or open_checkpoint(path)["hyperparameters"].get("seed") == seed:
+            return path
+    return ""
 
 
 def save_checkpoint(progress: Progress, model: GPT, optimizer: Optimizer, hp: Hyperparameters,
@@ -2191,7 +2342,7 @@ def load_checkpoint(model: GPT, optimizer: Optimizer, hp: Hyperparameters, info:
         is_shown = name not in ("resume", "dtype")  # dtype: see activations below
         if is_shown and settings.get(name) != value:
             log.info(f"setting changed: {name} was {value}, now {settings.get(name)}")
-    for name in ("code_hash", "data_fingerprint", "train_tokens", "activations", "torch", "device"):
+    for name in ("code_hash", "activations", "compiled", "torch", "device", "world_size"):
         if saved["info"].get(name) != info[name]:
             log.info(f"{name} changed: was {saved['info'].get(name)}, now {info[name]}")
     return progress
@@ -2203,6 +2354,13 @@ def load_checkpoint(model: GPT, optimizer: Optimizer, hp: Hyperparameters, info:
 class ArgumentParser(argparse.ArgumentParser):
     """Reports a wrong flag as one line; argparse would print its usage first."""
     def error(self, message):
+        if unknown := re.search(r"unrecognized arguments: --([\w-]+)", message):
+            names = [field.name for field in dataclasses.fields(Hyperparameters)]
+            similar = difflib.get_close_matches(unknown[1].replace("-", "_"), names, n=1)
+            if "layer" in unknown[1]:
+                message += " (the table LAYERS in train_gpt.py has one row for each layer)"
+            elif similar:
+                message += f" (similar: --{similar[0]})"
         raise UserError(f"{message}; `python train_gpt.py --help` lists all flags")
 
 
@@ -2236,12 +2394,13 @@ def parse_arguments(argv: list[str] | None = None) -> Hyperparameters:
     of the track. The default track is laptop on a CPU, fineweb with a GPU. argv: default sys.argv.
     Raises UserError."""
     parser = make_parser()
-    parser.set_defaults(track="")
+    parser.set_defaults(track="", seed=None)
     given, _ = parser.parse_known_args(argv)  # the second parse reports unknown flags
     resume = given.resume
     if resume == "latest":
         folder = Hyperparameters(entry=given.entry).folder
-        resume = newest_checkpoint(folder, given.track) or "latest"
+        resume = newest_checkpoint(folder, given.track, given.seed) or "latest"
+    parser.set_defaults(seed=Hyperparameters.seed)
     if resume in ("", "latest"):
         has_gpu = given.device != "cpu" and torch.cuda.is_available()
         track = given.track or ("fineweb" if has_gpu else "laptop")
@@ -2294,14 +2453,17 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
 
     batch_sizes = [stage.batch_multiplier * hp.batch_size for stage in hp.stages]
     require(math.gcd(*batch_sizes) % world_size == 0,
-            f"--batch_size {hp.batch_size}: steps of {sorted(set(batch_sizes))} sequences can't be "
-            f"divided over {world_size} ranks")
+            f"{' or '.join(map(str, sorted(set(batch_sizes))))} sequences per step (--batch_size "
+            f"{hp.batch_size}) can't be divided over {world_size} ranks")
     require(hp.sequence_length % 128 == 0,
             f"--sequence_length {hp.sequence_length} must be a multiple of 128")
-    val_tokens = TRACKS[hp.track].val_tokens
-    require(hp.val_length % 128 == 0 and val_tokens % hp.val_length == 0,
+    track_val_tokens = TRACKS[hp.track].val_tokens
+    require(hp.val_length % 128 == 0 and track_val_tokens % hp.val_length == 0,
             f"--val_length {hp.val_length} must be a multiple of 128 that divides the "
-            f"{val_tokens:,} validation tokens, for example a power of two")
+            f"{track_val_tokens:,} validation tokens, for example a power of two")
+    require(hp.val_tokens <= track_val_tokens and hp.val_tokens % hp.val_length == 0,
+            f"--val_tokens {hp.val_tokens} must be a multiple of --val_length {hp.val_length}, and "
+            f"at most the track's {track_val_tokens}")
     require(hp.save_every % hp.adam_every == 0,
             f"--save_every {hp.save_every} must be a multiple of --adam_every {hp.adam_every}")
     require(hp.model_dim % (4 * hp.num_heads) == 0,
@@ -2345,8 +2507,7 @@ def check_tables(layers: tuple[Layer, ...], stages: tuple[Stage, ...]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script. Returns the exit code: 0; 2 after a user error; 128 + n after signal n."""
-    if os.access(ROOT, os.W_OK):  # compiled kernels are kept, so that the next run starts sooner
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "inductor"))
+    prepare_console()
     log.propagate = False
     log.setLevel(logging.WARNING)  # rank 0 lowers it in start_log
     log.addHandler(ConsoleHandler())
@@ -2357,6 +2518,8 @@ def main(argv: list[str] | None = None) -> int:
         code = train(hp, runtime)
         runtime.barrier()  # until rank 0 has logged its last line
         return code
+    except SystemExit as end:  # after --help
+        return end.code
     except UserError as error:
         message = str(error)
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -2383,6 +2546,11 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     exit_code = main()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # the console is gone, which a normal exit would report
+        os._exit(exit_code)
     if dist.is_initialized():  # a normal exit destroys the process group, where gloo can abort
         os._exit(exit_code)
     sys.exit(exit_code)

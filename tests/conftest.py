@@ -1,4 +1,5 @@
 """Fixtures and helpers of several tests, and the option --all."""
+import shlex
 import signal
 import subprocess
 import sys
@@ -51,7 +52,8 @@ def make_home(root, monkeypatch, capfd, recipe, train_tokens):
     """A repository with a small corpus in which train_gpt.main runs.
 
     Returns an object with run(*flags), which runs it in this process and returns code, out and err;
-    start(*flags, ranks=1, patch=None), which starts it as a process of its own (subprocess.Popen);
+    start(*flags, ranks=1, patch=None, shell=""), which starts it as a process of its own
+    (subprocess.Popen), with redirections of the shell;
     and the folders root and scratch."""
     small.write_corpus(root, train_tokens)
     small.install(train_gpt, root, monkeypatch, recipe)
@@ -63,7 +65,7 @@ def make_home(root, monkeypatch, capfd, recipe, train_tokens):
         out, err = capfd.readouterr()
         return SimpleNamespace(code=code, out=out, err=err)
 
-    def start(*flags, ranks=1, patch=None, env=None, flags_before=defaults):
+    def start(*flags, ranks=1, patch=None, env=None, shell="", flags_before=defaults):
         command = [sys.executable]
         if ranks > 1:
             command += ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost",
@@ -74,6 +76,8 @@ def make_home(root, monkeypatch, capfd, recipe, train_tokens):
         if patch:
             command += ["--patch", patch]
         command += [str(root), *flags_before, *map(str, flags)]
+        if shell:
+            command = ["bash", "-c", f"{shlex.join(command)} {shell}"]
         return subprocess.Popen(
             command, cwd=root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

@@ -2,6 +2,8 @@
 documents cut and packed as the specification says."""
 import dataclasses
 import math
+import os
+import resource
 import struct
 
 import numpy as np
@@ -158,6 +160,38 @@ def test_the_fingerprint_depends_on_the_tokens_and_not_on_the_shards(counting_sh
     assert stream().fingerprint(1500) == before
     write_shard(counting_shards / "x_000003.bin", np.arange(1007, 2000)[::-1])
     assert stream().fingerprint(1500) != before
+
+
+@pytest.mark.parametrize("change", ["none", "cut elsewhere", "one more", "first", "last"])
+def test_the_fingerprint_of_shards_depends_on_their_sizes_and_ends(counting_shards, change):
+    before = stream().fingerprint_of_shards()
+    tokens = np.arange(1007, 2000)
+    if change == "cut elsewhere":
+        tokens = tokens[:-1]
+    elif change == "one more":
+        write_shard(counting_shards / "x_000004.bin", np.arange(1))
+    elif change == "first":
+        tokens[0] += 1
+    elif change == "last":
+        tokens[-1] -= 1
+    write_shard(counting_shards / "x_000003.bin", tokens)
+    assert (stream().fingerprint_of_shards() == before) == (change == "none")
+
+
+def test_many_shards_need_few_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
+    for number in range(60):
+        write_shard(tmp_path / f"x_{number:06d}.bin", np.array([EOT, number]))
+    open_files = len(os.listdir("/dev/fd"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files + 20, hard))
+    try:
+        many = stream()
+        assert many.read(0, 120)[1::2].tolist() == list(range(60))
+        assert len(many.documents) == 61
+        many.fingerprint_of_shards()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 # --- Batches of plain text ------------------------------------------------------------------------

@@ -3,7 +3,10 @@
 Where the compiler would take long, a backend takes its place that keeps the graphs as they are.
 What is compiled on CUDA is tested in test_cuda.py and by tools/simulate.
 """
+import dataclasses
 import functools
+import os
+from pathlib import Path
 
 import pytest
 import small
@@ -90,6 +93,54 @@ def test_growing_window_compiles_flex_attention_once(recipe, graphs):
              for i, layer in enumerate(recipe.layers) if layer.attention}
     with_attention = [graph for graph in graphs if "flex_attention" in str(graph.graph)]
     assert len(with_attention) == len(kinds)
+
+
+@pytest.mark.parametrize("flag, problem, compiled, explained", [
+    ("auto", "", True, False), ("auto", "no compiler", False, True), ("off", "no compiler", False,
+    False), ("on", "", True, False)])
+def test_auto_does_without_a_compiler_that_does_not_work(hp, monkeypatch, flag, problem, compiled,
+                                                         explained):
+    """--compile on is refused then (test_errors.py)."""
+    monkeypatch.setattr(train_gpt, "compiler_problem", lambda device: problem)
+    monkeypatch.setattr(train_gpt, "use_compile_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(Runtime, "sum", lambda self, *values: [float(value) for value in values])
+    hp = dataclasses.replace(hp, compile=flag)
+    gpu = Runtime(0, 1, torch.device("cuda", 0))
+    found, reason = train_gpt.choose_compilation(hp, gpu)
+    assert (found, bool(reason)) == (compiled, explained)
+
+
+@pytest.mark.parametrize("variable", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
+def test_compiling_that_torch_was_told_to_disable_is_not_logged(hp, monkeypatch, variable):
+    monkeypatch.setattr(train_gpt, "use_compile_cache", lambda: None)
+    monkeypatch.setenv(variable, "1")  # torch has read the first one at its import
+    with torch._dynamo.config.patch(disable=variable == "TORCH_COMPILE_DISABLE"):
+        on = dataclasses.replace(hp, compile="on")
+        compiled, reason = train_gpt.choose_compilation(on, ALONE)
+    assert not compiled and variable in reason
+
+
+@pytest.mark.parametrize("obstacle", ["none", "file", "read-only", "space", "quote"])
+def test_cache_that_cannot_be_made_is_replaced(tmp_path, monkeypatch, capfd, obstacle):
+    """The place that is taken instead is named, and exists."""
+    root = tmp_path / {"space": "my project", "quote": "it's"}.get(obstacle, "project")
+    root.mkdir()
+    if obstacle == "file":
+        (root / ".cache").touch()
+    if obstacle == "read-only":  # root may write anywhere, so the file system refuses here
+        def refuse(**options):
+            raise PermissionError(13, "Permission denied")
+        monkeypatch.setattr(train_gpt.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(train_gpt, "ROOT", root)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    warnings = []
+    monkeypatch.setattr(train_gpt.log, "warning", warnings.append)
+    train_gpt.use_compile_cache()
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert folder.is_dir()
+    assert (folder == root / ".cache" / "inductor") == (obstacle == "none")
+    assert [str(folder) in warning for warning in warnings] == [True] * (obstacle != "none")
 
 
 @pytest.mark.slow

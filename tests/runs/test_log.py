@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import small
 import torch
 from conftest import metric_lines
-from run_helpers import log_text, logged_lines, no_warm_up, steps_of
+from run_helpers import finish, log_text, logged_lines, no_warm_up, steps_of
 
 import train_gpt
 from train_gpt import Optimizer, Progress, Runtime, TokenStream
@@ -131,6 +132,28 @@ class BrokenStream:
         return False
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("console", [">&-", ">&- 2>&-", ">/dev/full", "2>/dev/full"])
+def test_console_that_is_closed_or_full_does_not_end_a_process(home, console):
+    process = home.start(shell=console)
+    _, err = finish(process)
+    assert process.returncode == 0
+    assert err == ""
+    assert steps_of(logged_lines(home), "val_loss") == [3, 6]
+
+
+def test_console_that_lacks_characters_shows_escapes(home, monkeypatch):
+    no_warm_up(monkeypatch)
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(train_gpt, "device_name", lambda device: "Intel\N{REGISTERED SIGN} CPU")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", console)
+        code = train_gpt.main(small.TINY)
+    assert code == 0
+    assert rb"Intel\xae CPU" in console.buffer.getvalue()
+    assert "Intel\N{REGISTERED SIGN} CPU" in log_text(home)
+
+
 def test_console_that_is_gone_does_not_end_the_run(home, monkeypatch):
     """As with `| head -1`."""
     no_warm_up(monkeypatch)
@@ -177,6 +200,51 @@ def test_terminal_shows_a_progress_bar_and_the_log_does_not(home, monkeypatch):
     assert "\r" not in "\n".join(logged_lines(home))
 
 
+def test_validation_on_fewer_tokens_is_no_result(home, monkeypatch):
+    """Each validation reads --val_tokens, and a target that its loss reaches does not count."""
+    no_warm_up(monkeypatch)
+    track = dataclasses.replace(train_gpt.TRACKS["laptop"], target=9.7531)
+    monkeypatch.setitem(train_gpt.TRACKS, "laptop", track)
+    read = []
+    sequence = TokenStream.sequence
+
+    def noted_sequence(self, index, length):
+        if "_val_" in str(self.paths[0]):
+            read.append((index, length))
+        return sequence(self, index, length)
+
+    monkeypatch.setattr(TokenStream, "sequence", noted_sequence)
+    done = home.run("--val_tokens=4096", "--save_every=3")
+    assert done.code == 0, done.err
+    assert read == [(0, 2048), (1, 2048)] * 2
+    for path in home.scratch.glob("*.pt"):
+        assert train_gpt.open_checkpoint(str(path))["progress"]["target_step"] is None
+    warnings = [line for line in logged_lines(home) if "--val_tokens" in line]
+    assert warnings and "4,096" in warnings[0] and "16,384" in warnings[0]
+
+
+@pytest.mark.parametrize("place, expected", [("top", True), ("below", False), ("outside", False)])
+def test_commit_is_that_of_this_repository_or_none(tmp_path, monkeypatch, place, expected):
+    """A copy of the project inside another repository has not that repository's commit."""
+    def git(*words):
+        identity = ["-c", "user.name=me", "-c", "user.email=me@localhost"]
+        subprocess.run(["git", *identity, *words], cwd=tmp_path / "top", check=True,
+                       capture_output=True)
+
+    for folder in ("top", "top/below", "outside"):
+        (tmp_path / folder).mkdir()
+    git("init")
+    git("commit", "--allow-empty", "-m", "first")
+    root = {"top": "top", "below": "top/below", "outside": "outside"}[place]
+    monkeypatch.setattr(train_gpt, "ROOT", tmp_path / root)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    commit, dirty = train_gpt.git_state()
+    assert bool(commit) == expected
+    assert not dirty
+    (tmp_path / "top" / "new_file").touch()
+    assert train_gpt.git_state() == (commit, expected)
+
+
 def test_second_epoch_is_logged_once(home, monkeypatch):
     """10,240 tokens are read of a text of 6,000."""
     no_warm_up(monkeypatch)
@@ -189,9 +257,8 @@ def test_target_is_reached_when_a_validation_first_reaches_it():
     progress = Progress()
     validations = [(10, 1.5, 100.0), (20, 1.0, 200.0), (30, 0.9, 300.0)]
     for progress.step, val_loss, progress.train_ms in validations:
-        progress.note_validation(val_loss, target=1.0)
+        progress.note_target(val_loss, target=1.0)
     assert (progress.target_step, progress.target_ms) == (20, 200.0)
-    assert progress.validated_step == 30
 
 
 def test_target_is_logged(home, monkeypatch):

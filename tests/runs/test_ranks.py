@@ -24,7 +24,7 @@ FLAGS = {
 
 # What a checkpoint says about its run; load_checkpoint reports differences.
 INFO = dict.fromkeys(
-    ["code_hash", "data_fingerprint", "train_tokens", "activations", "torch", "device"], "same")
+    ["code_hash", "activations", "compiled", "torch", "device", "world_size"], "same")
 INFO["run_id"] = "laptop-20260101-000000-aaaaaa"
 
 

@@ -188,11 +188,11 @@ def changes(done, *names) -> set[str]:
 
 
 def test_log_names_what_differs(home, monkeypatch, tmp_path):
-    """A setting with both values, the script, the data; nothing if nothing differs."""
+    """A setting with both values, the script; nothing if nothing differs."""
     no_warm_up(monkeypatch)
     assert home.run("--save_every=3").code == 0
     path = checkpoint(home, 3)
-    names = ["muon_lr", "code_hash", "data_fingerprint", "seed", "activations"]
+    names = ["muon_lr", "code_hash", "seed", "activations", "compiled", "world_size"]
     assert changes(home.run("--resume", path, flags_before=[]), *names) == set()
 
     done = home.run("--resume", path, "--muon_lr=0.0213", flags_before=[])
@@ -208,9 +208,36 @@ def test_log_names_what_differs(home, monkeypatch, tmp_path):
         done = home.run("--resume", path, flags_before=[])
     assert changes(done, *names) == {"code_hash"}
 
-    small.write_shard(home.root / "data/laptop/laptop_train_000001.bin", small.words(3000, seed=9))
-    done = home.run("--resume", path, flags_before=[])
-    assert changes(done, *names) == {"data_fingerprint"}
+
+@pytest.mark.parametrize("change", ["other text", "one more shard", "a shorter last shard"])
+def test_other_data_are_refused(home, monkeypatch, change):
+    """The rest of the run would read another text, or the same in another order."""
+    no_warm_up(monkeypatch)
+    assert home.run("--save_every=3").code == 0
+    path = checkpoint(home, 3)
+    lines = logged_lines(home)
+    number, size = {"other text": (1, 3000), "one more shard": (3, 500),
+                    "a shorter last shard": (2, 2999)}[change]
+    shard = home.root / f"data/laptop/laptop_train_{number:06d}.bin"
+    small.write_shard(shard, small.words(size, seed=9 if number == 1 else 1 + number))
+    assert_one_line(home.run("--resume", path, flags_before=[]), str(path), "data")
+    assert logged_lines(home) == lines
+
+
+def test_latest_is_of_the_seed_that_is_given(home, monkeypatch):
+    """Runs of several seeds write into one folder; each resumes its own."""
+    no_warm_up(monkeypatch)
+    for seed in (3, 4):
+        assert home.run(f"--seed={seed}", "--save_every=3").code == 0
+
+    def seed_of_latest(*flags):
+        hp = train_gpt.parse_arguments(["--resume=latest", *flags])
+        return hp.seed, hp.resume != "latest"
+
+    assert seed_of_latest("--seed=3") == (3, True)
+    assert seed_of_latest("--seed=4") == (4, True)
+    assert seed_of_latest("--seed=5") == (5, False)  # a new run
+    assert seed_of_latest("--track=laptop")[1]
 
 
 def test_longer_run_continues_and_a_shorter_one_is_a_mistake(home, monkeypatch):

@@ -92,7 +92,7 @@ def test_signal_in_the_last_step_leaves_a_finished_run(home, monkeypatch):
 
 def test_stop_signal_restores_the_handlers_and_ignores_what_was_ignored(monkeypatch, capfd):
     """Outside of `with` all is as before; nohup's ignored SIGHUP stays ignored inside."""
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
     original = {number: signal.getsignal(number) for number in numbers}
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -135,7 +135,8 @@ def test_second_signal_ends_at_once(monkeypatch):
 @pytest.mark.parametrize("number", [
     signal.SIGTERM,
     pytest.param(signal.SIGINT, marks=pytest.mark.slow),
-    pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+    pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+    pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_signal_ends_a_process_with_a_checkpoint(home, number):
     """The exit code is 128 + the signal's number; the printed command continues."""
     process = home.start(*ENDLESS)
