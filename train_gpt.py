@@ -687,7 +687,8 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(hp, layer) if layer.attention else None
         self.mlp = MLP(hp)
-        resid = (1.1 ** 0.5, 1.1 ** 0.5)  # of x before attention and before the MLP (2025-12-29)
+        # Records 2025-11-18 (more than 1 at initialization) and 2026-02-12 (one for each branch).
+        resid = (1.1 ** 0.5, 1.1 ** 0.5)  # of x before attention and before the MLP
         branch = (1.0, 1.0, 0.0, 0.05)    # of attention, MLP, x0, n-grams
         self.resid_lambdas = self.branch_lambdas = self.mudd = None
         if layer.mudd:

@@ -68,3 +68,13 @@ def test_python_files_and_modules_exist(page):
             if word.endswith(".py") and before in ("python", "python3"):
                 mine = {"my_idea.py", "theirs.py"}
                 assert word in mine or (ROOT / word).exists(), word
+
+
+def test_techniques_are_where_the_page_says():
+    """Each name in the last column of docs/techniques.md exists in the file."""
+    page = (ROOT / "docs/techniques.md").read_text()
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| **")]
+    named = {name for row in rows if len(row) == 4 for name in re.findall(r"`([\w.]+)`", row[-1])}
+    words = set(re.findall(r"\w+", Path(train_gpt.__file__).read_text()))
+    assert len(named) > 30
+    assert {word for name in named for word in name.split(".")} <= words
