@@ -129,7 +129,7 @@ def test_the_mean_of_steps_is_weighted_by_how_often_they_occur():
 
 
 def test_the_readme_has_the_errors_of_the_model():
-    lines = (REPOSITORY / "tools/simulate/README.md").read_text().splitlines()
+    lines = (REPOSITORY / "docs/simulator.md").read_text().splitlines()
     for row in model.PUBLISHED:
         (line,) = [line for line in lines if row.record in line and "|" in line]
         assert str(row.published_ms) in line and str(row.predicted_ms) in line

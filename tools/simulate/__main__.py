@@ -4,7 +4,7 @@
 
 The simulation runs one rank of SCRIPT (default: train_gpt.py) for a few steps, with its warm-up
 and validation, on a CUDA runtime that computes nothing. Flags that it does not know are the
-script's. It prints each check with a verdict and the reason. tools/simulate/README.md says what it
+script's. It prints each check with a verdict and the reason. docs/simulator.md says what it
 can't see. The exit code is 0, 1 after a FAIL, 2 for a wrong flag, or 3 if something could not run.
 """
 import argparse
