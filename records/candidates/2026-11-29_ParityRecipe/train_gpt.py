@@ -3,14 +3,15 @@
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py --track fineweb    # 8 GPUs
     python train_gpt.py --track fineweb     # one GPU: the same batches, as micro-batches
-    python train_gpt.py --track laptop      # a CPU: bytes of Python source, about a minute
+    python train_gpt.py --track laptop      # a CPU: bytes of Python source, half a minute
     python train_gpt.py --help              # every setting, with its unit and default
 
 Measured on the laptop track: 16.8 s of training (median) for 170 steps, loss 1.0677 +- 0.0138; five
 runs on one core of an AMD EPYC, compiled, bfloat16, torch 2.13. Logs:
 records/studies/2026-11-29_PlainCode.
-Predicted for the fineweb track: 1.36 minutes on 8 H100s for 1,405 steps, by a simulator. It was
-never run there, so neither this time nor the loss of 3.28 is confirmed (records/candidates).
+Predicted for the fineweb track: 1.36 minutes (error unknown) on 8 H100s for 1,405 steps, by a
+simulator. It was never run there, so neither this time nor the loss of 3.28 is confirmed. Report:
+records/candidates/2026-11-29_ParityRecipe. modded-nanogpt's own record is 39.9 seconds.
 
 The task and nearly all ideas come from modded-nanogpt,
 https://github.com/KellerJordan/modded-nanogpt. This recipe ports its script of 2026-05-24 to plain
