@@ -3,6 +3,7 @@
 Nothing in this package imports torch or train_gpt. What the commands share is defined here.
 """
 import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -15,10 +16,15 @@ if find_spec("numpy") is None:
     sys.exit(2)
 
 DATA_FOLDER = Path(__file__).resolve().parent
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class UserError(Exception):
     """A mistake that the user can correct. A command prints it as one line and exits with 2."""
+
+
+class Stopped(SystemExit):
+    """SIGTERM or SIGHUP has arrived. Like Ctrl-C, it removes temporary files on its way out."""
 
 
 def usable_cores() -> int:
@@ -28,14 +34,67 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def path_argument(text: str) -> Path:
+    """Return a path of the command line. Raises UserError if it is empty: Path("") is the folder
+    that the caller is in."""
+    if not text:
+        raise UserError("a path is empty, expected a file or a folder; is a shell variable unset?")
+    return Path(text)
+
+
+def say(line: str, stream=None, end: str = "\n") -> None:
+    """Print a line to a stream (default: stdout).
+
+    When nobody reads it any more (`| head -1`), or when its disk is full, the work goes on.
+    """
+    stream = stream or sys.stdout
+    try:
+        print(line, file=stream, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def prepare_streams() -> None:
+    """Make stdout and stderr accept every text, and exist, even if the caller has closed them."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names that are not UTF-8, or not ASCII
+
+
+def stop(number: int, frame) -> None:
+    """A handler of STOP_SIGNALS. Further ones are ignored, so that nothing is left behind."""
+    for other in STOP_SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    raise Stopped(128 + number)
+
+
 def run_as_program(function: Callable, *args) -> int:
-    """Call function(*args) and return an exit code: its own, 2 on a UserError, 130 on Ctrl-C."""
+    """Call function(*args) and return an exit code: its own, 2 on a UserError, 130 on Ctrl-C.
+
+    SIGTERM and SIGHUP end it with 143 and 129. Signals that the caller ignores (nohup) stay so.
+    """
+    prepare_streams()
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number, handler in handlers.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, stop)
     try:
         return function(*args) or 0
     except UserError as error:
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)
+        # A file's name can have line breaks, and so can the message of a library.
+        letters = [c if c.isprintable() else repr(c)[1:-1] for c in str(error)]
+        say(f"error: {''.join(letters)}", sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", sys.stderr)
         return 130
+    except Stopped as stopped:
+        say(f"stopped by {signal.Signals(stopped.code - 128).name}", sys.stderr)
+        return stopped.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        say("", end="")  # writes what argparse has printed

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import DATA_FOLDER, UserError, run_as_program
+from data import DATA_FOLDER, UserError, run_as_program, say
+from data.documents import files_below
 from data.shards import BYTE_VOCAB_SIZE, open_shard, write_shard
 
 FOLDER = DATA_FOLDER / "laptop"
@@ -46,9 +47,9 @@ def torch_source() -> Path:
 def documents(folder: Path) -> list[tuple[str, Path]]:
     """Return (relative path with forward slashes, file) of all Python files, sorted by path."""
     found = []
-    for path in folder.rglob("*.py"):
+    for path in files_below(folder, set()):
         name = path.relative_to(folder).as_posix()
-        if name not in LEFT_OUT:
+        if path.suffix == ".py" and name not in LEFT_OUT:
             found.append((name, path))
     return sorted(found)
 
@@ -75,9 +76,13 @@ def build(source: Path | None = None, target: Path = FOLDER) -> None:
     torch is missing, or if its source has too little text for the validation set.
     """
     train, val = [], []
-    for name, path in documents(source or torch_source()):
-        split = val if is_validation(name) else train
-        split.append(tokenize(path))
+    try:
+        for name, path in documents(source or torch_source()):
+            split = val if is_validation(name) else train
+            split.append(tokenize(path))
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}; use ./run.sh, or pip "
+                        "install -r requirements.txt") from error
     num_train = sum(len(tokens) for tokens in train)
     num_val = sum(len(tokens) for tokens in val)
     # One token more than VAL_TOKENS, because the target of a token is the next one.
@@ -89,7 +94,7 @@ def build(source: Path | None = None, target: Path = FOLDER) -> None:
         tokens = np.concatenate(parts)
         if not holds(target / shard, tokens):
             write_shard(target / shard, tokens, BYTE_VOCAB_SIZE)
-    print(f"laptop corpus: {num_train:,} training and {num_val:,} validation tokens in {target}")
+    say(f"laptop corpus: {num_train:,} training and {num_val:,} validation tokens in {target}")
 
 
 def holds(path: Path, tokens: np.ndarray) -> bool:
@@ -100,13 +105,18 @@ def holds(path: Path, tokens: np.ndarray) -> bool:
         return False
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line of `python -m data.laptop`. Returns the exit code."""
+def command(argv: list[str] | None) -> None:
+    """Build the corpus. Raises UserError."""
     parser = argparse.ArgumentParser(
         prog="python -m data.laptop", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args(argv)
-    return run_as_program(build)
+    build()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line of `python -m data.laptop`. Returns the exit code."""
+    return run_as_program(command, argv)
 
 
 if __name__ == "__main__":

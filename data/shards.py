@@ -12,13 +12,13 @@ and renames it.
 import argparse
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
 
-from data import UserError, run_as_program
+from data import UserError, run_as_program, say
 
 MAGIC = 20240520
 VERSION = 1
@@ -46,6 +46,8 @@ def open_shard(path: str | Path) -> np.ndarray:
 
     Raises UserError if the file cannot be read, or if it is not a complete shard.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is not a shard: it is a folder, a pipe or a device")
     try:
         size = os.path.getsize(path)
         header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
@@ -84,20 +86,24 @@ def write_shard(path: str | Path, tokens: np.ndarray, vocab_size: int = MAX_VOCA
 
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    # The temporary file lies in the same folder, because a rename cannot cross file systems.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(header.data)
-            file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
-        publish(temporary, path)
+        make_folder(path.parent)
+        # Inside the final folder, because a rename cannot cross file systems.
+        with TemporaryDirectory(prefix=".writing-", dir=path.parent,
+                                ignore_cleanup_errors=True) as folder:
+            temporary = Path(folder) / path.name
+            with open(temporary, "wb") as file:
+                file.write(header.data)
+                file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
+            publish(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; free disk space or "
                         "choose another folder, then repeat the command") from error
-    finally:
-        with suppress(OSError):  # after a success it no longer exists
-            temporary.unlink()
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder if it is missing, also where a link leads nowhere. Raises OSError."""
+    os.makedirs(os.path.realpath(folder), exist_ok=True)
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -189,12 +195,12 @@ def verify(paths: list[str], vocab_size: int | None) -> None:
     """Print one line for each shard. Raises UserError at the first bad one."""
     for path in paths:
         info = verify_shard(path, vocab_size)
-        print(f"{path}: {info.num_tokens:,} tokens, {info.num_documents:,} documents, "
-              f"largest id {info.max_id}", flush=True)
+        say(f"{path}: {info.num_tokens:,} tokens, {info.num_documents:,} documents, "
+            f"largest id {info.max_id}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line of `python -m data.shards`. Returns the exit code."""
+def command(argv: list[str] | None) -> None:
+    """Check the shards that the command line names. Raises UserError."""
     parser = argparse.ArgumentParser(
         prog="python -m data.shards", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -202,7 +208,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vocab_size", type=int, help="size of the vocabulary; its last id is the "
                         "end-of-text token (257 if all ids are below that, otherwise 50257)")
     args = parser.parse_args(argv)
-    return run_as_program(verify, args.paths, args.vocab_size)
+    verify(args.paths, args.vocab_size)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line of `python -m data.shards`. Returns the exit code."""
+    return run_as_program(command, argv)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,23 @@ def test_the_corpus_is_the_files_in_sorted_order(source, tmp_path):
     assert texts_of(tmp_path / "out" / TRAIN_SHARD) == train
 
 
+def test_folders_that_are_links_belong_to_the_corpus(source, tmp_path):
+    build(source, tmp_path / "whole")
+    (source / "part_3").rename(tmp_path / "elsewhere")
+    (source / "part_3").symlink_to(tmp_path / "elsewhere")
+    (source / "part_4" / "again").symlink_to(source)  # leads in circles
+    build(source, tmp_path / "linked")
+    for shard in (TRAIN_SHARD, VAL_SHARD):
+        assert np.array_equal(open_shard(tmp_path / "whole" / shard),
+                              open_shard(tmp_path / "linked" / shard))
+
+
+def test_source_that_cannot_be_read_is_a_user_error(source, tmp_path):
+    (source / "part_0" / "lost.py").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="lost.py"):
+        build(source, tmp_path / "out")
+
+
 def test_building_again_repairs_a_damaged_shard_alone(source, tmp_path):
     build(source, tmp_path)
     val = tmp_path / VAL_SHARD

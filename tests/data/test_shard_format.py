@@ -98,6 +98,32 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, functio
     assert file_names(tmp_path) == ["a.bin"]
 
 
+def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):
+    """Another process with the same number, as in two containers, writes at the worst moment."""
+    fsync = os.fsync
+
+    def interleave(descriptor):
+        monkeypatch.setattr(os, "fsync", fsync)
+        write_shard(tmp_path / "a.bin", TOKENS[:2])
+    monkeypatch.setattr(os, "fsync", interleave)
+    write_shard(tmp_path / "a.bin", TOKENS)
+    assert np.array_equal(open_shard(tmp_path / "a.bin"), TOKENS)
+    assert file_names(tmp_path) == ["a.bin"]
+
+
+def test_a_folder_that_was_cleared_behind_a_link_is_made_again(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "large disk" / "data")
+    write_shard(tmp_path / "link" / "a.bin", TOKENS)
+    assert np.array_equal(open_shard(tmp_path / "large disk" / "data" / "a.bin"), TOKENS)
+
+
+def test_a_pipe_or_a_folder_is_no_shard(tmp_path):
+    os.mkfifo(tmp_path / "pipe.bin")  # opening it would wait forever
+    for path in (tmp_path / "pipe.bin", tmp_path):
+        with pytest.raises(UserError, match=path.name):
+            open_shard(path)
+
+
 @pytest.mark.parametrize("total, sizes", [(0, []), (1, [1]), (100, [100]), (101, [100, 1]),
                                           (1234, [100] * 12 + [34])])
 @pytest.mark.parametrize("split, first", [("train", 1), ("val", 0)])
