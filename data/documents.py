@@ -1,14 +1,22 @@
 """Finds text files and reads the documents in them: .txt, .jsonl, .parquet."""
 import codecs
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from data import UserError
+from data import UserError, say
 
 BLOCK = 2**16  # characters after which a .txt file is cut
-CUT_BEFORE = " \n\r\t"
+
+# UTF-16 and UTF-32 without a byte order mark are often valid UTF-8, with NUL characters.
+HAS_NUL = "contains NUL characters, so it is probably UTF-16, UTF-32 or not text at all"
+
+# Where a text may be cut, in order of preference: before white space that follows a visible
+# character, and after a letter or digit that something else follows. Every match of GPT-2's
+# splitting pattern ends there, so the tokens stay the same.
+CUTS = (re.compile(r"(?s).*\S(?=[ \n\r\t])"), re.compile(r"(?s).*[^\W_](?=[\W_])"))
 
 
 class Piece(NamedTuple):
@@ -16,6 +24,7 @@ class Piece(NamedTuple):
     text: str
     begins: bool    # whether a document begins here
     num_bytes: int  # size in the file, for the progress bar
+    where: str      # file, and line or row, for messages
 
 
 # A reader yields the pieces of a file in order. It calls `bad` with a description of each document
@@ -27,42 +36,51 @@ def find_files(paths: list[Path]) -> list[Path]:
     """Return the files among paths and, sorted, all text files below the folders among them.
 
     Links are followed, and a file that is reached twice is returned once. Raises UserError if a
-    path gives no file, or if a folder cannot be read.
+    path gives no file, or if something cannot be read.
     """
     files = {}  # resolved path to path
     num_others = 0
     for path in paths:
-        candidates = sorted(files_below(path, set())) if path.is_dir() else [path]
         found = False
-        for file in candidates:
-            if file.suffix.lower() not in READERS:
-                num_others += 1
-                continue
-            if file.is_file():
-                files.setdefault(file.resolve(), file)
-                found = True
-            elif file.is_symlink():
-                print(f"left out {file}: the link leads nowhere")
-        if not found:
+        try:
+            candidates = sorted(files_below(path, set())) if path.is_dir() else [path]
+            for file in candidates:
+                if not file.is_file():
+                    say_why_left_out(file)
+                elif file.suffix.lower() not in READERS:
+                    num_others += 1
+                else:
+                    open(file, "rb").close()  # to fail now, and not after hours of work
+                    if file.suffix.lower() == ".parquet":
+                        load_parquet(file)
+                    files.setdefault(file.resolve(), file)
+                    found = True
             problem = "has no text files" if path.exists() else "does not exist"
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+        if not found:
             raise UserError(f"{path} {problem}; expected files that end in {', '.join(READERS)}, "
                             "or a folder with such files")
     if num_others:
-        print(f"left out {num_others:,} files that do not end in {', '.join(READERS)}")
+        say(f"left out {num_others:,} files that do not end in {', '.join(READERS)}")
     return list(files.values())
 
 
+def say_why_left_out(path: Path) -> None:
+    """Name a link that leads nowhere, a pipe, a socket or a device."""
+    if path.exists():
+        say(f"left out {path}: it is not a regular file")
+    elif path.is_symlink():
+        say(f"left out {path}: the link leads nowhere")
+
+
 def files_below(folder: Path, visited: set[Path]) -> Iterator[Path]:
-    """Yield all files below a folder, and links that lead nowhere. Each folder is visited once."""
+    """Yield everything below a folder that is not a folder. Each folder is visited once."""
     resolved = folder.resolve()
     if resolved in visited:  # a link to a folder above would lead in circles
         return
     visited.add(resolved)
-    try:
-        entries = list(folder.iterdir())
-    except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from error
-    for entry in entries:
+    for entry in sorted(folder.iterdir()):
         if entry.is_dir():
             yield from files_below(entry, visited)
         else:
@@ -70,16 +88,12 @@ def files_below(folder: Path, visited: set[Path]) -> Iterator[Path]:
 
 
 def cut_blocks(chunks: Iterable[str], size: int = BLOCK) -> Iterator[str]:
-    """Join chunks of text and cut them into blocks of about `size` characters.
-
-    A cut lies before white space that follows a visible character. Every match of GPT-2's splitting
-    pattern ends there, so the tokens of the blocks are those of the whole text.
-    """
+    """Join chunks of text and cut them into blocks of about `size` characters."""
     text = ""
     for chunk in chunks:
         text += chunk
-        cut = last_cut(text, size) if len(text) >= size else 0
-        if cut:
+        if len(text) >= size:
+            cut = last_cut(text, size)
             yield text[:cut]
             text = text[cut:]
     if text:
@@ -87,11 +101,15 @@ def cut_blocks(chunks: Iterable[str], size: int = BLOCK) -> Iterator[str]:
 
 
 def last_cut(text: str, size: int) -> int:
-    """Return the last position in the last `size` characters where text may be cut; 0: nowhere."""
-    for i in range(len(text) - 1, max(0, len(text) - size), -1):
-        if text[i] in CUT_BEFORE and not text[i - 1].isspace():
-            return i
-    return 0
+    """Return the last position in the last `size` characters where text may be cut.
+
+    That is the end if there is no such position, as in a million equal letters.
+    """
+    for pattern in CUTS:
+        match = pattern.match(text, max(0, len(text) - size))
+        if match:
+            return match.end()
+    return len(text)
 
 
 def decoded(path: Path) -> Iterator[str]:
@@ -114,16 +132,20 @@ def read_txt(path: Path, key: str, bad: Bad) -> Iterator[Piece]:
     except UnicodeDecodeError as error:
         bad(f"{path} is not UTF-8 ({error.reason}); convert it with iconv")
         return
-    if has_nul:  # UTF-16 without a byte order mark is often valid UTF-8, with NULs
-        bad(f"{path} contains NUL characters, so it is probably UTF-16 or not text at all; convert "
-            "it with iconv")
+    if has_nul:
+        bad(f"{path} {HAS_NUL}; convert it with iconv")
         return
     begins = True
+    blank = ""  # white space at the beginning goes with the first block that has more
     for block in cut_blocks(decoded(path)):
-        yield Piece(block, begins, len(block.encode()))
+        if begins and not block.strip():
+            blank += block
+            continue
+        yield Piece(blank + block, begins, len(block.encode()), str(path))
         begins = False
+        blank = ""
     if begins:  # an empty document is counted, too
-        yield Piece("", True, 0)
+        yield Piece("", True, 0, str(path))
 
 
 def read_jsonl(path: Path, key: str, bad: Bad) -> Iterator[Piece]:
@@ -132,41 +154,56 @@ def read_jsonl(path: Path, key: str, bad: Bad) -> Iterator[Piece]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            where = f"{path}:{number}"
             problem = None
             try:
-                text = json.loads(line)[key]
+                text = json.loads(line.decode("utf-8-sig"))[key]
                 if not isinstance(text, str):
                     problem = f'"{key}" is not a string'
             # bad JSON or UTF-8, no such key, not an object, nested too deeply
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 problem = f"{type(error).__name__}: {error}"
+                if b"\0" in line:
+                    problem = f"it {HAS_NUL}"
             if problem is None:
-                yield Piece(text, True, len(line))
+                yield Piece(text, True, len(line), where)
             else:
-                bad(f'{path}:{number} is not a JSON object with a string "{key}" ({problem}); '
+                bad(f'{where} is not a JSON object with a string "{key}" ({problem}); '
                     "correct it or set --text_key")
 
 
-def read_parquet(path: Path, key: str, bad: Bad) -> Iterator[Piece]:
-    """Each row has one document in the column `key`."""
+def load_parquet(path: Path):
+    """Return pyarrow's module for parquet files. Raises UserError if it is not installed."""
     try:
         from pyarrow import parquet
     except ImportError as error:
         raise UserError(f"reading {path} needs the package pyarrow, which is not installed: "
                         "pip install pyarrow") from error
+    return parquet
+
+
+def read_parquet(path: Path, key: str, bad: Bad) -> Iterator[Piece]:
+    """Each row has one document in the column `key`."""
+    parquet = load_parquet(path)
     with parquet.ParquetFile(path) as file:
         columns = file.schema_arrow.names
         if key not in columns:
-            raise UserError(f'{path} has no column "{key}"; set --text_key to one of {columns}')
+            bad(f'{path} has no column "{key}"; set --text_key to one of {columns}')
+            return
         bytes_per_row = max(1, path.stat().st_size // max(1, file.metadata.num_rows))
         number = 0
         for batch in file.iter_batches(batch_size=1024, columns=[key]):
-            for text in batch.column(0).to_pylist():
+            for value in batch.column(0):
                 number += 1
+                where = f"{path}, row {number}"
+                try:
+                    text = value.as_py()
+                except ValueError:  # not UTF-8
+                    text = None
                 if isinstance(text, str):
-                    yield Piece(text, True, bytes_per_row)
+                    yield Piece(text, True, bytes_per_row, where)
                 else:
-                    bad(f'{path}, row {number}: "{key}" is not a string')
+                    bad(f'{where}: "{key}" is not a string of UTF-8')
 
 
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
