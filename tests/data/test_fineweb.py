@@ -4,9 +4,10 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +16,10 @@ import numpy as np
 import pytest
 
 import train_gpt
-from data import UserError, fineweb
+from data import fineweb, hub
 from data.fineweb import DEFAULT_SHARDS, VARIANTS, shard_names
 from data.shards import write_shard
 
-pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).resolve().parents[2]
 VARIANT = VARIANTS["10B"]
 NAMES = shard_names(VARIANT, 3)   # the files of the test's hub
 VAL, FIRST, SECOND, THIRD = NAMES
@@ -38,30 +36,26 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": len(body), **(headers or {})}.items():
             self.send_header(name, str(value))
         self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body[:send])
+        self.wfile.write(body[:send])
 
     def do_GET(self):
-        hub = self.server
+        served = self.server
         path = self.path.partition("?")[0]
         name = path.rsplit("/", 1)[-1]
-        if path in hub.refusals:
-            status = hub.refusals[path].pop(0)
-            if not hub.refusals[path]:
-                del hub.refusals[path]
-            self.answer(status, {"Retry-After": 0})
+        known = path.startswith(f"/datasets/{VARIANT.repo}/")
+        served.tokens.append(self.headers.get("Authorization"))
+        answers = served.instead.get(path)
+        if answers:
+            answers.pop(0)(self)
         elif path == f"/api/datasets/{VARIANT.repo}":
             self.answer(200, {"Content-Type": "application/json"}, self.listing())
-        elif path == f"/datasets/{VARIANT.repo}/resolve/main/{name}" and name in hub.files:
-            storage = hub.url.replace("127.0.0.1", "localhost")  # another host, as the hub has
-            digest = hashlib.sha256(hub.files[name]).hexdigest()
-            self.answer(302, {"Location": f"{storage}/storage/{name}", "X-Repo-Commit": "0" * 40,
-                              "X-Linked-Etag": f'"{digest}"',
-                              "X-Linked-Size": len(hub.files[name])})
-        elif path == f"/storage/{name}" and name in hub.files:
-            self.content(name)
+        elif path == f"/datasets/{VARIANT.repo}/resolve/main/{name}" and name in served.files:
+            storage = served.url.replace("127.0.0.1", "localhost")  # another host, as the hub has
+            self.answer(302, {"Location": f"{storage}/storage/{name}"})
+        elif path == f"/storage/{name}" and name in served.files:
+            served.sent.append(name)
+            self.content(served.files[name])
         else:
-            known = path.startswith(f"/datasets/{VARIANT.repo}/")
             self.answer(404, {"X-Error-Code": "EntryNotFound" if known else "RepoNotFound"})
 
     def listing(self):
@@ -72,34 +66,52 @@ class Handler(BaseHTTPRequestHandler):
             siblings.append({"rfilename": name, "size": len(body), "lfs": lfs})
         return json.dumps({"id": VARIANT.repo, "siblings": siblings}).encode()
 
-    def content(self, name):
-        hub = self.server
-        if self.command == "GET":
-            hub.sent.append(name)
-        body = hub.corrupt_once.pop(name, hub.files[name])
+    def content(self, body, send=None):
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
-        rest = body[start:]
-        send = None
-        if name in hub.break_once:
-            hub.break_once.remove(name)
-            send = len(rest) // 2
-            self.close_connection = True
         if start:
             last = len(body) - 1
             headers = {"Content-Range": f"bytes {start}-{last}/{len(body)}"}
-            self.answer(206, headers, rest, send)
+            self.answer(206, headers, body[start:], send)
         else:
-            self.answer(200, {}, rest, send)
-
-    do_HEAD = do_GET
+            self.answer(200, {}, body, send)
 
     def log_message(self, *args):
         pass
 
 
+LISTING = f"/api/datasets/{VARIANT.repo}"
+REDIRECT = f"/datasets/{VARIANT.repo}/resolve/main/{FIRST}"
+STORAGE = f"/storage/{FIRST}"
+
+
+def status(number, headers=None):
+    """An answer without content."""
+    return lambda handler: handler.answer(number, {"Retry-After": 0, **(headers or {})})
+
+
+def web_page(handler):
+    """The login page of a network."""
+    handler.answer(200, {"Content-Type": "text/html; charset=utf-8"}, b"<html>log in</html>")
+
+
+def instead(body):
+    """Another content of a file."""
+    return lambda handler: handler.content(body)
+
+
+def broken(body, send):
+    """A connection that breaks in the middle."""
+    def answer(handler):
+        handler.close_connection = True
+        handler.content(body, send)
+    return answer
+
+
 @pytest.fixture(scope="module")
 def server():
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        server.handle_error = lambda request, address: None  # a client that hangs up
         server.url = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -107,39 +119,36 @@ def server():
 
 
 @pytest.fixture
-def hub(server, tmp_path):
-    """The server with small shards; files are kept in .files, the names it sent in .sent."""
+def served(server, tmp_path):
+    """The server with small shards in .files. Content that it sent is in .sent, the tokens that it
+    got in .tokens. .instead has other answers by path, each for one request."""
     server.files = {}
     server.sent = []
-    server.break_once = set()    # names whose connection breaks in the middle, once
-    server.corrupt_once = {}     # name: bytes that are sent instead, once
-    server.refusals = {}         # path: statuses with which it is refused, one after the other
+    server.tokens = []
+    server.instead = {}
     for number, name in enumerate(NAMES):
-        tokens = np.random.default_rng(number).integers(0, 50257, 5000 + number)
+        tokens = np.random.default_rng(number).integers(0, 50257, 50_000 + number)
         write_shard(tmp_path / "source.bin", tokens)
         server.files[name] = (tmp_path / "source.bin").read_bytes()
     (tmp_path / "source.bin").unlink()
     return server
 
 
-PROGRAM = """
-import sys
-from data import fineweb
-fineweb.FIRST_WAIT_S = 0.01
-sys.exit(fineweb.main(sys.argv[1:]))
-"""
-
-
 @pytest.fixture
-def fetch(tmp_path):
-    """A function that runs the command in a new process, where it reads HF_ENDPOINT."""
-    def run(endpoint, *words):
-        env = {name: value for name, value in os.environ.items()
-               if not name.lower().endswith("_proxy")}
-        env.update(HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_XET="1")
-        command = [sys.executable, "-c", PROGRAM, "--dir", tmp_path / "data", *words]
-        return subprocess.run([str(word) for word in command], cwd=ROOT, env=env, timeout=300,
-                              capture_output=True, text=True)
+def fetch(tmp_path, monkeypatch, capsys):
+    """A function that runs the command: fetch(endpoint, *words, **environment)."""
+    for name in [*os.environ]:
+        if name.lower().endswith("_proxy") or name.startswith("HF_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(hub, "FIRST_WAIT_S", 0.01)
+    capsys.readouterr()
+
+    def run(endpoint, *words, **environment):
+        for name, value in {"HF_ENDPOINT": endpoint, **environment}.items():
+            monkeypatch.setenv(name, value)
+        code = fineweb.main(["--dir", str(tmp_path / "data"), *map(str, words)])
+        out, errors = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=out, stderr=errors)
     return run
 
 
@@ -147,137 +156,282 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_only_missing_and_damaged_shards_are_downloaded(hub, fetch, tmp_path):
+def test_only_missing_and_damaged_shards_are_downloaded(served, fetch, tmp_path):
     data = tmp_path / "data"
-    done = fetch(hub.url, "--shards", 2)
+    done = fetch(served.url, "--shards", 2)
     assert (done.returncode, done.stderr) == (0, "")  # no progress bar without a terminal
-    assert contents(data) == {name: hub.files[name] for name in (VAL, FIRST, SECOND)}
-    assert sorted(hub.sent) == sorted([VAL, FIRST, SECOND])
-    hub.sent.clear()
-    (data / FIRST).write_bytes(hub.files[FIRST][:-2])
-    assert fetch(hub.url, "--shards", 3).returncode == 0
-    assert sorted(hub.sent) == sorted([FIRST, THIRD])
-    assert contents(data) == hub.files
+    assert contents(data) == {name: served.files[name] for name in (VAL, FIRST, SECOND)}
+    assert sorted(served.sent) == sorted([VAL, FIRST, SECOND])
+    served.sent.clear()
+    (data / FIRST).write_bytes(served.files[FIRST][:-2])
+    assert fetch(served.url, "--shards", 3).returncode == 0
+    assert sorted(served.sent) == sorted([FIRST, THIRD])
+    assert contents(data) == served.files
     assert fetch(NOWHERE, "--shards", 3).returncode == 0  # with all shards there it needs no hub
 
 
-def test_without_a_network_a_missing_shard_is_one_line(hub, fetch, tmp_path):
-    assert fetch(hub.url, "--shards", 1).returncode == 0
+def test_without_a_network_a_missing_shard_is_one_line(served, fetch, tmp_path):
+    assert fetch(served.url, "--shards", 1).returncode == 0
     done = fetch(NOWHERE, "--shards", 2)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and "HF_ENDPOINT" in done.stderr
-    assert contents(tmp_path / "data") == {name: hub.files[name] for name in (VAL, FIRST)}
+    assert contents(tmp_path / "data") == {name: served.files[name] for name in (VAL, FIRST)}
 
 
-@pytest.mark.parametrize("refused", ["storage", "listing"])
-@pytest.mark.parametrize("statuses", [[429], [503, 500]])
-def test_a_busy_hub_is_asked_again(hub, fetch, tmp_path, refused, statuses):
-    path = f"/storage/{FIRST}" if refused == "storage" else f"/api/datasets/{VARIANT.repo}"
-    hub.refusals[path] = list(statuses)
-    assert fetch(hub.url, "--shards", 1).returncode == 0
-    assert not hub.refusals
-    assert contents(tmp_path / "data") == {name: hub.files[name] for name in (VAL, FIRST)}
+@pytest.mark.parametrize("path", [LISTING, REDIRECT, STORAGE])
+@pytest.mark.parametrize("statuses", [[429], [503, 500], [408, 502, 504]], ids=str)
+def test_a_busy_hub_is_asked_again(served, fetch, tmp_path, path, statuses):
+    served.instead[path] = [status(number) for number in statuses]
+    assert fetch(served.url, "--shards", 1).returncode == 0
+    assert not served.instead[path]
+    assert contents(tmp_path / "data") == {name: served.files[name] for name in (VAL, FIRST)}
 
 
-def test_a_broken_connection_gives_a_complete_file(hub, fetch, tmp_path):
-    hub.break_once.add(FIRST)
-    assert fetch(hub.url, "--shards", 1).returncode == 0
-    assert not hub.break_once
-    assert contents(tmp_path / "data") == {name: hub.files[name] for name in (VAL, FIRST)}
+@pytest.mark.parametrize("headers, expected", [
+    ({"Retry-After": "7"}, 7), ({"Retry-After": "86400"}, hub.LONGEST_WAIT_S),
+    ({"Retry-After": "soon"}, 0.01), ({"RateLimit": '"api";r=0;t=33', "Retry-After": ""}, 33)])
+def test_the_hub_says_how_long_to_wait(served, fetch, monkeypatch, headers, expected):
+    waits = []
+    monkeypatch.setattr(hub.time, "sleep", waits.append)
+    served.instead[LISTING] = [status(429, headers)]
+    assert fetch(served.url, "--shards", 1).returncode == 0
+    assert waits == [expected]
 
 
-@pytest.mark.parametrize("status", [401, 404, 503])
-def test_a_hub_that_keeps_refusing_is_one_line(hub, fetch, tmp_path, status):
-    hub.refusals[f"/storage/{FIRST}"] = [status] * 200
-    done = fetch(hub.url, "--shards", 1)
+def test_the_hub_says_until_when_to_wait(served, fetch, monkeypatch):
+    waits = []
+    monkeypatch.setattr(hub.time, "sleep", waits.append)
+    monkeypatch.setattr(hub, "LONGEST_WAIT_S", 1e6)
+    now = datetime.now(timezone.utc)
+    dates = [format_datetime(now + timedelta(hours=hours), usegmt=True) for hours in (2, -2)]
+    served.instead[LISTING] = [status(429, {"Retry-After": date}) for date in dates]
+    assert fetch(served.url, "--shards", 1).returncode == 0
+    assert 3600 < waits[0] <= 2 * 3600
+    assert 0 < waits[1] < 1
+
+
+def test_no_answer_is_asked_again(served, fetch, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "TIMEOUT_S", (10, 0.5))
+    released = threading.Event()
+    served.instead[STORAGE] = [lambda handler: released.wait()]
+    done = fetch(served.url, "--shards", 1)
+    released.set()
+    assert done.returncode == 0
+    assert contents(tmp_path / "data") == {name: served.files[name] for name in (VAL, FIRST)}
+
+
+def test_a_broken_connection_is_continued(served, fetch, tmp_path, monkeypatch):
+    """More often than ATTEMPTS, because some bytes come each time."""
+    monkeypatch.setattr(hub, "CHUNK", 1000)
+    body = served.files[FIRST]
+    served.instead[STORAGE] = [broken(body, 5500)] * 12
+    assert fetch(served.url, "--shards", 1).returncode == 0
+    assert not served.instead[STORAGE]
+    assert contents(tmp_path / "data") == {name: served.files[name] for name in (VAL, FIRST)}
+
+
+def test_a_server_that_cannot_continue_sends_all(served, fetch, tmp_path):
+    body = served.files[FIRST]
+    served.instead[STORAGE] = [broken(body, len(body) - 1),
+                               lambda handler: handler.answer(200, {}, body)]
+    assert fetch(served.url, "--shards", 1).returncode == 0
+    assert contents(tmp_path / "data") == {name: served.files[name] for name in (VAL, FIRST)}
+
+
+@pytest.mark.parametrize("answer, named", [
+    (status(401), "401"), (status(404), "404"), (status(503), "503"),
+    (web_page, "web page"), (broken(b"x" * 1000, 10), ""), (instead(b"x" * 1000), "1,000"),
+    (lambda handler: setattr(handler, "close_connection", True), "")],
+    ids=["401", "404", "503", "web page", "broken", "short", "closed"])
+def test_a_hub_that_keeps_refusing_is_one_line(served, fetch, tmp_path, answer, named):
+    served.instead[STORAGE] = [answer] * 100
+    done = fetch(served.url, "--shards", 1)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    assert FIRST in done.stderr and str(status) in done.stderr
-    assert contents(tmp_path / "data") == {VAL: hub.files[VAL]}
+    assert FIRST in done.stderr and named in done.stderr
+    assert contents(tmp_path / "data") == {VAL: served.files[VAL]}
 
 
-def test_wrong_bytes_in_the_right_form_are_downloaded_again(hub, fetch, tmp_path):
+@pytest.mark.parametrize("answer", [
+    web_page, lambda handler: handler.answer(200, {}, b'{"siblings": [{'),
+    lambda handler: handler.answer(200, {}, b"[1]"),
+    lambda handler: handler.answer(302, {"Location": handler.path})],
+    ids=["web page", "half", "other", "circle"])
+def test_what_is_no_hub_is_named(served, fetch, tmp_path, answer):
+    served.instead[LISTING] = [answer] * 1000
+    done = fetch(served.url, "--shards", 1)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert VARIANT.repo in done.stderr and "HF_ENDPOINT" in done.stderr
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_repository_that_moved_is_followed(served, fetch):
+    for path in (LISTING, REDIRECT):
+        served.instead["/moved" + path] = [
+            lambda handler: (setattr(handler, "path", handler.path.removeprefix("/moved")),
+                             handler.do_GET())]
+        served.instead[path] = [status(307, {"Location": f"/moved{path}?blobs=true"})]
+    assert fetch(served.url, "--shards", 1).returncode == 0
+    assert not any(served.instead.values())
+
+
+# --- Settings ---
+
+
+@pytest.mark.parametrize("number", [401, 403])
+@pytest.mark.parametrize("path", [LISTING, REDIRECT])
+def test_a_token_that_is_refused_is_left_out(served, fetch, tmp_path, path, number):
+    served.instead[path] = [status(number)]
+    assert fetch(served.url, "--shards", 1, HF_TOKEN="hf_expired").returncode == 0
+    assert served.tokens[0] == "Bearer hf_expired"
+    assert served.tokens[-1] is None
+    assert contents(tmp_path / "data") == {name: served.files[name] for name in (VAL, FIRST)}
+
+
+def test_a_token_is_sent_to_the_hub_alone(served, fetch, tmp_path):
+    """And no password that ~/.netrc has for the hub takes its place."""
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
+    netrc = str(tmp_path / "netrc")
+    assert fetch(served.url, "--shards", 1, HF_TOKEN="hf_right", NETRC=netrc).returncode == 0
+    token = "Bearer hf_right"
+    assert served.tokens == [token, token, None, token, None]
+
+
+@pytest.mark.parametrize("token", ["", "hf_caf\xe9", "hf_two\nlines"])
+def test_a_token_that_is_none_is_left_out(served, fetch, token):
+    assert fetch(served.url, "--shards", 1, HF_TOKEN=token).returncode == 0
+    assert set(served.tokens) == {None}
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "all_proxy"])
+@pytest.mark.parametrize("value", [NOWHERE, "socks5h://127.0.0.1:9", "htp://127.0.0.1:9", "http://",
+                                   "http://me:secret@127.0.0.1:9"])
+def test_a_proxy_that_fails_is_named(served, fetch, variable, value):
+    done = fetch("http://hub.invalid", "--shards", 1, **{variable: value})
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert variable in done.stderr
+    assert "huggingface" not in done.stderr and "secret" not in done.stderr + done.stdout
+
+
+def test_a_proxy_that_does_not_apply_is_not_named(fetch):
+    done = fetch(NOWHERE, "--shards", 1, HTTP_PROXY="http://127.0.0.1:7", NO_PROXY="127.0.0.1")
+    assert "HTTP_PROXY" not in done.stderr and "HF_ENDPOINT" in done.stderr
+
+
+@pytest.mark.parametrize("endpoint", ["hf-mirror.com", "ftp://hf.co", "https://", "https://a..b",
+                                      "https://a b", "http://127.0.0.1:99999"])
+def test_an_address_that_is_none_is_named_at_once(fetch, monkeypatch, endpoint):
+    monkeypatch.setattr(hub.time, "sleep", lambda seconds: pytest.fail("tries again"))
+    done = fetch(endpoint, "--shards", 1)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "HF_ENDPOINT" in done.stderr
+
+
+def test_an_empty_address_is_the_public_hub(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "")
+    assert hub.Hub(VARIANT.repo).url == hub.PUBLIC_HUB
+
+
+def test_certificates_that_cannot_be_read_are_named_at_once(fetch, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub.time, "sleep", lambda seconds: pytest.fail("tries again"))
+    bundle = str(tmp_path / "nothing.pem")
+    done = fetch("https://127.0.0.1:9", "--shards", 1, REQUESTS_CA_BUNDLE=bundle)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "REQUESTS_CA_BUNDLE" in done.stderr
+
+
+def test_offline_no_request_is_made(served, fetch):
+    done = fetch(served.url, "--shards", 1, HF_HUB_OFFLINE="1")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "HF_HUB_OFFLINE" in done.stderr
+    assert served.tokens == []
+
+
+# --- Content ---
+
+
+def test_wrong_bytes_in_the_right_form_are_downloaded_again(served, fetch, tmp_path):
     """Header, length and token ids are right, so only the hash can tell."""
-    body = bytearray(hub.files[FIRST])
+    body = bytearray(served.files[FIRST])
     body[1030:1034] = b"\0\0\0\0"
-    hub.corrupt_once[FIRST] = bytes(body)
-    assert fetch(hub.url, "--shards", 1).returncode == 0
-    assert hub.sent.count(FIRST) == 2
-    assert contents(tmp_path / "data") == {name: hub.files[name] for name in (VAL, FIRST)}
+    served.instead[STORAGE] = [instead(bytes(body))]
+    assert fetch(served.url, "--shards", 1).returncode == 0
+    assert served.sent.count(FIRST) == 1
+    assert contents(tmp_path / "data") == {name: served.files[name] for name in (VAL, FIRST)}
 
 
 @pytest.mark.parametrize("damage", [lambda body: body[:-2], lambda body: b"<html>" + body[6:],
                                     lambda body: body[:-2] + b"\xff\xff"],
                          ids=["short", "magic", "id"])
-def test_a_bad_file_never_gets_the_final_name(hub, fetch, tmp_path, damage):
-    hub.files[FIRST] = damage(hub.files[FIRST])
-    done = fetch(hub.url, "--shards", 2)
+def test_a_bad_file_never_gets_the_final_name(served, fetch, tmp_path, damage):
+    served.files[FIRST] = damage(served.files[FIRST])
+    done = fetch(served.url, "--shards", 2)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and FIRST in done.stderr
-    assert contents(tmp_path / "data") == {VAL: hub.files[VAL]}
+    assert contents(tmp_path / "data") == {VAL: served.files[VAL]}
 
 
-def test_a_shard_that_the_hub_lacks_is_named_before_any_download(hub, fetch, tmp_path):
-    done = fetch(hub.url, "--shards", 4)
+def test_a_shard_that_the_hub_lacks_is_named_before_any_download(served, fetch, tmp_path):
+    done = fetch(served.url, "--shards", 4)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and "fineweb_train_000004.bin" in done.stderr
-    assert hub.sent == []
+    assert served.sent == []
     assert not (tmp_path / "data").exists()
 
 
-def test_a_repository_that_the_hub_lacks_is_named(hub, fetch):
-    done = fetch(hub.url, "--variant", "edu")
+def test_a_repository_that_the_hub_lacks_is_named(served, fetch):
+    done = fetch(served.url, "--variant", "edu")
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and VARIANTS["edu"].repo in done.stderr
 
 
-@pytest.fixture
-def listed(monkeypatch):
-    """A hub that lists files of 1 GB, in this process. Tests replace the download."""
-    listing = {name: fineweb.HubFile(10**9, None) for name in NAMES}
-    monkeypatch.setattr(fineweb, "hub_files", lambda repo: listing)
-    monkeypatch.setattr(fineweb, "FIRST_WAIT_S", 0.0)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
-    return pytest.importorskip("huggingface_hub")
+def test_a_disk_that_is_too_small_is_noticed_before_any_download(served, fetch, monkeypatch):
+    needed = len(served.files[VAL]) + len(served.files[FIRST])
+    free = SimpleNamespace(free=needed - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    done = fetch(served.url, "--shards", 1)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "--dir" in done.stderr
+    assert served.sent == []
+    free.free = needed
+    assert fetch(served.url, "--shards", 1).returncode == 0
 
 
-def test_a_disk_that_is_too_small_is_noticed_before_any_download(listed, monkeypatch, tmp_path):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4 * 10**9 - 1))
-    monkeypatch.setattr(fineweb, "download", lambda *args: pytest.fail("downloads"))
-    with pytest.raises(UserError, match="4.0 GB"):
-        fineweb.fetch(VARIANT, 3, tmp_path)
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
+                                   OSError(errno.EFBIG, "File too large"),
+                                   PermissionError(errno.EACCES, "Permission denied")], ids=str)
+def test_a_disk_that_fails_is_named_at_once(served, fetch, monkeypatch, tmp_path, error):
+    monkeypatch.setattr(hub.time, "sleep", lambda seconds: pytest.fail("tries again"))
 
-
-@pytest.mark.parametrize("error, attempts", [
-    (OSError(errno.ENOSPC, "No space left on device"), 1),
-    (PermissionError(errno.EACCES, "Permission denied"), 1),
-    (RuntimeError("of\nsome library"), fineweb.ATTEMPTS)], ids=["disk full", "denied", "other"])
-def test_a_download_that_fails_leaves_nothing(listed, monkeypatch, tmp_path, error, attempts):
-    seen = []
-
-    def fail(repo, name, repo_type, local_dir):
-        seen.append(name)
-        (Path(local_dir) / name).write_bytes(b"half a file")
+    def fail(*args):
         raise error
-    monkeypatch.setattr(listed, "hf_hub_download", fail)
-    with pytest.raises(UserError):
-        fineweb.fetch(VARIANT, 1, tmp_path)
-    assert len(seen) == attempts
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(hub, "check", fail)
+    done = fetch(served.url, "--shards", 1)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and str(tmp_path / "data") in done.stderr
+    assert contents(tmp_path / "data") == {}
 
 
-def test_without_huggingface_hub_complete_shards_are_enough(monkeypatch, tmp_path):
-    monkeypatch.setattr(fineweb, "find_spec", lambda name: None)
+def test_a_folder_that_was_cleared_behind_a_link_is_made_again(served, fetch, tmp_path):
+    (tmp_path / "data").symlink_to(tmp_path / "large disk" / "data")
+    assert fetch(served.url, "--shards", 1).returncode == 0
+    assert contents(tmp_path / "large disk" / "data").keys() == {VAL, FIRST}
+
+
+def test_without_requests_complete_shards_are_enough(fetch, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "data.hub", None)
     for name in NAMES[:2]:
-        write_shard(tmp_path / name, np.arange(10))
-    fineweb.fetch(VARIANT, 1, tmp_path)
-    with pytest.raises(UserError, match="huggingface_hub"):
-        fineweb.fetch(VARIANT, 2, tmp_path)
+        write_shard(tmp_path / "data" / name, np.arange(10))
+    assert fetch(NOWHERE, "--shards", 1).returncode == 0
+    done = fetch(NOWHERE, "--shards", 2)
+    assert done.returncode == 2 and "data.hub" in done.stderr
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_number_of_shards_is_checked(variant, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(fineweb, "hub_files", lambda repo: pytest.fail("asks the hub"))
+    monkeypatch.setattr(hub, "Hub", lambda repo: pytest.fail("asks the hub"))
     for number in (0, -1, VARIANTS[variant].num_train_shards + 1):
         words = ["--variant", variant, "--shards", str(number), "--dir", str(tmp_path)]
         assert fineweb.main(words) == 2
