@@ -15,7 +15,9 @@ if find_spec("numpy") is None:
           "which sets up .venv, then: source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
 
-DATA_FOLDER = Path(__file__).resolve().parent
+# data/ itself may be a link to a large disk; the repository is what has it.
+PACKAGE = Path(__file__).absolute().parent
+DATA_FOLDER = PACKAGE.parent.resolve() / PACKAGE.name
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 

@@ -20,7 +20,15 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from data import DATA_FOLDER, UserError, path_argument, run_as_program, say
-from data.shards import GPT2_VOCAB_SIZE, make_folder, open_shard, publish, verify_shard
+from data.shards import (
+    GPT2_VOCAB_SIZE,
+    UNFINISHED,
+    make_folder,
+    name_leftovers,
+    open_shard,
+    publish,
+    verify_shard,
+)
 
 
 class Variant(NamedTuple):
@@ -93,6 +101,7 @@ def download(repo: str, names: list[str], directory: Path) -> None:
         if name not in files:
             raise UserError(f"{repo} has no {name}; ask for fewer shards with --shards")
     make_folder(directory)
+    name_leftovers(directory)
     needed = sum(files[name].size for name in names)
     free = shutil.disk_usage(directory).free
     if needed > free:
@@ -102,8 +111,7 @@ def download(repo: str, names: list[str], directory: Path) -> None:
     for number, name in enumerate(names, 1):
         size = files[name].size
         say(f"downloading {number}/{len(names)}: {name} ({size / 1e6:,.1f} MB)")
-        # Inside the final folder, because a rename cannot cross file systems.
-        with TemporaryDirectory(prefix=".downloading-", dir=directory,
+        with TemporaryDirectory(prefix=UNFINISHED, dir=directory,
                                 ignore_cleanup_errors=True) as folder:
             path = Path(folder) / name
             hub.download(name, path, files[name])

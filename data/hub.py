@@ -169,7 +169,7 @@ class Hub:
         status = status_of(error)
         if status is not None and not is_final(error):
             return f"the server is busy: wait some minutes, then {repeat}"
-        if status is not None:
+        if status is not None and status != 407:  # 407: the proxy wants a password
             return f"{self.url} refuses it; check HF_ENDPOINT and HF_TOKEN"
         if "certificate" in description(error):
             return ("if the network has a proxy with a certificate of its own, set "

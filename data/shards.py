@@ -33,6 +33,10 @@ GPT2_VOCAB_SIZE = 50_257
 
 CHUNK = 2**24  # tokens that verify_shard looks at together
 
+# Commands write into a temporary folder whose name begins like this. It lies in the final folder,
+# because a rename cannot cross file systems.
+UNFINISHED = ".unfinished-"
+
 
 class ShardInfo(NamedTuple):
     """What verify_shard found."""
@@ -88,8 +92,7 @@ def write_shard(path: str | Path, tokens: np.ndarray, vocab_size: int = MAX_VOCA
     header[:3] = MAGIC, VERSION, len(tokens)
     try:
         make_folder(path.parent)
-        # Inside the final folder, because a rename cannot cross file systems.
-        with TemporaryDirectory(prefix=".writing-", dir=path.parent,
+        with TemporaryDirectory(prefix=UNFINISHED, dir=path.parent,
                                 ignore_cleanup_errors=True) as folder:
             temporary = Path(folder) / path.name
             with open(temporary, "wb") as file:
@@ -104,6 +107,12 @@ def write_shard(path: str | Path, tokens: np.ndarray, vocab_size: int = MAX_VOCA
 def make_folder(folder: Path) -> None:
     """Create a folder if it is missing, also where a link leads nowhere. Raises OSError."""
     os.makedirs(os.path.realpath(folder), exist_ok=True)
+
+
+def name_leftovers(folder: Path) -> None:
+    """Name the temporary folders of other commands, which may have been killed."""
+    for leftover in folder.glob(f"{UNFINISHED}*"):
+        say(f"{leftover} belongs to another command; if that is not running any more, delete it")
 
 
 def publish(temporary: Path, path: Path) -> None:

@@ -39,7 +39,7 @@ from data import DATA_FOLDER, UserError, path_argument, run_as_program, say, usa
 from data.documents import READERS, Bad, Piece, find_files
 from data.encoders import ENCODINGS, VOCAB_SIZES, encode_texts, load_encoding, start_worker
 from data.fineweb import VARIANTS
-from data.shards import ShardWriter, make_folder, open_shard
+from data.shards import UNFINISHED, ShardWriter, make_folder, name_leftovers, open_shard
 
 # Names of tracks and folders that train_gpt.py and other commands have for themselves.
 TAKEN_NAMES = ["laptop", "fineweb", *(variant.folder for variant in VARIANTS.values())]
@@ -186,17 +186,17 @@ def track_of_shards(args: argparse.Namespace, directory: Path) -> str | None:
 
     Raises UserError if a shard is damaged.
     """
-    splits = {}
+    num_tokens = []
     for split in ("train", "val"):
         paths = sorted(directory.glob(f"{escape(args.name)}_{split}_*.bin"))
-        splits[split] = [open_shard(path) for path in paths]
         if not paths:
             return None
-    # A corpus begins with the end-of-text token, which tells the encoding.
-    for encoding, vocab_size in VOCAB_SIZES.items():
-        if splits["train"][0][:1].tolist() == [vocab_size - 1]:
-            args.encoding = encoding
-    return track_to_paste(args, sum(map(len, splits["train"])), sum(map(len, splits["val"])))
+        num_tokens.append(sum(len(open_shard(path)) for path in paths))
+        # Each split begins with the end-of-text token, which tells the encoding.
+        for encoding, vocab_size in VOCAB_SIZES.items():
+            if open_shard(paths[0])[:1].tolist() == [vocab_size - 1]:
+                args.encoding = encoding
+    return track_to_paste(args, *num_tokens)
 
 
 def track_to_paste(args: argparse.Namespace, train_tokens: int, val_tokens: int) -> str:
@@ -265,16 +265,14 @@ def build(args: argparse.Namespace) -> None:
                         "delete them")
     files = find_files(args.paths)
     load_encoding(args.encoding)  # a missing vocabulary should be reported before the work begins
-    for leftover in directory.glob(".unfinished-*"):
-        say(f"{leftover} belongs to another build; if that is not running any more, delete it")
+    name_leftovers(directory)
     processes = "1 process" if args.processes == 1 else f"{args.processes} processes"
     say(f"tokenizing {len(files):,} files into {directory} with {processes}")
 
     is_new = not directory.exists()
     try:
         make_folder(directory)
-        # Inside the final folder, which may be a mount point: a rename cannot cross file systems.
-        unfinished = Path(mkdtemp(prefix=".unfinished-", dir=directory))
+        unfinished = Path(mkdtemp(prefix=UNFINISHED, dir=directory))
     except OSError as error:
         raise UserError(f"cannot write {directory}: {error.strerror}; choose another folder with "
                         "--dir") from error

@@ -1,5 +1,6 @@
 """What all commands of data/ share: their output may be lost, their work may not."""
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,17 @@ def test_an_error_keeps_its_exit_code_without_a_reader(tmp_path, lost):
     code, errors = shell(["data.shards", tmp_path / "nothing.bin"], LOST[lost])
     assert code == 2
     assert "Traceback" not in errors
+
+
+def test_the_data_folder_may_be_a_link(tmp_path):
+    """The paths of tracks are relative to the repository, not to the disk behind the link."""
+    shutil.copytree(ROOT / "data", tmp_path / "disk" / "data", ignore=lambda folder, names: [
+        name for name in names if not name.endswith(".py")])
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository" / "data").symlink_to(tmp_path / "disk" / "data")
+    command = [sys.executable, "-c", "import data; print(data.DATA_FOLDER)"]
+    done = subprocess.run(command, cwd=tmp_path / "repository", capture_output=True, text=True)
+    assert done.stdout == f"{tmp_path}/repository/data\n"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8", "latin-1"])

@@ -118,19 +118,24 @@ def server():
         server.shutdown()
 
 
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Small shards by name, as bytes."""
+    folder = tmp_path_factory.mktemp("shards")
+    for number, name in enumerate(NAMES):
+        tokens = np.random.default_rng(number).integers(0, 50257, 50_000 + number)
+        write_shard(folder / name, tokens)
+    return contents(folder)
+
+
 @pytest.fixture
-def served(server, tmp_path):
+def served(server, shards):
     """The server with small shards in .files. Content that it sent is in .sent, the tokens that it
     got in .tokens. .instead has other answers by path, each for one request."""
-    server.files = {}
+    server.files = dict(shards)
     server.sent = []
     server.tokens = []
     server.instead = {}
-    for number, name in enumerate(NAMES):
-        tokens = np.random.default_rng(number).integers(0, 50257, 50_000 + number)
-        write_shard(tmp_path / "source.bin", tokens)
-        server.files[name] = (tmp_path / "source.bin").read_bytes()
-    (tmp_path / "source.bin").unlink()
     return server
 
 
@@ -235,6 +240,7 @@ def test_a_server_that_cannot_continue_sends_all(served, fetch, tmp_path):
     served.instead[STORAGE] = [broken(body, len(body) - 1),
                                lambda handler: handler.answer(200, {}, body)]
     assert fetch(served.url, "--shards", 1).returncode == 0
+    assert served.sent == [VAL]  # these two answers were enough
     assert contents(tmp_path / "data") == {name: served.files[name] for name in (VAL, FIRST)}
 
 
@@ -313,6 +319,13 @@ def test_a_proxy_that_fails_is_named(served, fetch, variable, value):
     assert len(done.stderr.splitlines()) == 1
     assert variable in done.stderr
     assert "huggingface" not in done.stderr and "secret" not in done.stderr + done.stdout
+
+
+def test_a_proxy_that_wants_a_password_is_named(served, fetch):
+    served.instead["http://hub.invalid" + LISTING] = [status(407)]
+    done = fetch("http://hub.invalid", "--shards", 1, http_proxy=served.url)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "http_proxy" in done.stderr
 
 
 def test_a_proxy_that_does_not_apply_is_not_named(fetch):
@@ -418,6 +431,14 @@ def test_a_folder_that_was_cleared_behind_a_link_is_made_again(served, fetch, tm
     (tmp_path / "data").symlink_to(tmp_path / "large disk" / "data")
     assert fetch(served.url, "--shards", 1).returncode == 0
     assert contents(tmp_path / "large disk" / "data").keys() == {VAL, FIRST}
+
+
+def test_what_a_killed_download_left_is_named_and_stays(served, fetch, tmp_path):
+    leftover = tmp_path / "data" / ".unfinished-abc"
+    leftover.mkdir(parents=True)
+    (leftover / FIRST).write_text("half")
+    assert str(leftover) in fetch(served.url, "--shards", 1).stdout
+    assert (leftover / FIRST).read_text() == "half"
 
 
 def test_without_requests_complete_shards_are_enough(fetch, monkeypatch, tmp_path):

@@ -166,13 +166,15 @@ def test_what_the_tokenizer_cannot_take_is_named_or_left_out(gpt2, tmp_path, mon
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_blocks_are_tokenized_like_the_whole_text(seed):
+@pytest.mark.parametrize("letters, weights", [
+    (" \n\r\t\xa0\x1c\u2028ab12'!é漢", [6, 3, 1, 1] + [1] * 11),
+    ("ab12_'!é漢、½\u0301\U0001f600", None)], ids=["prose", "no white space"])
+def test_blocks_are_tokenized_like_the_whole_text(seed, letters, weights):
     regex = pytest.importorskip("regex")
     tiktoken_ext = pytest.importorskip("tiktoken_ext.openai_public")
     pattern = regex.compile(tiktoken_ext.r50k_pat_str)  # the splitting pattern of GPT-2
     rng = random.Random(seed)
-    letters = " \n\r\t\xa0\x1c\u2028ab12'!é漢"
-    whole = "".join(rng.choices(letters, [6, 3, 1, 1] + [1] * 11, k=rng.randint(0, 3000)))
+    whole = "".join(rng.choices(letters, weights, k=rng.randint(0, 3000)))
     cuts = sorted(rng.choices(range(len(whole) + 1), k=30))
     chunks = [whole[a:b] for a, b in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
     blocks = list(cut_blocks(chunks, size=40))
