@@ -1694,12 +1694,15 @@ class Bucket:
             full_grad, self.params[0].grad = self.params[0].grad, None
         else:
             full_grad = self.grad_buffer
+            views, grads = [], []
             for view, p in zip(self.views(full_grad), self.params, strict=True):
                 if p.grad is None:
                     view.zero_()
                 else:
-                    view.copy_(p.grad)
+                    views.append(view)
+                    grads.append(p.grad)
                 p.grad = None
+            torch._foreach_copy_(views, grads)  # few launches for many small parameters
         if self.sparse:
             self.grad = full_grad.coalesce()
             return

@@ -223,6 +223,18 @@ def test_validation_on_fewer_tokens_is_no_result(home, monkeypatch):
     assert warnings and "4,096" in warnings[0] and "16,384" in warnings[0]
 
 
+def test_repository_is_found_by_more_than_a_run_sh(tmp_path, monkeypatch):
+    """A run.sh of the user's own, nearer to the script, is not the repository's."""
+    script = tmp_path / "repository/records/mine/ideas/train_gpt.py"
+    script.parent.mkdir(parents=True)
+    (script.parents[1] / "run.sh").touch()
+    monkeypatch.setattr(train_gpt, "__file__", str(script))
+    assert train_gpt.find_root() == Path.cwd()
+    (tmp_path / "repository/run.sh").touch()
+    (tmp_path / "repository/data").mkdir()
+    assert train_gpt.find_root() == tmp_path / "repository"
+
+
 @pytest.mark.parametrize("place, expected", [("top", True), ("below", False), ("outside", False)])
 def test_commit_is_that_of_this_repository_or_none(tmp_path, monkeypatch, place, expected):
     """A copy of the project inside another repository has not that repository's commit."""
