@@ -15,7 +15,6 @@ project and of modded-nanogpt are read. Exit code 1: the claim does not hold; 2:
 import argparse
 import sys
 
-from .ab import ab
 from .difference import diff, extract
 from .logs import TARGET, UserError
 from .page import report
@@ -23,6 +22,16 @@ from .plots import plot
 from .stats import runs_needed
 from .table import table
 from .verdict import verify
+
+
+def ab(args) -> int:
+    """Runs two scripts alternately, A B A B ..., with the seeds 0, 1, ... for both, then judges B
+    against A. Each run is started as run.sh starts it: one process per GPU, or NPROC of them.
+    Started again after an interruption, ab keeps the complete runs of the same script and flags on
+    the same hardware.
+    """
+    from .ab import ab  # imports what the other commands do not need
+    return ab(args)
 
 
 def print_runs_needed(args) -> int:
