@@ -7,9 +7,10 @@ A is a GPT-2 as nanoGPT's README trains it on a CPU (shakespeare_char, "I only h
 layers, 4 heads, width 128, context 64, batch 12, 2,000 steps, AdamW, float32, not compiled. It is
 written anew here, from that description. B is train_gpt.py with the flags SPEEDRUN, a schedule that
 is short enough to end just below A's final loss. Both are validated on all validation tokens of the
-laptop track, A with its own context. The times are training time without compilation, start-up and
-validation; the table also has the total time. The result is B's time divided by A's; it counts only
-if B's loss is not above A's. --out keeps the results and B's logs in a folder.
+laptop track, A with its own context. Each run is one process on the CPU. The times are training
+time without compilation, start-up and validation; the table also has the total time. The result is
+B's time divided by A's; it counts only if B's loss is not above A's. --out keeps the results and
+B's logs in a folder.
 """
 import argparse
 import json
@@ -28,7 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data import UserError, run_as_program
 from data.shards import open_shard
+from tools import start
 from train_gpt import TRACKS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -132,7 +135,7 @@ def speedrun_run(seed: int, flags: list[str], entry: str) -> dict:
     done = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=True)
     total = time.perf_counter() - began
     if done.returncode:
-        sys.exit(done.stderr)
+        raise UserError(done.stderr or f"train_gpt.py ended with exit code {done.returncode}")
     (log,) = set(folder.glob("*.txt")) - before
     metrics = re.findall(r"^step:\d+/\d+ val_loss:(\S+) train_time:(\d+)ms", log.read_text(), re.M)
     loss, ms = metrics[-1]
@@ -152,14 +155,14 @@ def keep(out: Path, flags: list[str], results: dict[str, list[dict]]) -> None:
     (out / "results.json").write_text(json.dumps(content, indent=1))
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.benchmark", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=3, help="runs of each (3)")
-    parser.add_argument("--out", type=Path, help="folder for results.json and B's logs")
-    parser.add_argument("flags", nargs="*", default=SPEEDRUN, help="after --: other flags for B")
-    args = parser.parse_args()
+def benchmark(args: argparse.Namespace) -> int:
+    """All runs, and the comparison. Returns an exit code. Raises UserError."""
+    if args.runs < 1:
+        raise UserError(f"--runs is {args.runs}, expected 1 or more")
+    print(f"every run: one process on the CPU, {torch.get_num_threads()} threads", flush=True)
+    start.forget_other_ranks()
+    if code := start.fetch("laptop"):
+        return code
     results = {"nanoGPT": [], "train_gpt": []}
     for seed in range(args.runs):
         results["nanoGPT"].append(baseline_run(seed))
@@ -178,7 +181,18 @@ def main() -> None:
           f"{len(pairs)} runs")
     if args.out:
         keep(args.out, args.flags, results)
+    return 0
+
+
+def main() -> int:
+    """The command line. Returns an exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tools.benchmark", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=3, help="runs of each (3)")
+    parser.add_argument("--out", type=Path, help="folder for results.json and B's logs")
+    parser.add_argument("flags", nargs="*", default=SPEEDRUN, help="after --: other flags for B")
+    return run_as_program(benchmark, parser.parse_args())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import train_gpt
 from data import run_as_program
 from tools import start
 
@@ -36,7 +35,7 @@ class Launch:
         self.fetched = None   # the track
         self.command = None   # script and flags
         self.processes = None
-        for name in ("NPROC", "SHARDS"):
+        for name in ("NPROC", "SHARDS", *start.RANK_VARIABLES):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(start, "fetch", self.fetch)
         monkeypatch.setattr(start, "start_ranks", self.start_ranks)
@@ -46,9 +45,9 @@ class Launch:
         self.fetched = track
         return 0
 
-    def start_ranks(self, processes, script, flags):
-        self.processes = processes
-        self.command = [script, *flags]
+    def start_ranks(self, plan):
+        self.processes = plan.processes
+        self.command = [plan.script, *plan.flags]
         return 0
 
     def execv(self, program, words):
@@ -88,11 +87,12 @@ def test_track_and_number_of_processes(launch, words, gpus, track, processes):
     assert launch.command == ["train_gpt.py", *words]
 
 
-def test_a_checkpoint_decides_the_track(launch, monkeypatch):
-    saved = {"hyperparameters": {"track": "fineweb"}, "info": {"activations": "float32"}}
-    monkeypatch.setattr(train_gpt, "open_checkpoint", lambda path: saved)
-    assert launch("--resume", "mine.pt") == 0
-    assert launch.fetched == "fineweb"
+def test_a_checkpoint_decides_track_and_device(launch, tmp_path):
+    saved = {"hyperparameters": {"track": "fineweb", "device": "cpu"},
+             "info": {"activations": "float32"}, "progress": {}, "model": {}, "optimizer": {}}
+    torch.save(saved, tmp_path / "mine.pt")
+    assert launch("--resume", str(tmp_path / "mine.pt"), gpus=8) == 0
+    assert (launch.fetched, launch.processes) == ("fineweb", 1)
 
 
 @pytest.mark.parametrize("flag", ["--no_such_flag=1", "--num_steps=0"])
@@ -110,9 +110,12 @@ def test_nproc(launch):
     assert launch.processes == 1
     assert launch(NPROC="", gpus=4) == 0  # empty is unset
     assert launch.processes == 4
+    assert launch(NPROC="8", gpus=4) == 2  # a process without a GPU
+    assert launch("--device=cpu", NPROC="8", gpus=4) == 0
+    assert launch.processes == 8
 
 
-@pytest.mark.parametrize("value", ["0", "two", "-1", "1.5"])
+@pytest.mark.parametrize("value", ["0", "two", "-1", "1.5", " ", "\u00b2", "1" * 5000])
 @pytest.mark.parametrize("variable", ["NPROC", "SHARDS"])
 def test_a_bad_number_is_one_line(launch, monkeypatch, capsys, variable, value):
     monkeypatch.undo()
@@ -120,6 +123,18 @@ def test_a_bad_number_is_one_line(launch, monkeypatch, capsys, variable, value):
     assert run_as_program(start.start, ["--track", "fineweb", "--device", "cpu"]) == 2
     errors = capsys.readouterr().err
     assert len(errors.splitlines()) == 1 and variable in errors and value in errors
+
+
+def test_a_process_has_the_cores_that_are_allotted(monkeypatch):
+    """Not those of the machine; Slurm and containers allot fewer."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    assert [start.num_threads(processes) for processes in (1, 2, 4, 7)] == [6, 3, 1, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert start.num_threads(2) == 5
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    assert start.num_threads(2) == 3
 
 
 def test_the_data_commands(monkeypatch):
@@ -168,6 +183,54 @@ def test_record(launch, monkeypatch, tmp_path, capsys):
         assert "published/2024_A" in errors and "laptop/2026_B" in errors
 
 
+def test_an_edited_script_is_asked_for_its_track(launch, tmp_path):
+    """It can have a track and flags of its own."""
+    script = tmp_path / "my idea.py"
+    text = (ROOT / "train_gpt.py").read_text()
+    begin = "class Hyperparameters:\n"
+    assert text.count(begin) == 1
+    script.write_text(text.replace(begin, begin + "    my_flag: int = setting(1, 'mine')\n"))
+    assert launch(str(script), "--my_flag=2", "--track=fineweb", gpus=2) == 0
+    assert (launch.fetched, launch.processes) == ("fineweb", 2)
+    assert launch.command == [str(script), "--my_flag=2", "--track=fineweb"]
+    assert launch("--my_flag=2") == 2
+
+
+def test_the_script_of_an_entry_by_its_path(launch):
+    entry = "records/published/2024-06-06_AdamW/train_gpt.py"
+    assert launch(str(ROOT / entry), "--seed=3") == 0
+    assert launch.command == [entry, "--track", "laptop", "--seed=3"]
+
+
+NO_SCRIPTS = {
+    "syntax": "def parse_arguments(:\n",
+    "null": "\0",
+    "other": "open('executed', 'w')\n",
+    "missing": None}
+
+
+@pytest.mark.parametrize("kind", NO_SCRIPTS)
+def test_what_is_no_training_script_is_neither_run_nor_fetched_for(
+        launch, tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "idea.py"
+    if NO_SCRIPTS[kind] is not None:
+        script.write_text(NO_SCRIPTS[kind])
+    assert launch(str(script)) == 2
+    errors = capsys.readouterr().err
+    assert len(errors.splitlines()) == 1 and str(script) in errors
+    assert launch.fetched is None and not (tmp_path / "executed").exists()
+
+
+def test_a_script_that_belongs_to_another_folder_is_refused(launch, tmp_path, capsys):
+    script = tmp_path / "train_gpt.py"
+    script.write_text((ROOT / "train_gpt.py").read_text() + f"ROOT = Path({str(tmp_path)!r})\n")
+    assert launch(str(script)) == 2
+    errors = capsys.readouterr().err
+    assert len(errors.splitlines()) == 1 and str(tmp_path) in errors and str(ROOT) in errors
+    assert launch.fetched is None
+
+
 def test_help_is_that_of_the_script(launch):
     assert launch("--help") == 0
     assert launch.command == ["train_gpt.py", "--help"]
@@ -204,6 +267,7 @@ class UserError(Exception):
 
 class Settings:
     track = "laptop"
+    device = "cpu"
 
 def parse_arguments(flags):
     return Settings()
@@ -215,9 +279,9 @@ if __name__ == "__main__":
 """
 
 
-def write_script(project, body):
-    """A train_gpt.py that accepts all flags and does what body says."""
-    (project / "train_gpt.py").write_text(SCRIPT + textwrap.indent(body, "    "))
+def write_script(project, body, name="train_gpt.py"):
+    """A train_gpt.py, or an edited one, that accepts all flags and does what body says."""
+    (project / name).write_text(SCRIPT + textwrap.indent(body, "    "))
 
 
 def begin(command, cwd, **variables):
@@ -242,6 +306,57 @@ def test_started_by_a_link_it_runs_in_its_own_folder(project, tmp_path):
     assert data == "the data is there"
     assert script == f"{project} {['train_gpt.py', '--track', 'laptop', '--entry', 'two words']}"
     assert sorted(path.name for path in other.iterdir()) == [".venv", "first", "second"]
+
+
+def test_a_link_that_goes_up_from_a_linked_folder(project, tmp_path):
+    """The shell's own idea of `..` would lead to another folder."""
+    write_script(project, "import os\nprint(os.getcwd())\n")
+    (tmp_path / "real" / "sub").mkdir(parents=True)
+    (tmp_path / "project").mkdir()  # the other folder
+    (tmp_path / "real" / "project").symlink_to(project)
+    (tmp_path / "real" / "sub" / "go").symlink_to("../project/run.sh")
+    (tmp_path / "short").symlink_to("real/sub")
+    process = begin(["short/go"], tmp_path, CDPATH=str(tmp_path / "real"))
+    out, errors = process.communicate(timeout=HANG)
+    assert (process.returncode, errors) == (0, "")
+    assert out.splitlines()[-1] == str(project)
+
+
+def test_a_copy_of_run_sh_touches_nothing_in_another_project(project, tmp_path):
+    other = tmp_path / "other"
+    (other / ".venv").mkdir(parents=True)
+    for name in ("run.sh", "requirements.txt"):
+        shutil.copy(project / name, other)
+    shutil.copy(project / "run.sh", other / ".venv" / "requirements.txt")  # other requirements
+    process = begin(["./run.sh"], other, PYTHON="")
+    _, errors = process.communicate(timeout=HANG)
+    assert process.returncode == 2
+    assert len(errors.splitlines()) == 1 and str(other) in errors
+    assert [path.name for path in (other / ".venv").iterdir()] == ["requirements.txt"]
+
+
+@pytest.mark.parametrize("name, processes", [
+    ("my idea.py", "1"),
+    pytest.param("-i'd\u00e9\"a.py", "1", marks=pytest.mark.slow),
+    pytest.param("-i'd\u00e9\"a.py", "2", marks=pytest.mark.slow)])
+def test_an_edited_script_runs_as_train_gpt_does(project, tmp_path, name, processes):
+    """Its path is relative to the caller's folder, else to the project's."""
+    body = "import os, sys\nprint(os.environ.get('RANK', '0'), *sys.argv, sep='|')\n"
+    write_script(project, body, name)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    mine = f"./{name}" if name.startswith("-") else name
+    theirs = f"{elsewhere}/{name}"
+    for folder, expected in ((project, mine), (elsewhere, mine), (elsewhere, theirs)):
+        if expected == theirs:
+            shutil.copy(project / name, elsewhere)
+        process = begin([project / "run.sh", name, "--entry", "two words"], folder, NPROC=processes)
+        out, errors = process.communicate(timeout=HANG)
+        assert (process.returncode, errors) == (0, "")
+        data, *lines = out.splitlines()
+        assert data == "the data is there"
+        ranks = [f"{rank}|{expected}|--entry|two words" for rank in range(int(processes))]
+        assert sorted(lines) == ranks
 
 
 # In each, the other rank waits until torchrun ends it.
@@ -311,65 +426,260 @@ def test_ctrl_c_ends_a_download(project):
     assert out == "" and len(errors.splitlines()) == 1
 
 
-@pytest.mark.slow
-def test_a_host_whose_name_does_not_resolve(project):
-    if subprocess.run(["unshare", "-u", "true"], capture_output=True).returncode:
-        pytest.skip("unshare is not allowed here")
-    write_script(project, "import os, sys\nsys.stdout.write(f'rank {os.environ[\"RANK\"]}\\n')\n")
-    command = "hostname no-such-host.invalid && ./run.sh --track=laptop"
-    process = begin(["unshare", "-u", "bash", "-c", command], project, NPROC="2")
+OTHER_LAUNCHER = {
+    "RANK": "1", "LOCAL_RANK": "x", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "", "MASTER_PORT": "1",
+    "MASTER_ADDR": "no-such-host.invalid", "PET_NNODES": "2", "GLOO_SOCKET_IFNAME": "no-such"}
+
+
+@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_another_launchers_variables_change_nothing(project, processes):
+    write_script(project, "import os, sys\n"
+        "if 'RANK' in os.environ:\n"
+        "    import torch.distributed as dist\n"
+        "    dist.init_process_group('gloo')\n"
+        "    dist.barrier()\n"
+        "ranks = [os.environ.get(name) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')]\n"
+        "sys.stdout.write(f'{ranks}\\n')\n")
+    process = begin(["./run.sh"], project, NPROC=processes, **OTHER_LAUNCHER)
     out, errors = process.communicate(timeout=HANG)
     assert process.returncode == 0, errors
-    assert {"rank 0", "rank 1"} <= set(out.splitlines())
+    assert len(errors.splitlines()) == 1 and "WORLD_SIZE" in errors  # it is said
+    expected = {"1": [[None, None, None]], "2": [["0", "0", "2"], ["1", "1", "2"]]}
+    assert sorted(out.splitlines()[1:]) == [str(ranks) for ranks in expected[processes]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_lost_connection_stops_the_ranks_unless_nohup_is_used(project, ignored):
+    """Other signals that job systems send stop them, too."""
+    write_script(project, "import os, signal, sys, time\n"
+        "for name in ('SIGHUP', 'SIGUSR1'):\n"
+        "    number = getattr(signal, name)\n"
+        "    if signal.getsignal(number) != signal.SIG_IGN:\n"
+        "        signal.signal(number, lambda number, frame: sys.exit(128 + number))\n"
+        "sys.stdout.write('started\\n')\n"
+        "sys.stdout.flush()\n"
+        "for _ in range(1000):\n"
+        "    time.sleep(1)\n")
+    words = ["bash", "-c", "trap '' HUP; exec ./run.sh"] if ignored else ["./run.sh"]
+    process = begin(words, project, NPROC="2")
+    for line in ["the data is there", "started", "started"]:
+        assert process.stdout.readline().strip() == line
+    os.killpg(process.pid, signal.SIGHUP)
+    if ignored:
+        os.killpg(process.pid, signal.SIGUSR1)
+    _, errors = process.communicate(timeout=HANG)
+    expected = signal.SIGUSR1 if ignored else signal.SIGHUP
+    assert (process.returncode, errors) == (128 + expected, "")
+
+
+def unshare(words, command, project):
+    """run.sh with two processes after a command, in namespaces of its own."""
+    if subprocess.run(["unshare", *words, "true"], capture_output=True).returncode:
+        pytest.skip("unshare is not allowed here")
+    write_script(project, "import os, sys\nsys.stdout.write(f'rank {os.environ[\"RANK\"]}\\n')\n")
+    process = begin(["unshare", *words, "bash", "-c", f"{command} && ./run.sh"], project, NPROC="2")
+    out, errors = process.communicate(timeout=HANG)
+    return process.returncode, out.splitlines(), errors
+
+
+@pytest.mark.slow
+def test_no_name_of_the_machine_resolves(project, tmp_path):
+    (tmp_path / "hosts").touch()
+    command = f"mount --bind {tmp_path}/hosts /etc/hosts && hostname no-such-host.invalid"
+    code, lines, errors = unshare(["-u", "-m"], command, project)
+    assert code == 0, errors
+    assert {"rank 0", "rank 1"} <= set(lines)
+
+
+@pytest.mark.slow
+def test_without_a_loopback_interface_it_is_one_line(project):
+    code, _, errors = unshare(["-n"], "true", project)
+    assert code == 2
+    assert len(errors.splitlines()) == 1 and "127.0.0.1" in errors and "NPROC" in errors
 
 
 FAKE_PYTHON = """#!/bin/bash
-# Pretends to be Python: makes a .venv with a copy of itself, installs nothing.
-if [[ $1 == -m && $2 == venv ]]; then
-    mkdir -p "$3/bin"
-    cp "$0" "$3/bin/python"
-else
-    echo "$*" >>calls
-fi
+# Pretends to be Python: makes a .venv with a copy of itself, installs nothing. The file `missing`
+# holds the packages that it lacks; while there is a file `offline`, pip fails.
+case $1 in
+    -c) [[ ! -f missing ]] || cat missing ;;
+    -m)
+        [[ $2 != pip || ! -f offline ]] || exit 1
+        if [[ $2 == venv ]]; then
+            mkdir -p "$3/bin"
+            cp "$0" "$3/bin/python"
+        else
+            echo "$*" >>calls
+        fi
+        ;;
+esac
 """
 
 
-def test_the_venv_is_set_up_once_and_again_when_the_requirements_change(project, tmp_path):
-    """On a path with no other programs than these; cmp, for example, is missing in small images."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name in ("bash", "dirname", "rm", "cp", "cat", "mkdir"):
-        (programs / name).symlink_to(shutil.which(name))
-    (programs / "python3").write_text(FAKE_PYTHON)
-    (programs / "python3").chmod(0o755)
-    kept = project / ".venv" / "mine"
+@pytest.fixture
+def programs(project, tmp_path):
+    """A folder for PATH with no other programs than these; cmp, for example, is missing in small
+    images."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("bash", "dirname", "readlink", "rm", "cp", "cat", "mkdir"):
+        (folder / name).symlink_to(shutil.which(name))
+    (folder / "python3").write_text(FAKE_PYTHON)
+    (folder / "python3").chmod(0o755)
+    return folder
 
-    def run():
-        """The number of times that pip was called."""
+
+@pytest.fixture
+def set_up(project, programs):
+    """set_up() -> the exit code of run.sh, its errors, and how often it called pip."""
+    def set_up():
         (project / "calls").write_text("")
         process = begin(["bash", "./run.sh", "compare", "a b"], project,
                         PATH=str(programs), PYTHON="")
         _, errors = process.communicate(timeout=HANG)
-        assert (process.returncode, errors) == (0, "")
         calls = (project / "calls").read_text().splitlines()
-        assert calls[-1] == "-m tools.compare a b"
-        return sum("pip install" in call for call in calls)
+        if process.returncode == 0:
+            assert calls[-1] == "-m tools.compare a b"
+        return process.returncode, errors, sum("pip install" in call for call in calls)
+    return set_up
 
-    assert run() == 1
-    kept.touch()
-    assert run() == 0
-    assert kept.exists()
+
+DONE = (0, "", 1)  # what set_up() returns
+KEPT = (0, "", 0)
+
+
+def require_another_package(project):
     with (project / "requirements.txt").open("a") as file:
         file.write("another-package==1.0\n")
-    assert run() == 1
+
+
+def test_the_venv_is_set_up_once_and_again_when_the_requirements_change(project, set_up):
+    kept = project / ".venv" / ".mine"
+    assert set_up() == DONE
+    kept.touch()
+    assert set_up() == KEPT
+    assert kept.exists()
+    require_another_package(project)
+    assert set_up() == DONE
     assert not kept.exists()
 
 
-def test_an_unknown_command_is_one_line(project):
-    process = begin(["./run.sh", "tset", "--num_steps=3"], project)
+def test_an_interrupted_or_broken_set_up_is_repeated(project, set_up):
+    (project / "offline").touch()
+    assert set_up()[0] == 2
+    (project / "offline").unlink()
+    assert set_up() == DONE
+    python = project / ".venv" / "bin" / "python"
+    python.unlink()
+    python.symlink_to("a Python that was upgraded")
+    assert set_up() == DONE
+    assert set_up() == KEPT
+
+
+def test_a_set_up_that_runs_is_left_alone(project, set_up):
+    (project / "offline").touch()
+    assert set_up()[0] == 2
+    (project / "offline").unlink()
+    (mark,) = (project / ".venv").glob("*.sh")
+    mark.write_text(f"{os.getpid()}\n")
+    code, errors, calls = set_up()
+    assert (code, calls) == (2, 0)
+    assert len(errors.splitlines()) == 1 and str(os.getpid()) in errors
+
+
+def test_the_venv_of_an_earlier_run_sh_is_its_own(project, set_up, programs):
+    """Earlier ones wrote only the copy of requirements.txt."""
+    (project / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(programs / "python3", project / ".venv" / "bin" / "python")
+    shutil.copy(project / "requirements.txt", project / ".venv")
+    assert set_up() == KEPT
+    require_another_package(project)
+    assert set_up() == DONE
+
+
+def make_another_venv(project, programs, kind):
+    """A .venv that run.sh did not make. Returns the folder in which its Python lies."""
+    venv = project / ".venv"
+    if kind == "file":
+        venv.touch()
+        return None
+    if kind == "dangling link":
+        venv.symlink_to("nowhere")
+        return None
+    if kind != "folder":  # a link to one that run.sh made, perhaps that of another project
+        target = project.parent / "another venv"
+        target.mkdir()
+        (target / "requirements.txt").write_text("another-package\n")
+        (target / "made_by_run.sh").touch()
+        venv.symlink_to(target)
+    (venv / "bin").mkdir(parents=True)
+    (venv / "mine").touch()
+    if kind != "empty link":
+        shutil.copy(programs / "python3", venv / "bin" / "python")
+    return venv
+
+
+def tree(folder):
+    """All paths in a folder, with links as links."""
+    return {path: os.readlink(path) if path.is_symlink() else path.is_dir()
+            for path in sorted(folder.rglob("*")) if path.name != "calls"}
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "empty link", "file", "dangling link"])
+def test_another_venv_is_used_as_it_is_or_refused(project, set_up, programs, kind):
+    venv = make_another_venv(project, programs, kind)
+    (project / "missing").write_text("tiktoken")
+    before = tree(project.parent)
+    code, errors, calls = set_up()
+    assert (code, calls) == (2, 0)
+    assert len(errors.splitlines()) == 1 and ".venv" in errors and "PYTHON" in errors
+    if venv and kind != "empty link":
+        assert "tiktoken" in errors
+        (project / "missing").write_text("")
+        assert set_up() == KEPT
+        require_another_package(project)
+        assert set_up() == KEPT
+        (project / "missing").write_text("tiktoken")
+    assert tree(project.parent) == before
+
+
+def test_the_packages_of_another_venv_are_looked_up(project):
+    """With the Python of these tests, which has all packages."""
+    (project / ".venv").symlink_to(sys.prefix)
+    write_script(project, "print('ran')\n")
+    process = begin(["./run.sh"], project, PYTHON="")
+    out, errors = process.communicate(timeout=HANG)
+    assert (process.returncode, errors) == (0, "")
+    assert out.splitlines()[-1] == "ran"
+    require_another_package(project)
+    process = begin(["./run.sh"], project, PYTHON="")
     _, errors = process.communicate(timeout=HANG)
     assert process.returncode == 2
-    assert len(errors.splitlines()) == 1 and "tset" in errors
+    assert len(errors.splitlines()) == 1 and "another-package" in errors
+
+
+def test_an_empty_folder_is_free_for_a_set_up(project, set_up):
+    """Such as the mount point of a volume, which can't be deleted."""
+    (project / ".venv").mkdir()
+    assert set_up() == DONE
+
+
+@pytest.mark.parametrize("value", ["no-such-python", "./no-such-python", "/dev/null", " ", "ls"])
+def test_a_python_that_is_none_is_one_line(project, value):
+    process = begin(["./run.sh"], project, PYTHON=value)
+    _, errors = process.communicate(timeout=HANG)
+    assert process.returncode == 2
+    assert len(errors.splitlines()) == 1 and value in errors
+    assert not (project / ".venv").exists()
+
+
+def test_an_unknown_command_is_one_line(project):
+    for word in ("tset", "no such script.py"):
+        process = begin(["./run.sh", word, "--num_steps=3"], project)
+        _, errors = process.communicate(timeout=HANG)
+        assert process.returncode == 2
+        assert len(errors.splitlines()) == 1 and word in errors
 
 
 @pytest.mark.slow

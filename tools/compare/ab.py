@@ -7,8 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from data import UserError as StartError
+
+from .. import start
 from .logs import UserError, read_log
 from .stats import mean
 from .verdict import print_verdict
@@ -17,32 +21,33 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def ab(args) -> int:
-    """Runs two scripts alternately, A B A B ..., with the seeds 0, 1, ... for both, then judges B
-    against A. Started again after an interruption, it keeps the complete runs of the same script
-    and flags.
-    """
+    """The command ab of command_line.py; returns the exit code of the verdict."""
     if args.runs < 1:
         raise UserError(f"--runs is {args.runs}, expected 1 or more")
-    scripts = {"A": Path(args.a).resolve(), "B": Path(args.b).resolve()}
-    for script in scripts.values():
-        if not script.is_file():
-            raise UserError(f"there is no script {script}; expected two train_gpt.py files")
-    # The state is kept by flags, a run in it by side, script and seed: if B changes, A's runs stay.
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path may not fit the console's encoding
+    scripts = {"A": Path(args.a).absolute(), "B": Path(args.b).absolute()}
+    try:
+        plans = [start.plan_run([str(script), *args.args]) for script in scripts.values()]
+    except StartError as error:
+        raise UserError(str(error)) from None
+    place = start.place_of(plans[0])
+    print(f"--- every run: {place}", flush=True)
+    # The state is kept by flags, a run in it by side, script, seed and place: if B changes, A's
+    # runs stay.
     flags = digest(json.dumps(args.args).encode())
     state_path = ROOT / "records" / "scratch" / f"ab-{flags}" / "state.json"
     state_path.parent.mkdir(parents=True, exist_ok=True)
     logs = {}
     if state_path.exists() and not args.fresh:
         logs = json.loads(state_path.read_text())
-    keys = {(side, seed): f"{side}-{digest(scripts[side].read_bytes())}-{seed}"
+    keys = {(side, seed): f"{side}-{digest(scripts[side].read_bytes())}-{seed}, {place}"
             for seed in range(args.runs) for side in "AB"}
     kept = [run for run, key in keys.items() if is_complete(logs.get(key, ""))]
     missing = [run for run in keys if run not in kept]
     if kept:
         names = ", ".join(f"{side} seed {seed}" for side, seed in kept)
-        print(f"--- kept, because script and flags are the same: {names} (--fresh repeats them)",
-              flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the script, as Ctrl-C does
+        print("--- kept, because script, flags and hardware are the same: "
+              f"{names} (--fresh repeats them)", flush=True)
     durations = []
     for number, (side, seed) in enumerate(missing, len(kept) + 1):
         minutes = (mean(durations) or 0) * (len(keys) - number + 1) / 60
@@ -50,7 +55,8 @@ def ab(args) -> int:
         print(f"--- run {number} of {len(keys)}{left}: {side}, seed {seed}: {scripts[side]} "
               f"{' '.join(args.args)}", flush=True)
         started = time.monotonic()
-        code, log = run_script([sys.executable, str(scripts[side]), *args.args, f"--seed={seed}"])
+        with stop_signals_as_ctrl_c():
+            code, log = run_script([str(scripts[side]), *args.args, f"--seed={seed}"])
         if code or not log:
             no_log = "" if log else " and named no log"
             raise UserError(f"{scripts[side]} ended with exit code {code}{no_log}; correct it and "
@@ -63,6 +69,7 @@ def ab(args) -> int:
     baseline = [logs[keys["A", seed]] for seed in range(args.runs)]
     candidate = [logs[keys["B", seed]] for seed in range(args.runs)]
     print("--- logs of A, the baseline, and B, the candidate:", *baseline, *candidate, sep="\n")
+    print(f"--- verdict for {place}")
     return print_verdict(candidate, baseline, args)
 
 
@@ -76,15 +83,34 @@ def is_complete(path: str) -> bool:
     return os.path.exists(path) and any(run.complete for run in read_log(path))
 
 
-def run_script(command: list[str]) -> tuple[int, str | None]:
-    """Runs a script and passes on what it prints; returns its exit code and the log that it named.
+@contextmanager
+def stop_signals_as_ctrl_c():
+    """Inside `with`, each signal that stops a run raises KeyboardInterrupt, as Ctrl-C does."""
+    handlers = {}
+    for number in start.STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            handlers[number] = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
-    Ctrl-C kills the script, so that it saves no checkpoint: ab repeats an interrupted run from its
-    beginning.
+
+def run_script(words: list[str]) -> tuple[int, str | None]:
+    """Starts a script with its flags as run.sh does, and passes on what it prints; returns the exit
+    code and the log that it named.
+
+    Ctrl-C ends all processes of the run at once, so that they save no checkpoint: ab repeats an
+    interrupted run from its beginning.
     """
     log = None
-    # In a session of its own the script gets no signal from the terminal.
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    # In a session of its own the run gets no signal from the terminal. Its output names the log, so
+    # it must not depend on the console's encoding.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.start", *words], cwd=start.ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:surrogateescape"}, stdout=subprocess.PIPE,
+        encoding="utf-8", errors="surrogateescape", start_new_session=True)
     try:
         for line in process.stdout:
             print(line, end="", flush=True)
@@ -92,7 +118,15 @@ def run_script(command: list[str]) -> tuple[int, str | None]:
                 log = found[1]
         process.wait()
     except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        end(process)
         raise
     return process.returncode, log
+
+
+def end(process: subprocess.Popen) -> None:
+    """Ends a run. torchrun's ranks have sessions of their own, so torchrun has to end them."""
+    for number in start.STOP_SIGNALS:  # the next one must not interrupt this
+        signal.signal(number, signal.SIG_IGN)
+    with suppress(ProcessLookupError):  # it has ended by itself
+        os.killpg(process.pid, start.END_SIGNAL)
+    process.wait()

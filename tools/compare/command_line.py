@@ -17,7 +17,6 @@ import sys
 
 from data import UserError, run_as_program
 
-from .ab import ab
 from .difference import diff, extract
 from .logs import TARGET
 from .page import report
@@ -25,6 +24,16 @@ from .plots import plot
 from .stats import runs_needed
 from .table import table
 from .verdict import verify
+
+
+def ab(args) -> int:
+    """Runs two scripts alternately, A B A B ..., with the seeds 0, 1, ... for both, then judges B
+    against A. Each run is started as run.sh starts it: one process per GPU, or NPROC of them.
+    Started again after an interruption, ab keeps the complete runs of the same script and flags on
+    the same hardware.
+    """
+    from .ab import ab  # imports what the other commands do not need
+    return ab(args)
 
 
 def print_runs_needed(args) -> int:

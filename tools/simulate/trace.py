@@ -2,7 +2,8 @@
 
     python -m tools.simulate.trace FOLDER [flags of train_gpt.py]
 
-It writes FOLDER/stage1.trace.json, stage2.trace.json, ... and passes the script's log on.
+It writes FOLDER/stage1.trace.json, stage2.trace.json, ... and passes the script's log on. It runs
+one process, so the collectives of several GPUs are missing in the trace.
 """
 import sys
 from pathlib import Path
