@@ -83,7 +83,8 @@ def run_as_program(function: Callable, *args) -> int:
     """Call function(*args) and return an exit code: its own, 2 on a UserError, 130 on Ctrl-C.
 
     If print fails, the code is 141 when nobody reads the output any more (`| head -1`), as shells
-    report SIGPIPE, and otherwise 2, as on any OSError. SIGTERM and SIGHUP end it with 143 and 129. Signals that the caller ignores (nohup) stay so.
+    report SIGPIPE, and otherwise 2, as on any OSError. SIGTERM and SIGHUP end it with 143 and 129.
+    Signals that the caller ignores (nohup) stay so.
     """
     prepare_streams()
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}

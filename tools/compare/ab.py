@@ -10,10 +10,10 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from data import UserError as StartError
+from data import UserError
 
 from .. import start
-from .logs import UserError, read_log
+from .logs import read_log
 from .stats import mean
 from .verdict import print_verdict
 
@@ -24,12 +24,8 @@ def ab(args) -> int:
     """The command ab of command_line.py; returns the exit code of the verdict."""
     if args.runs < 1:
         raise UserError(f"--runs is {args.runs}, expected 1 or more")
-    sys.stdout.reconfigure(errors="backslashreplace")  # a path may not fit the console's encoding
     scripts = {"A": Path(args.a).absolute(), "B": Path(args.b).absolute()}
-    try:
-        plans = [start.plan_run([str(script), *args.args]) for script in scripts.values()]
-    except StartError as error:
-        raise UserError(str(error)) from None
+    plans = [start.plan_run([str(script), *args.args]) for script in scripts.values()]
     place = start.place_of(plans[0])
     print(f"--- every run: {place}", flush=True)
     # The state is kept by flags, a run in it by side, script, seed and place: if B changes, A's
