@@ -44,6 +44,12 @@ def path_argument(text: str) -> Path:
     return Path(text)
 
 
+def visible(text: str) -> str:
+    """Replace characters that are invisible, or that a terminal would obey, by codes like \\x1b."""
+    return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode()
+                   for c in text)
+
+
 def say(line: str, stream=None, end: str = "\n") -> None:
     """Print a line to a stream (default: stdout).
 
@@ -76,7 +82,9 @@ def stop(number: int, frame) -> None:
 def run_as_program(function: Callable, *args) -> int:
     """Call function(*args) and return an exit code: its own, 2 on a UserError, 130 on Ctrl-C.
 
-    SIGTERM and SIGHUP end it with 143 and 129. Signals that the caller ignores (nohup) stay so.
+    If print fails, the code is 141 when nobody reads the output any more (`| head -1`), as shells
+    report SIGPIPE, and otherwise 2, as on any OSError. SIGTERM and SIGHUP end it with 143 and 129.
+    Signals that the caller ignores (nohup) stay so.
     """
     prepare_streams()
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
@@ -84,11 +92,18 @@ def run_as_program(function: Callable, *args) -> int:
         if handler != signal.SIG_IGN:
             signal.signal(number, stop)
     try:
-        return function(*args) or 0
+        code = function(*args) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         # A file's name can have line breaks, and so can the message of a library.
-        letters = [c if c.isprintable() else repr(c)[1:-1] for c in str(error)]
-        say(f"error: {''.join(letters)}", sys.stderr)
+        say(f"error: {visible(str(error))}", sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 141
+    except OSError as error:
+        reason = f"{error.filename or 'output'}: {error.strerror or error}"
+        say(f"error: {visible(reason)}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         say("interrupted", sys.stderr)

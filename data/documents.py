@@ -1,6 +1,7 @@
 """Finds text files and reads the documents in them: .txt, .jsonl, .parquet."""
 import codecs
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -43,7 +44,7 @@ def find_files(paths: list[Path]) -> list[Path]:
     for path in paths:
         found = False
         try:
-            candidates = sorted(files_below(path, set())) if path.is_dir() else [path]
+            candidates = sorted(files_below(path)) if path.is_dir() else [path]
             for file in candidates:
                 if not file.is_file():
                     say_why_left_out(file)
@@ -74,17 +75,28 @@ def say_why_left_out(path: Path) -> None:
         say(f"left out {path}: the link leads nowhere")
 
 
-def files_below(folder: Path, visited: set[Path]) -> Iterator[Path]:
-    """Yield everything below a folder that is not a folder. Each folder is visited once."""
-    resolved = folder.resolve()
-    if resolved in visited:  # a link to a folder above would lead in circles
-        return
-    visited.add(resolved)
-    for entry in sorted(folder.iterdir()):
-        if entry.is_dir():
-            yield from files_below(entry, visited)
-        else:
-            yield entry
+def files_below(folder: Path) -> Iterator[Path]:
+    """Yield everything below a folder that is not a folder. Each folder is visited once.
+
+    Links to folders are followed last, so that they name only what lies nowhere else. Raises
+    OSError if a folder cannot be read.
+    """
+    def fail(error: OSError):
+        raise error
+
+    visited = set()
+    tops = [folder]
+    for top in tops:  # which grows
+        for here, folders, files in os.walk(top, onerror=fail):
+            resolved = os.path.realpath(here)
+            if resolved in visited:  # a link to a folder above would lead in circles
+                folders.clear()
+                continue
+            visited.add(resolved)
+            folders.sort()
+            below = [Path(here, name) for name in folders]
+            tops += [path for path in below if path.is_symlink()]
+            yield from (Path(here, name) for name in files)
 
 
 def cut_blocks(chunks: Iterable[str], size: int = BLOCK) -> Iterator[str]:

@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt as reference
+from data import Stopped, UserError, run_as_program, visible
 from tools.names import name_in
 
 CPU = torch.device("cpu")
@@ -51,10 +52,6 @@ PUBLIC_TRACKS = {"fineweb", "laptop"}
 TOLERANCE = 1e-4  # nats; the same mathematics in another order of operations
 EOT = 256  # end-of-text token of the laptop track, before each document
 ENOUGH_TOKENS = 4097
-
-
-class CannotStart(Exception):
-    """The script can't be imported, or its model can't be built and run."""
 
 
 class NothingToCheck(Exception):
@@ -366,7 +363,8 @@ def describe(error: BaseException, path: str) -> str:
 
 
 def load(path: str) -> ModuleType:
-    """Import a script, and build and run the model of each track. Raises CannotStart."""
+    """Import a script, and build and run the model of each track. Raises UserError if the script
+    can't."""
     try:
         spec = importlib.util.spec_from_file_location("candidate", os.path.abspath(path))
         if spec is None:
@@ -377,8 +375,10 @@ def load(path: str) -> ModuleType:
         if PUBLIC_TRACKS <= module.TRACKS.keys():  # else run_checks reports which one is missing
             for track in module.TRACKS:
                 try_out(module, track)
+    except Stopped:
+        raise
     except (Exception, SystemExit) as error:  # an edited script may raise anything
-        raise CannotStart(f"can't start {path}: {describe(error, path)}") from error
+        raise UserError(f"can't start {path}: {describe(error, path)}") from error
     return module
 
 
@@ -418,21 +418,21 @@ def run_checks(module: ModuleType, checks: tuple[Callable, ...] = CHECKS) -> Ite
         yield run_check(check, module)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+def check_script(argv: list[str] | None) -> int:
+    """Print the result of each check; returns 1 if one failed, else 0. Raises UserError."""
     parser = argparse.ArgumentParser(prog="python -m tools.fair_play", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", help="path of the script, for example train_gpt.py")
-    path = parser.parse_args(argv).script
     failed = False
-    try:
-        for result in run_checks(load(path)):
-            failed = failed or result.verdict == "FAIL"
-            print(result.line(), flush=True)
-    except CannotStart as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for result in run_checks(load(parser.parse_args(argv).script)):
+        failed = failed or result.verdict == "FAIL"
+        print(visible(result.line()), flush=True)
     return 1 if failed else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return run_as_program(check_script, argv)
 
 
 if __name__ == "__main__":

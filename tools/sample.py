@@ -12,41 +12,27 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt
-from data.shards import UserError, run_as_program
+from data import UserError, run_as_program, visible
+from data.encoders import load_encoding
 
 
 def encode(text: str, eot_token: int) -> list[int]:
     """The tokens of a text: bytes for the laptop track's vocabulary, else GPT-2's. Raises UserError
     if the text is not UTF-8."""
     try:
-        if eot_token == 256:
-            return list(text.encode("utf-8"))
-        return gpt2_encoding().encode_ordinary(text)
-    except UnicodeEncodeError:
+        # An argument that is not in the console's encoding contains its bytes as surrogates.
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
         raise UserError("--prompt is not UTF-8") from None
+    return load_encoding("bytes" if eot_token == 256 else "gpt2").encode(text).tolist()
 
 
 def decode(tokens: list[int], eot_token: int) -> str:
     """The text of tokens; bytes that are not UTF-8 become U+FFFD."""
     if eot_token == 256:
         return bytes(tokens).decode("utf-8", errors="replace")
-    return gpt2_encoding().decode(tokens)
-
-
-def gpt2_encoding():
-    """GPT-2's tokenizer; tiktoken downloads its vocabulary the first time. Raises UserError."""
-    import tiktoken
-
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # whatever the download raises
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"tiktoken can't load GPT-2's vocabulary: {reason}") from None
-
-
-def printable(text: str) -> str:
-    """The text without control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+    import tiktoken  # encode has loaded the vocabulary
+    return tiktoken.get_encoding("gpt2").decode(tokens)
 
 
 @torch.no_grad()
@@ -98,13 +84,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.tokens < 0:
         raise UserError(f"--tokens {args.tokens} must be at least 0")
-    if args.temperature <= 0:
+    if not args.temperature > 0:  # NaN is not
         raise UserError(f"--temperature {args.temperature} must be more than 0")
+    if not -2**63 <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed} must fit into 64 bits")
     scratch = train_gpt.ROOT / "records" / "scratch"
     path = args.checkpoint or train_gpt.newest_checkpoint(scratch, track="")
     if not path:
         raise UserError(f"no checkpoint in {scratch}; name one, or train with --save_every")
-    print(f"checkpoint: {path}", file=sys.stderr)
+    print(visible(f"checkpoint: {path}"), file=sys.stderr)
     try:
         model, step = load_model(path)
     except train_gpt.UserError as error:
@@ -112,8 +100,8 @@ def main(argv: list[str] | None = None) -> int:
     eot_token = train_gpt.TRACKS[model.hp.track].eot_token
     tokens = [eot_token, *encode(args.prompt, eot_token)]
     tokens = generate(model, tokens, args.tokens, args.temperature, args.seed, step)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a console that is not UTF-8
-    print(printable(decode(tokens[1:], eot_token)))
+    for line in decode(tokens[1:], eot_token).split("\n"):
+        print(visible(line))
     return 0
 
 

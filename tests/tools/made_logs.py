@@ -79,15 +79,15 @@ def write(folder, texts, name="{}.txt"):
     folder.mkdir(parents=True, exist_ok=True)
     for i, text in enumerate(texts):
         data = text if isinstance(text, bytes) else text.encode()
-        (folder / name.format(i)).write_bytes(data)
+        (folder / name.replace("{}", str(i))).write_bytes(data)
     return str(folder)
 
 
-def write_runs(folder, losses, times, **more):
+def write_runs(folder, losses, times, name="{}.txt", **more):
     """Writes the logs of several runs of one script, whose code names the folder."""
     more = {"code": f"{CODE}# {folder.name}\n", **more}
     return write(folder, [log(**more, body=metrics(loss, time_ms=ms))
-                          for loss, ms in zip(losses, times, strict=True)])
+                          for loss, ms in zip(losses, times, strict=True)], name)
 
 
 def write_seeds(folder, losses, seeds, **more):

@@ -2,6 +2,9 @@
 import hashlib
 import json
 import math
+import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +48,7 @@ def words_of_rules(text):
     for line in text.splitlines():
         word, _, rest = line.partition(" ")
         if word in ("pass", "FAIL", "unknown"):
-            parts = rest.strip().split(": ")
+            parts = rest.strip()[3:].split(": ")  # without the number
             found[parts[0]] = word
             found[": ".join(parts[:2])] = word  # "distinct seeds: candidate"
     return found
@@ -122,6 +125,75 @@ def test_other_targets_and_other_data_break_a_claim(tmp_path, capsys):
         assert code == 1 and rules[rule] == "FAIL"
 
 
+@pytest.mark.parametrize("new, word", [("abc-def", "pass"), ("abc-def-1", "unknown"),
+                                       ("abc-x-1", "FAIL"), (None, "FAIL")])
+def test_a_fingerprint_with_a_part_more_may_be_of_the_same_data(tmp_path, capsys, new, word):
+    old = write_seeds(tmp_path / "old", LOSSES, range(5), data_fingerprint="abc-def")
+    new = write_seeds(tmp_path / "new", LOSSES, range(5), data_fingerprint=new)
+    assert verify(capsys, new, old)[1]["same data"] == word
+
+
+def test_a_side_of_two_torch_versions_is_not_the_same_as_another_such_side(tmp_path, capsys):
+    for side, losses, times in (("old", LOSSES, OLD_TIMES), ("new", LOSSES, NEW_TIMES)):
+        for numbers, torch in ((slice(0, 3), "2.11.0"), (slice(3, 5), "2.13.0")):
+            texts = [log(code=f"import {side}\n", environment=smi(torch=torch),
+                         body=metrics(loss, time_ms=ms))
+                     for loss, ms in zip(losses[numbers], times[numbers], strict=True)]
+            write(tmp_path / side, texts, name=torch + "-{}.txt")
+    code, rules = verify(capsys, tmp_path / "new", tmp_path / "old")
+    assert code == 1 and rules["same torch"] == "FAIL"
+
+
+def test_runs_that_validated_on_a_part_of_the_tokens_are_no_claim(tmp_path, capsys):
+    hyperparameters = {"track": "laptop", "val_tokens": 2048}
+    environment = facts(hyperparameters=hyperparameters, target=3.28)
+    entry = tmp_path / "2030-01-01_New"
+    new = write_runs(entry, LOSSES, NEW_TIMES, environment=environment)
+    old = write_runs(tmp_path / "old", LOSSES, OLD_TIMES, environment=environment)
+    code, rules = verify(capsys, new, old)
+    assert code == 1 and rules["whole validations: candidate"] == "FAIL"
+    assert main("table", "--json", new) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["reached"] == 0 and row["p_value"] is None and not row["claim"]
+
+
+def test_verify_names_a_log_without_a_step(capsys, sides):
+    write(Path(sides[1]), [log(body="run failed\n")], name="failed.txt")
+    assert main("verify", sides[1], "--baseline", sides[0]) == 0
+    assert f"{sides[1]}/failed.txt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("side", ["candidate", "baseline"])
+def test_the_side_whose_logs_have_no_times_is_named(tmp_path, capsys, sides, side):
+    texts = [log(code="new = 1\n", body=metrics(loss).replace("train_time:", "x:"))
+             for loss in LOSSES]
+    paths = [write(tmp_path / "timeless", texts), sides[0]]
+    new, old = paths if side == "candidate" else reversed(paths)
+    assert main("verify", new, "--baseline", old) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "5. faster: " in line]
+    assert line.startswith("FAIL") and side in line
+
+
+def test_the_rules_have_the_numbers_of_the_readme(capsys, sides):
+    assert main("verify", sides[1], "--baseline", sides[0]) == 0
+    numbers = re.findall(r"^\w+ +(\d)\. ", capsys.readouterr().out, re.M)
+    assert numbers == sorted(numbers)
+    readme = (ROOT / "tools/compare/README.md").read_text()
+    assert sorted(set(numbers)) == re.findall(r"^(\d)\. \*\*", readme, re.M)
+
+
+def test_verify_of_a_candidate_says_that_nothing_is_measured(tmp_path, capsys):
+    """In one line, with or without a baseline."""
+    entry = tmp_path / "records/candidates/2030-01-01_New"
+    entry.mkdir(parents=True)
+    (entry / "simulated.out").write_text("step 1\n")
+    old = write_runs(tmp_path / "old", LOSSES, OLD_TIMES)
+    for words in ([entry], [entry, "--baseline", old]):
+        assert main("verify", *words) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and str(entry) in err and "measured" in err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("change, code", [(0.0, 0), (0.01, 1), (-0.01, 0)])
 def test_systems_only_asks_whether_the_loss_got_worse(tmp_path, capsys, change, code):
@@ -157,8 +229,8 @@ def test_verify_wants_whole_runs_of_one_script(capsys, sides):
         Path(new, f"other{number}.txt").write_text(log(code=f"import y{number}\n"))
     assert main("verify", new, "--baseline", old) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 10 and "31" in lines[0]  # the first 8 groups, each with a name of its own
-    assert len({line.partition(": ")[0] for line in lines[1:-1]}) == 8
+    assert len(lines) == 10 and "31" in lines[-1]  # the first 8 groups, each with its own name
+    assert len({line.partition(": ")[0] for line in lines[:8]}) == 8
 
 
 @pytest.mark.slow
@@ -330,6 +402,100 @@ def test_plot(tmp_path, sides, suffix, begin):
                for i in range(9)]
     assert main("plot", *sides, *folders, "-o", tmp_path / f"curves.{suffix}") == 0
     assert (tmp_path / f"curves.{suffix}").read_bytes().startswith(begin)
+
+
+@pytest.mark.slow
+def test_diff_says_that_a_run_changed_when_it_was_resumed(tmp_path, capsys):
+    change = "setting changed: muon_lr was 1, now 2"
+    body = f"{metrics(died_at=12)}resumed from /a_step000010.pt at step 10\n{change}\n"
+    a = write(tmp_path / "a", [log(body=body + metrics())])
+    b = write(tmp_path / "b", [log()])
+    assert main("diff", a, b) == 0
+    assert change in capsys.readouterr().out
+
+
+# Names and text from outside
+
+NAMES = ["x[1]", "*", "a b", "a\nb", "-x", "--all", "caf\udce9", "naïve", "\x1b[31mred", "a'b\"c",
+         "$HOME", "%s {0}", "a\\b", "\u202eevil", "a&b<c>", " x ", "a|b"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_no_pattern_no_flag_and_no_command_of_a_terminal(tmp_path, capfd, monkeypatch,
+                                                                  name):
+    monkeypatch.chdir(tmp_path)
+    old = write_runs(tmp_path / name / "old", LOSSES, OLD_TIMES, name=name + "{}.txt")
+    new = write_runs(tmp_path / name / "new", LOSSES, NEW_TIMES, name=name + "{}.txt")
+    write_runs(tmp_path / "x1", [9.0], [1.0])  # what x[1] would be as a pattern
+    logs = sorted(os.path.relpath(path) for path in Path(new).iterdir())
+    assert main("table", "--json", "--", name) == 0
+    rows = json.loads(capfd.readouterr().out)
+    assert sorted(os.path.basename(row["path"]) for row in rows) == ["new", "old"]
+    commands = [
+        ["table", "--all", "--", name], ["table", "--markdown", "--", name],
+        ["verify", "--baseline", old, "--", *logs], ["diff", "--", f"{name}/old", f"{name}/new"],
+        ["report", "-o", tmp_path / "out.html", "--", f"{name}/old", f"{name}/new"],
+        ["extract", "-o", tmp_path / "out.py", "--", logs[0]]]
+    for words in commands:
+        assert main(*words) == 0, words
+        out, err = capfd.readouterr()
+        assert not err and all(c.isprintable() for c in out.replace("\n", "")), words
+    for words in (["table", f"{tmp_path}/{name}/none"], ["extract", "-o", tmp_path, "--", logs[0]]):
+        assert main(*words) == 2
+        assert capfd.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_log_gives_a_terminal_no_commands(tmp_path, capfd):
+    evil = "\x1b]0;title\x07\x1b[2J\x9b31m\u202e\r"
+    environment = running(8, f"GPU{evil}") + facts(
+        hyperparameters={evil: evil, "track": evil}, script=f"records/{evil}/train_gpt.py",
+        data_fingerprint=evil, torch=evil, code_hash=evil, target=3.28)
+    body = f"track laptop, 1 x {evil}, log: x\n{metrics(died_at=12)}"
+    body += f"resumed from /x at step 10\nsetting changed: muon_lr was {evil}, now {evil}\n"
+    sides = [write(tmp_path / side, [log(code=f"# {evil}\n{side} = 1\n", environment=environment,
+                                         body=body + metrics())])
+             for side in "ab"]
+    for words in (["table", *sides], ["table", "--all", *sides], ["table", "--markdown", *sides],
+                  ["table", "--json", *sides], ["verify", sides[0], "--baseline", sides[1]],
+                  ["verify", tmp_path, "--baseline", sides[1]], ["diff", *sides]):
+        main(*words)
+        out, err = capfd.readouterr()
+        assert out + err and all(c.isprintable() for c in (out + err).replace("\n", "")), words
+
+
+def start(*words, redirect="", setting="", stdout=subprocess.PIPE):
+    """Runs a command of tools.compare in a shell, with redirections and environment variables."""
+    command = shlex.join([sys.executable, "-m", "tools.compare", *map(str, words)])
+    # Output that is not buffered fails earlier, in print.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(["bash", "-c", f"{setting} {command} {redirect}"], cwd=ROOT, timeout=300,
+                          env=environment, stdout=stdout, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("setting", ["PYTHONIOENCODING=ascii", "PYTHONIOENCODING=latin-1:strict",
+                                     "LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0"])
+def test_a_console_that_is_not_utf8_gets_all_lines(tmp_path, setting):
+    folder = write(tmp_path / "naïve … ±", [log()])
+    done = start("table", folder, setting=setting)
+    assert done.returncode == 0 and done.stdout.count(b"\n") == 2 and not done.stderr
+    done = start("table", f"{folder} none", setting=setting)
+    assert done.returncode == 2 and not done.stdout and done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("redirect, code, lines", [
+    ("", 141, 0), ("2>&1", 141, 0), (">&-", 0, 0), ("2>&-", 141, 0), (">&- 2>&-", 0, 0),
+    (">/dev/full", 2, 1), (">/dev/full 2>/dev/full", 2, 0)])
+def test_a_console_that_is_gone_ends_the_command_without_a_traceback(tmp_path, redirect, code,
+                                                                     lines):
+    reader, closed_pipe = os.pipe()
+    os.close(reader)
+    folder = write(tmp_path, [log()])
+    done = start("table", folder, redirect=redirect, stdout=closed_pipe)
+    assert (done.returncode, done.stderr.count(b"\n")) == (code, lines), done.stderr
+    done = start("--help", redirect=redirect, stdout=closed_pipe)
+    assert b"Traceback" not in done.stderr and done.returncode != 120  # Python's, if it fails late
+    os.close(closed_pipe)
 
 
 # The command line

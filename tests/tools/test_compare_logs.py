@@ -1,5 +1,8 @@
 """Reading logs: every public layout, every form of metric lines, cut, damaged, resumed logs."""
+import gzip
+import hashlib
 import json
+import os
 import random
 
 import pytest
@@ -94,6 +97,150 @@ def test_a_run_that_changed_when_it_was_resumed_is_no_result(tmp_path, capsys, n
     (first, second) = read(tmp_path / "two", log(body=begin("1 x A") + metrics() + begin("2 x A")
                                                 + metrics()))  # two runs, none of them resumed
     assert first.complete and second.complete
+
+
+def part(body, machine="1 x A100, 1 threads", resumed_at=None, changes=()):
+    """The lines of a run, or of a part of it, from its start or resume on."""
+    lines = [f"track laptop, 6 steps, bfloat16, {machine}, log: /a/x.txt"]
+    if resumed_at is not None:
+        lines.append(f"resumed from /a/x_step{resumed_at:06d}.pt at step {resumed_at}")
+    return "".join(f"{line}\n" for line in [*lines, *changes]) + body
+
+
+def steps(*numbers):
+    return "".join(f"step:{n}/6 val_loss:{9 - n}.0 train_time:{n}00ms step_avg:1.00ms\n"
+                   for n in numbers)
+
+
+TWO_RANKS = "2 x A100, 1 threads"
+
+
+@pytest.mark.parametrize("parts, complete", [
+    # What was tried from step 3 on is undone by a resume from step 3, but not by one from step 5.
+    ([part(steps(4, 5), TWO_RANKS, 3), part(steps(4, 5, 6), resumed_at=3)], True),
+    ([part(steps(4, 5), TWO_RANKS, 3), part(steps(6), resumed_at=5)], False),
+    ([part(steps(4, 5), TWO_RANKS, 3), part(steps(6), TWO_RANKS, 5)], False),
+    ([part(steps(4, 5), TWO_RANKS, 3), part(steps(1, 6), resumed_at=0)], True),
+    # It was killed before its first metric line; or after a checkpoint, before one.
+    ([part("", TWO_RANKS, 3), part(steps(6), resumed_at=3)], True),
+    ([part("", TWO_RANKS, 3), part(steps(6), resumed_at=5)], False),
+    ([part(steps(4), resumed_at=3, changes=["activations changed: was a, now b"]),
+      part(steps(6), resumed_at=3)], True),
+    ([part(steps(4), resumed_at=3, changes=["world_size changed: was 1, now 2"]),
+      part(steps(6), resumed_at=4)], False),
+    ([part(steps(6), resumed_at=3, changes=["device changed: was A100, now H100"])], False),
+    ([part(steps(6), resumed_at=3, changes=["setting changed: device was cuda, now cpu"])], True)])
+def test_of_a_run_that_was_resumed_twice_the_parts_count_that_led_to_its_end(tmp_path, parts,
+                                                                             complete):
+    text = log(body=part(steps(0, 1, 2, 3)) + "".join(parts))
+    for ends in ("\n", "\r\n"):
+        (run,) = read(tmp_path, text.replace("\n", ends))
+        assert run.complete == complete and run.last_step == 6
+
+
+def test_a_resumed_run_whose_first_part_lies_in_another_log_tells_its_changes(tmp_path):
+    for changes in ([], ["torch changed: was 2.11.0, now 2.13.0"]):
+        (run,) = read(tmp_path, log(body=part(steps(6), resumed_at=3, changes=changes)))
+        assert run.complete == (not changes)
+
+
+@pytest.mark.parametrize("cut, complete", [
+    ("val_loss:3.2775", False), ("val_loss:3.27", False), ("train_time:2000", False),
+    ("train_time:2000ms step_avg:100.00ms", True)])
+def test_a_number_that_is_cut_at_the_end_of_the_file_does_not_count(tmp_path, cut, complete):
+    text = log()
+    end = text.rindex(cut) + len(cut)
+    (run,) = read(tmp_path, text[:end])
+    assert run.complete == complete and run.val_loss == (3.2775 if complete else None)
+
+
+# Files that a log can become on its way.
+WAYS = {
+    "CRLF": lambda data: data.replace(b"\n", b"\r\n"),
+    "byte order mark": lambda data: b"\xef\xbb\xbf" + data,
+    "PowerShell": lambda data: data.replace(b"\n", b"\r\n").decode().encode("utf-16"),
+    "UTF-16 without a mark": lambda data: data.decode().encode("utf-16-le"),
+    "gzip": gzip.compress,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("public", [True, False])
+def test_the_way_of_a_log_changes_nothing_and_a_copy_counts_once(tmp_path, capsys, way, public):
+    code = '"""naïve"""\nimport torch\n'
+    environment = smi() if public else facts(target=1.1, run_id="laptop-1", script="naïve.py")
+    data = log(code=code, environment=environment).encode()
+    before = row(capsys, write(tmp_path / "before", [data]))
+    folder = write(tmp_path / "after", [WAYS[way](data)])
+    after = row(capsys, folder)
+    for name in ("code_hash", "gpu", "target", "val_loss_mean", "train_time_ms_mean"):
+        assert after[name] == before[name]
+    write(tmp_path / "after", [data], name="copy.log")
+    both = row(capsys, folder)
+    assert (both["runs"], both["duplicates"]) == (1, 1)
+    assert main("extract", f"{folder}/0.txt", "-o", tmp_path / "out.py") == 0
+    assert (tmp_path / "out.py").read_text() == code
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_the_hash_in_the_log_decides_which_line_ends_the_script_had(tmp_path, ends):
+    script = "import torch\nx = 1\n".replace("\n", ends).encode()
+    environment = facts(code_hash=hashlib.sha256(script).hexdigest()[:12])
+    text = log(code="import torch\nx = 1\n", environment=environment)
+    for way in (text, text.replace("\n", "\r\n")):
+        folder = write(tmp_path, [way])
+        assert main("extract", f"{folder}/0.txt", "-o", tmp_path / "out.py") == 0
+        assert (tmp_path / "out.py").read_bytes() == script
+
+
+def test_a_compressed_log_is_found_in_a_folder_and_a_damaged_one_is_named(tmp_path, capsys):
+    folder = write(tmp_path, [log(body=metrics(3.27))])
+    packed = gzip.compress(log(body=metrics(3.28)).encode())
+    write(tmp_path, [packed], name="packed.txt.gz")
+    assert row(capsys, folder)["runs"] == 2
+    for damaged in (packed[:-100], packed[:200] + b"x" * 50 + packed[250:]):
+        write(tmp_path, [damaged], name="packed.txt.gz")
+        assert main("table", folder) == 0
+        assert "packed.txt.gz" in capsys.readouterr().out
+
+
+def test_a_copy_inside_a_longer_file_counts_once_but_equal_losses_do_not_make_a_copy(tmp_path,
+                                                                                  capsys):
+    first, second = log(body=metrics(3.27)), log(body=metrics(3.28))
+    folder = write(tmp_path / "copies", [first, first + second])
+    found = row(capsys, folder)
+    assert (found["runs"], found["duplicates"]) == (2, 1)
+    other_time = log(body=metrics(3.27, time_ms=2001.0))
+    folder = write(tmp_path / "same seed", [first, other_time])
+    found = row(capsys, folder)
+    assert (found["runs"], found["duplicates"]) == (2, 0)
+
+
+def test_a_byte_that_is_not_utf8_costs_no_setting(tmp_path):
+    data = log(environment=facts(target=1.1, platform="caf-")).encode().replace(b"caf-", b"caf\xe9")
+    (run,) = read(tmp_path, data)
+    assert run.target == 1.1
+
+
+def test_links_are_followed_once_and_what_is_no_file_is_not_read(tmp_path, capsys):
+    disk = write(tmp_path / "disk", [log(body=metrics(3.27))])
+    folder = tmp_path / "records"
+    write(folder / "2030-01-01_New", [log(body=metrics(3.28))])
+    (folder / "scratch").symlink_to(disk)
+    (folder / "again").symlink_to(disk)
+    (folder / "Above").symlink_to(folder)
+    (folder / "Latest").symlink_to("2030-01-01_New")  # sorted before the folder itself
+    (folder / "one.txt").symlink_to(f"{disk}/0.txt")
+    os.mkfifo(folder / "pipe.txt")  # to read it would wait for ever
+    found = rows(capsys, folder)
+    assert sum(r["runs"] for r in found) == 2 and not any(r["duplicates"] for r in found)
+    assert "2030-01-01_New" in {r["entry"] for r in found}
+    for link in ("scratch", "Latest"):
+        assert row(capsys, folder / link)["runs"] == 1
+    (folder / "lost.txt").symlink_to("nowhere")
+    assert main("table", folder) == 0
+    out = capsys.readouterr().out
+    assert "lost.txt" in out and "pipe.txt" in out
 
 
 @pytest.mark.parametrize("environment, tokens", [
@@ -206,7 +353,7 @@ def test_globs_and_single_files(tmp_path, capsys):
 @pytest.mark.parametrize("name", [
     "target", "script", "code_hash", "run_id", "hyperparameters", "threads", "data_fingerprint",
     "command", "batch_size", "val_every", "seed"])
-@pytest.mark.parametrize("value", ["abc", 5, None, [1], {"a": 1}, 1e400])
+@pytest.mark.parametrize("value", ["abc", 5, None, [1], {"a": 1}, 1e400, 10**400])
 def test_facts_of_the_wrong_type_end_in_a_result(tmp_path, capsys, name, value):
     environment = {"target": 3.28, "hyperparameters": {"batch_size": 8, "sequence_length": 1024}}
     inside = name in ("batch_size", "val_every", "seed")

@@ -5,6 +5,9 @@ A cheat is a function or setting of a loaded script that the test replaces.
 import dataclasses
 import functools
 import inspect
+import shlex
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -332,6 +335,31 @@ def test_what_is_no_script_is_one_line(tmp_path, capsys):
         assert fair_play.main([str(tmp_path / name)]) == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and name in err
+
+
+@pytest.mark.parametrize("name", ["x[1].py", "a b\n.py", "caf\udce9.py", "\x1b[31m%s'.py"])
+@pytest.mark.parametrize("source, code", [
+    ("raise ValueError('\\x1b[31m \\u202e \\udce9 \\r more')\n", 2),
+    (f"{IMPORTS}TRACKS = {{}}\n", 1)])
+def test_a_name_is_no_pattern_and_a_terminal_gets_no_commands(tmp_path, capfd, name, source, code):
+    path = tmp_path / name
+    path.write_text(source)
+    assert fair_play.main(["--", str(path)]) == code
+    out, err = capfd.readouterr()
+    assert (out + err).count("\n") == 1
+    assert all(c.isprintable() for c in (out + err).replace("\n", ""))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting, redirect, code, lines", [
+    ("PYTHONIOENCODING=ascii", "", 1, 0), ("", ">&-", 1, 0), ("", ">/dev/full", 2, 1)])
+def test_a_console_that_is_not_utf8_or_is_gone(tmp_path, setting, redirect, code, lines):
+    path = tmp_path / "naïve.py"
+    path.write_text(f"{IMPORTS}print('naïve')\nTRACKS = {{}}\n")
+    command = shlex.join([sys.executable, "-m", "tools.fair_play", str(path)])
+    done = subprocess.run(["bash", "-c", f"{setting} {command} {redirect}"], cwd=REPOSITORY,
+                          capture_output=True)
+    assert (done.returncode, done.stderr.count(b"\n")) == (code, lines), done.stderr
 
 
 def test_a_check_that_raises_fails(script, monkeypatch):

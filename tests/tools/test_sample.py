@@ -1,5 +1,6 @@
 """Text from a checkpoint."""
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -43,8 +44,32 @@ def test_an_empty_prompt_is_a_document_from_its_beginning(checkpoint, capfd):
     assert code == 0 and out.strip()
 
 
+@pytest.mark.parametrize("prompt", [" ", "\n", "\t \n ", " " * 3000])
+def test_a_prompt_of_white_space_is_a_prompt(checkpoint, capfd, prompt):
+    code, out, _ = text_of(capfd, checkpoint, "--prompt", prompt, "--tokens", 3)
+    assert code == 0 and out.startswith(prompt)
+
+
+def test_an_utf8_prompt_counts_also_where_the_console_is_ascii():
+    """There Python makes a surrogate of each byte."""
+    surrogates = "naïve".encode().decode("ascii", "surrogateescape")
+    assert sample.encode(surrogates, 256) == list("naïve".encode())
+
+
+def test_a_terminal_gets_no_commands(checkpoint, capfd, monkeypatch):
+    evil = "\x1b]0;title\x07\x9b2J\r\u202e\x08"
+    monkeypatch.setattr(sample, "generate", lambda model, tokens, *rest: [*tokens, *evil.encode()])
+    named = checkpoint.rename(checkpoint.with_name(f"a{evil}\nb.pt"))
+    code, out, err = text_of(capfd, named, "--prompt", f"{evil}\n\tx", "--tokens", 3)
+    assert code == 0 and out.count("\n") == 2 and err.count("\n") == 1
+    assert all(c.isprintable() for c in (out + err).replace("\n", "").replace("\t", ""))
+
+
 @pytest.mark.parametrize("argv, named", [
     (["--prompt", "\udcff"], "--prompt"),
+    (["--prompt", "\ud800"], "--prompt"),
+    (["--temperature", "nan"], "--temperature"),
+    (["--seed", str(2**80)], "--seed"),
     (["--temperature", "0"], "--temperature"),
     (["--tokens", "-3"], "--tokens"),
     (["no-such-file.pt"], "no-such-file.pt"),
@@ -73,10 +98,14 @@ def test_padding_changes_nothing(checkpoint, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_console_that_is_not_utf8(checkpoint):
-    env = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tools.sample", str(checkpoint)]
-    done = subprocess.run([*command, "--prompt", "naïve", "--tokens", "5"],
-                          cwd=ROOT, env=env, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(b"na\\xefve")
+@pytest.mark.parametrize("setting, redirect, out, code", [
+    ("PYTHONIOENCODING=ascii", "", b"na\\xefve", 0),
+    ("LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0", "", b"na\\xefve", 0),
+    ("", ">&-", b"", 0), ("", ">&- 2>&-", b"", 0), ("", ">/dev/full", b"", 2)])
+def test_a_console_that_is_not_utf8_or_is_gone(checkpoint, setting, redirect, out, code):
+    command = shlex.join([sys.executable, "-m", "tools.sample", str(checkpoint), "--prompt",
+                          "naïve", "--tokens", "5"])
+    done = subprocess.run(["bash", "-c", f"{setting} {command} {redirect}"], cwd=ROOT,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert done.returncode == code and b"Traceback" not in done.stderr, done.stderr
+    assert done.stdout.startswith(out)

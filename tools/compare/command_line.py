@@ -15,9 +15,11 @@ project and of modded-nanogpt are read. Exit code 1: the claim does not hold; 2:
 import argparse
 import sys
 
+from data import UserError, run_as_program
+
 from .ab import ab
 from .difference import diff, extract
-from .logs import TARGET, UserError
+from .logs import TARGET
 from .page import report
 from .plots import plot
 from .stats import runs_needed
@@ -113,28 +115,21 @@ def make_parser() -> Parser:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """The arguments; what follows -- is args.args, the flags of both scripts. Raises UserError."""
-    end = argv.index("--") if "--" in argv else len(argv)
+    """The arguments; for ab, what follows -- is args.args, the flags of both scripts. Raises
+    UserError."""
+    end = argv.index("--") if argv[:1] == ["ab"] and "--" in argv else len(argv)
     args = make_parser().parse_args(argv[:end])
     args.args = argv[end + 1:]
-    if args.args and args.command != "ab":
-        raise UserError(f"unexpected arguments after --: {' '.join(args.args)}")
     return args
 
 
+def run(argv: list[str]) -> int:
+    """Runs a command; returns the exit code: 0, or 1 if the claim does not hold. Raises UserError.
+    """
+    args = parse_arguments(argv)
+    return args.function(args)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 1 (the claim does not hold), 2 or 130 (Ctrl-C)."""
-    try:
-        args = parse_arguments(sys.argv[1:] if argv is None else argv)
-        return args.function(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # as in `table records/ | head`
-        return 0
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues where it stopped", file=sys.stderr)
-        return 130
+    """Runs a command; returns the exit code: that of run, or of an error."""
+    return run_as_program(run, sys.argv[1:] if argv is None else argv)

@@ -4,10 +4,12 @@ import shlex
 import sys
 from pathlib import Path
 
+from data import UserError
+
 from .groups import Group, group_runs, same_seed
-from .logs import Run, UserError, code_of, find_runs
+from .logs import Run, code_of, find_runs, why_incomplete
 from .stats import spread
-from .text import count, paint
+from .text import count, paint, visible
 from .verdict import contrasts_of
 
 COLOURS = {"@": 36, "-": 31, "+": 32}
@@ -52,21 +54,24 @@ def diff(args) -> int:
                         f"{shlex.join(['diff', '-u', *paths])}")
     sides = [fastest_group(path) for path in paths]
     runs = same_seed(*sides)
-    print(f"--- {runs[0].path}")
-    print(f"+++ {runs[1].path}")
+    for run in runs:
+        if not run.complete:
+            print(visible(f"note: {run.path} is incomplete: {why_incomplete(run)}"))
+    print(visible(f"--- {runs[0].path}"))
+    print(visible(f"+++ {runs[1].path}"))
     without_code = [run.path for run in runs if not run.code_span]
     changes = code_diff(*map(code_lines, runs))
     if without_code:
-        print(f"(no code in {without_code[0]})")
+        print(visible(f"(no code in {without_code[0]})"))
     elif not changes:
         print("(the code is the same)")
     else:
         for line in changes:
-            print(paint(line, COLOURS[line[0]]) if line[0] in COLOURS else line)
+            print(paint(line, COLOURS[line[0]]) if line[0] in COLOURS else visible(line))
     print()
     facts = [{**facts_of(run), **results_of(group)} for run, group in zip(runs, sides, strict=True)]
     for name, (old, new) in differing(facts).items():
-        print(f"{name}: {paint(str(old), 31)} -> {paint(str(new), 32)}")
+        print(f"{visible(name)}: {paint(str(old), 31)} -> {paint(str(new), 32)}")
     if sides[0].runs and sides[1].runs:
         for contrast in contrasts_of(sides[1], sides[0]):
             print(contrast.line("B", "A"))
@@ -75,11 +80,14 @@ def diff(args) -> int:
 
 def fastest_group(path: str) -> Group:
     """The fastest group below a path; a note is printed if there are others."""
-    groups = group_runs(find_runs([path], direct=True)[0])
+    runs, remarks = find_runs([path], direct=True)
+    for remark in remarks:
+        print(visible(f"note: {remark}"))
+    groups = group_runs(runs)
     fastest = groups[0]
     if len(groups) > 1:
-        print(f"note: {path} holds {len(groups)} groups of runs; the fastest is shown: "
-              f"{count(len(fastest.runs), 'run')} of code {fastest.any.code_hash}")
+        print(visible(f"note: {path} holds {len(groups)} groups of runs; the fastest is shown: "
+                      f"{count(len(fastest.runs), 'run')} of code {fastest.any.code_hash}"))
     return fastest
 
 
@@ -116,8 +124,8 @@ def extract(args) -> int:
     """Writes the script that a log embeds, byte for byte."""
     run, *others = find_runs([args.log])[0]
     if any(other.code_hash != run.code_hash for other in others):
-        print(f"note: {args.log} holds {len(others) + 1} runs; this is the script of the first",
-              file=sys.stderr)
+        print(visible(f"note: {args.log} holds {len(others) + 1} runs; this is the script of the "
+                      "first"), file=sys.stderr)
     code = code_of(run)
     out = Path(args.out)
     if out.exists() and out.read_bytes() != code:

@@ -19,7 +19,7 @@ class Group:
     environment, with the same torch version."""
     runs: list[Run]          # complete ones, each once
     incomplete: list[Run]
-    duplicates: list[Run]    # logs with the same bytes as one of the others
+    duplicates: list[Run]    # further logs of one of these runs
 
     @property
     def any(self) -> Run:
@@ -83,12 +83,15 @@ def group_runs(runs: list[Run]) -> list[Group]:
         # Only logs with an environment tell the torch version reliably; a table of public logs has
         # one row per script and hardware.
         torch = run.torch if run.facts else None
-        properties = [run.code_hash, run.gpu, run.world_size, torch, run.steps, run.config,
-                      host_entry(run)]
-        key = json.dumps(properties, sort_keys=True)
+        properties = [run.code_hash, run.gpu, run.world_size, torch, run.steps, run.config]
+        key = json.dumps([*properties, host_entry(run)], sort_keys=True)
         group = groups.setdefault(key, Group([], [], []))
-        identity = (run.file_hash, run.index)
-        if identity in seen:
+        # Copies of a log can differ in their bytes, such as their line ends. No two runs have equal
+        # losses and equal times.
+        result = [run.curve, run.train_hash, run.last_step]
+        identity = json.dumps([*properties, run.torch, run.facts.get("run_id"), *result],
+                              sort_keys=True)
+        if identity in seen and run.curve:
             group.duplicates.append(run)
         elif run.complete:
             group.runs.append(run)
@@ -139,11 +142,12 @@ def is_claim(group: Group) -> bool:
     """Whether an entry's claim rests on these runs.
 
     They must lie in a dated folder, not in a subfolder for ablations or trials, and not directly in
-    a study. A folder baseline/ counts only if its logs name the script that ran.
+    a study. A folder baseline/ counts only if its logs name the script that ran. Validations must
+    read all of the track's tokens.
     """
     folders = group.any.folders
     dated = [i for i, folder in enumerate(folders) if DATED.match(folder)]
-    if not dated or not group.runs:
+    if not dated or not group.runs or group.any.partial:
         return False
     entry = dated[-1]
     if entry > 0 and folders[entry - 1] == "studies" and folders[entry] == group.any.entry:

@@ -4,13 +4,22 @@ A log consists of the source code, a line of 100 '=', the versions, the line aga
 the first parts may be missing. Whatever a log does not contain is None in its Run.
 """
 import glob
+import gzip
 import hashlib
+import io
+import itertools
 import json
 import math
 import os
 import re
+import shlex
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+
+from data import UserError
+from data.documents import files_below
 
 TARGET = 3.28  # FineWeb's, used if a log names none
 SEPARATOR = b"=" * 100
@@ -18,11 +27,11 @@ STEP = re.compile(rb"step:(\d{1,15})/(\d{1,15})\s+(\S.*)")  # a longer number is
 LLM_C = re.compile(rb"s:(\d{1,15}) (tel|trl):(\S+)")  # llm.c: validation and training loss
 FIELD = re.compile(rb"([\w/]+):(\S+)")
 DURATION = re.compile(rb"(\d+(?:\.\d+)?)(ms|s)$")
-RESUMED = re.compile(rb"resumed from .* at step (\d+)(?:$|; other runs)")
+RESUMED = re.compile(rb"resumed from .* at step (\d{1,15})(?:$|; other runs)")
 # Lines of our logs, when a run starts or is resumed: where it runs; what changed at the resume.
-MACHINE = re.compile(rb"track \S+, .*?(\d+ x .+?), log:? ")
+MACHINE = re.compile(rb"track .+?, .*?(\d+ x .+?), log:? ")
 CHANGED = re.compile(rb"(?:setting changed: (\w+)|(\w+) changed:) was .*, now .*")
-RUNNING = re.compile(r"Running PyTorch (\S+?),?(?: on (.+) with world_size (\d+)| .*)?$")
+RUNNING = re.compile(r"Running PyTorch (\S+?),?(?: on (.+) with world_size (\d{1,9})| .*)?$")
 GPU_ROW = re.compile(r"\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|")  # a row of nvidia-smi's table
 CODE_BEGINS = re.compile(rb'(import |from |#!|"""|\'\'\')')
 DATED = re.compile(r"\d{4}-\d\d-\d\d_|\d{6}_")  # an entry's folder; some public ones use MMDDYY
@@ -38,16 +47,11 @@ FACT_TYPES = {"hyperparameters": dict, "target": (int, float), "script": str, "c
               "run_id": str}
 
 
-class UserError(Exception):
-    """A mistake that the user can correct. It becomes one line on stderr and exit code 2."""
-
-
 @dataclass
 class Run:
     """One training run, as far as its log describes it."""
     path: str
     index: int = 0                    # among the runs of the file
-    file_hash: str = ""
     code_hash: str | None = None
     code_span: tuple[int, int] | None = None      # begin and end of the script in the log, in bytes
     gpu: str | None = None            # model of the GPU, or of the CPU if the run used none
@@ -78,6 +82,11 @@ class Run:
     def train_time_ms(self) -> float | None:
         """Training time in milliseconds; None for an incomplete run."""
         return self.curve[-1][2] if self.complete else None
+
+    @property
+    def partial(self) -> bool:
+        """Whether validations read fewer tokens than the track's, so that the loss is no result."""
+        return bool(self.hyperparameters.get("val_tokens"))
 
     @property
     def hyperparameters(self) -> dict:
@@ -133,7 +142,7 @@ class Run:
 
     @property
     def losses(self) -> tuple:
-        """All losses; equal in two logs of the same run."""
+        """All losses. Two runs of one script with the same seed can have the same."""
         return tuple((step, loss) for step, loss, _ in self.curve), self.train_hash
 
     def tokens_before(self, step: int) -> int | None:
@@ -159,12 +168,31 @@ def is_size(value) -> bool:
     return type(value) is int and 0 < value <= 10**12
 
 
+def number(digits: str) -> int | float:
+    """An integer of a JSON object; infinite if no float can hold it."""
+    return int(digits) if len(digits) < 300 else math.inf
+
+
 def milliseconds(word: bytes | None) -> float | None:
     """Reads `1234ms` or `1.234s`; None for `nanms` and everything else."""
     found = DURATION.match(word or b"")
     if not found:
         return None
     return float(found[1]) * (1000 if found[2] == b"s" else 1)
+
+
+class Part(NamedTuple):
+    """A part of a run, from its start or from a resume on."""
+    begin: int          # step
+    machine: str        # empty if the log does not say
+    changes: list[str]  # of settings, data, ... since the part before
+
+
+def changes_between(parts: list[Part]) -> list[str]:
+    """What changed between the parts of a run, as one text each."""
+    machines = [part.machine for part in parts if part.machine]
+    moved = [f"{old} -> {new}" for old, new in itertools.pairwise(machines) if old != new]
+    return moved + [change for part in parts for change in part.changes]
 
 
 class Metrics:
@@ -176,12 +204,14 @@ class Metrics:
     def __init__(self):
         self.runs: list[Run] = []
         self.last_line_ms: float | None = None
-        self.resumed_at: int | None = None
         self.machine = ""  # such as "1 x AMD EPYC, 1 threads"
-        self.changes: list[str] = []  # since the last metric line
+        self.resumed_at: int | None = None  # until the next metric line
+        self.parts: list[Part] = []  # of the last run
 
     def feed(self, line: bytes) -> bool:
         """Reads a line; returns whether it was a metric line."""
+        if not line.endswith((b"\n", b"ms")):
+            return False  # the file was cut here, perhaps in the middle of a number
         line = line.rstrip()
         if found := STEP.match(line):
             step = int(found[1])
@@ -223,31 +253,30 @@ class Metrics:
 
     def feed_other(self, line: bytes) -> None:
         """Reads a line that is no metric line: it may say that the run was resumed."""
-        if found := RESUMED.match(line):
+        if found := MACHINE.match(line):
+            self.machine = found[1].decode(errors="replace")
+        elif found := RESUMED.match(line):
             self.resumed_at = int(found[1])
-        elif found := MACHINE.match(line):
-            machine = found[1].decode(errors="replace")
-            if self.machine not in ("", machine):
-                self.changes.append(f"{self.machine} -> {machine}")
-            self.machine = machine
-        elif b" was " in line and (found := CHANGED.match(line)):  # most lines are code: be quick
-            name = (found[1] or found[2]).decode()
-            if name not in HARMLESS:
-                self.changes.append(line.decode(errors="replace"))
+            # What came after the checkpoint does not count.
+            self.parts = [part for part in self.parts if part.begin < self.resumed_at]
+            self.parts.append(Part(self.resumed_at, self.machine, []))
+        elif self.resumed_at is not None and (found := CHANGED.match(line)):
+            if found[1] is None or found[1].decode() not in HARMLESS:
+                self.parts[-1].changes.append(line.decode(errors="replace"))
 
     def run_at(self, step: int, steps: int | None) -> Run:
         """The run that a metric line belongs to: a new one, or the last, set back if resumed."""
         if not self.runs or (step < self.runs[-1].last_step and self.resumed_at is None):
             self.runs.append(Run("", steps=steps))
             self.last_line_ms = None
-            self.changes = []
+            if self.resumed_at is None:
+                self.parts = [Part(0, self.machine, [])]
         run = self.runs[-1]
         if self.resumed_at is not None:  # the steps after the checkpoint are repeated
             run.curve = [point for point in run.curve if point[0] <= self.resumed_at]
             self.resumed_at = None
             self.last_line_ms = None  # the time goes back with the step, which is no restart
-        run.changes += self.changes
-        self.changes = []
+        run.changes = changes_between(self.parts)
         return run
 
 
@@ -266,8 +295,9 @@ class Environment:
             self.json_lines.append(raw)
             if raw.rstrip() == b"}":
                 try:
-                    self.values["facts"] = json.loads(b"".join(self.json_lines))
-                except ValueError:
+                    text = b"".join(self.json_lines).decode(errors="replace")
+                    self.values["facts"] = json.loads(text, parse_int=number)
+                except (ValueError, RecursionError):
                     pass
                 self.json_lines = None
             elif len(self.json_lines) > 2000:
@@ -294,6 +324,21 @@ class Environment:
         run.world_size = self.values.get("world_size") or (len(self.gpus) or None)
 
 
+def open_log(path: str):
+    """Opens a log as a binary file of UTF-8 text. It may be compressed with gzip, or have another
+    encoding of Unicode, as PowerShell writes it. Raises OSError."""
+    file = open(path, "rb")
+    begin = file.peek(4)[:4]
+    encoding = json.detect_encoding(begin)
+    if begin[:2] == b"\x1f\x8b":
+        file.close()
+        return gzip.open(path)
+    if encoding == "utf-8":
+        return file
+    with file:
+        return io.BytesIO(file.read().decode(encoding, errors="replace").encode())
+
+
 def lines_of(file):
     """The lines of a binary file; those beyond 64 KiB in pieces, so that none fills the memory."""
     return iter(lambda: file.readline(2**16), b"")
@@ -306,7 +351,6 @@ def read_log(path: str) -> list[Run]:
     before the last section; it may contain separators itself. Metric lines count only after it.
     """
     runs = []
-    file_digest = hashlib.sha256()
     offset = 0
     begun = False  # whether there was a line that is neither empty nor a separator
     code_start: int | None = 0
@@ -323,12 +367,11 @@ def read_log(path: str) -> list[Run]:
             run.path, run.code_span = path, code_span
             runs.append(run)
 
-    with open(path, "rb") as file:
+    with open_log(path) as file:
         if b"\0" in file.read(2**13):
             return []
         file.seek(0)
         for line in lines_of(file):
-            file_digest.update(line)
             begin = offset
             offset += len(line)
             if line.rstrip(b"\r\n") == SEPARATOR:
@@ -349,7 +392,7 @@ def read_log(path: str) -> list[Run]:
             begun = begun or bool(line.strip())
             environment.feed(line)
             if described.found and metrics.runs and code_start is not None:
-                if line.startswith((b"step:", b"resumed", b"track ", b"setting changed")):
+                if line.startswith((b"step:", b"resumed", b"track ")) or CHANGED.match(line):
                     doubtful.append(line)
             elif metrics.feed(line):
                 code_start = None if described.found else code_start
@@ -360,7 +403,6 @@ def read_log(path: str) -> list[Run]:
         finish()
         for index, run in enumerate(runs):
             run.index = index
-            run.file_hash = file_digest.hexdigest()
             run.code_hash = run.facts.get("code_hash") or code_hash(file, run.code_span)
     return runs
 
@@ -378,15 +420,18 @@ def steps_shown(run: Run) -> int | None:
 
 
 def code_hash(file, span: tuple[int, int] | None) -> str | None:
-    """12 hexadecimal digits of the SHA-256 of a span of an open file; None if it is empty."""
+    """12 hexadecimal digits of the SHA-256 of the lines in a span of an open file, whatever their
+    line ends; None if it is empty."""
     if not span or span[0] == span[1]:
         return None
     digest = hashlib.sha256()
     left = span[1] - span[0]
     file.seek(span[0])
-    while left and (part := file.read(min(left, 2**16))):
-        digest.update(part)
-        left -= len(part)
+    for line in lines_of(file):
+        digest.update(line.replace(b"\r\n", b"\n"))
+        left -= len(line)
+        if left <= 0:
+            break
     return digest.hexdigest()[:12]
 
 
@@ -394,12 +439,17 @@ def code_of(run: Run) -> bytes:
     """The embedded script, byte for byte. Raises UserError if there is none."""
     if not run.code_span:
         raise UserError(f"{run.path} embeds no code")
-    with open(run.path, "rb") as file:
+    with open_log(run.path) as file:
         file.seek(run.code_span[0])
         code = file.read(run.code_span[1] - run.code_span[0])
-    # A log ends the code with a line break that the script may not have had; the hash decides.
-    without_break = hashlib.sha256(code[:-1]).hexdigest()[:12]
-    return code[:-1] if without_break == run.facts.get("code_hash") else code
+    # A log ends the code with a line break that the script may not have had, and may have got other
+    # line ends since; the hash decides.
+    unix = code.replace(b"\r\n", b"\n")
+    windows = unix.replace(b"\n", b"\r\n")
+    for script in (code, code[:-1], unix, unix[:-1], windows, windows[:-2]):
+        if hashlib.sha256(script).hexdigest()[:12] == run.facts.get("code_hash"):
+            return script
+    return code
 
 
 def why_incomplete(run: Run) -> str:
@@ -416,21 +466,23 @@ def has_separator(path: str) -> bool:
 
     Raises OSError.
     """
-    with open(path, "rb") as file:
+    with open_log(path) as file:
         return any(line.rstrip(b"\r\n") == SEPARATOR for line in lines_of(file))
 
 
 def logs_below(folder: str, direct: bool) -> list[str]:
-    """The .txt and .log files in a folder and, unless direct is set, below it.
+    """The .txt and .log files, also compressed ones, in a folder and, unless direct is set, below
+    it. Links are followed.
 
-    If direct is set but the folder itself holds no log, those below it are returned.
+    If direct is set but the folder itself holds no log, those below it are returned. Raises
+    OSError if a folder can't be read.
     """
     def among(paths):
-        return sorted(str(path) for path in paths
-                      if path.suffix in (".txt", ".log") and not path.is_dir())
+        return sorted(str(path) for path in paths if not path.is_dir()
+                      and path.name.lower().removesuffix(".gz").endswith((".txt", ".log")))
 
-    here = among(Path(folder).glob("*")) if direct else []
-    return here or among(Path(folder).rglob("*"))
+    here = among(Path(folder).iterdir()) if direct else []
+    return here or among(files_below(Path(folder)))
 
 
 def find_runs(paths: list[str], direct: bool = False) -> tuple[list[Run], list[str]]:
@@ -445,7 +497,7 @@ def find_runs(paths: list[str], direct: bool = False) -> tuple[list[Run], list[s
     for path in paths:
         found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         if not found:
-            raise UserError(f"there is no {path}; expected a log, a folder or a glob")
+            raise UserError(f"there is no '{path}'; expected a log, a folder or a glob")
         for item in found:
             if os.path.isdir(item):
                 files += logs_below(item, direct)
@@ -454,12 +506,17 @@ def find_runs(paths: list[str], direct: bool = False) -> tuple[list[Run], list[s
                 named.add(os.path.normpath(item))
     runs = []
     remarks = []
-    for path in dict.fromkeys(os.path.normpath(file) for file in files):
+    # A file that is reached twice, perhaps by a link, is read once.
+    distinct = {os.path.realpath(file): os.path.normpath(file) for file in reversed(files)}
+    for path in reversed(distinct.values()):
+        if os.path.exists(path) and not os.path.isfile(path):  # to read a pipe could wait for ever
+            remarks.append(f"can't read {path}: not a file")
+            continue
         try:
             in_file = read_log(path)
             is_log = bool(in_file) or has_separator(path)
-        except OSError as error:
-            remarks.append(f"can't read {path}: {error.strerror}")
+        except (OSError, EOFError, zlib.error) as error:  # the last two: damaged by compression
+            remarks.append(f"can't read {path}: {getattr(error, 'strerror', None) or error}")
             continue
         if not is_log and path in named:
             remarks.append(f"no log: {path}")
@@ -469,7 +526,10 @@ def find_runs(paths: list[str], direct: bool = False) -> tuple[list[Run], list[s
     if not runs:
         message = [f"no run in {' '.join(paths)}"]
         for path in paths:
+            if "records/candidates" in Path(os.path.abspath(path)).as_posix():
+                message.append("a candidate is only predicted, and nothing is measured there")
             for archive in list(Path(path).rglob("*.tar.gz"))[:1]:
-                message.append(f"its logs are packed: tar xzf {archive} -C {path}")
+                unpack = shlex.join(["tar", "xzf", str(archive), "-C", path])
+                message.append(f"its logs are packed: {unpack}")
         raise UserError("; ".join(message + remarks[:3]))
     return runs, remarks

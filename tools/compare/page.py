@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
+from data import UserError
+
 from .difference import code_diff, code_lines, differing, facts_of
 from .groups import Group, by_seed, claims_of, group_runs, labels_of, same_seed
-from .logs import UserError, find_runs, why_incomplete
+from .logs import find_runs, why_incomplete
 from .plots import draw
 from .stats import difference
 from .table import cells_of, columns_of, notes_on, row_of
 from .text import seconds, shortened, visible
-from .verdict import judge, only_group
+from .verdict import judge, several_groups
 
 HERE = Path(__file__).parent
 # What is shown at most.
@@ -65,11 +67,10 @@ def subject_of(paths: list[str]) -> Subject:
         groups.sort(key=lambda group: runs[0] not in group.runs + group.incomplete)
         return Subject(groups, two_sides=len(groups) == 2, remarks=remarks)
     old, new = [group_runs(runs) for runs, _ in found]
-    try:
-        main = [only_group(old, "baseline"), only_group(new, "candidate")]
-    except UserError as error:
-        return Subject(old + new, no_verdict=str(error), remarks=remarks)
-    return Subject(main, two_sides=True, remarks=remarks)
+    for groups, side in ((old, "baseline"), (new, "candidate")):
+        if len(groups) > 1:
+            return Subject(old + new, no_verdict=several_groups(groups, side), remarks=remarks)
+    return Subject(old + new, two_sides=True, remarks=remarks)
 
 
 def subject_of_folder(path: str) -> Subject:
@@ -99,7 +100,7 @@ def report(args) -> int:
     if Path(args.out).suffix not in (".html", ".htm"):
         raise UserError(f"-o is {args.out}, expected a name that ends in .html")
     Path(args.out).write_text(page_of(subject_of(args.paths), args), encoding="utf-8")
-    print(args.out)
+    print(visible(args.out))
     return 0
 
 
@@ -114,8 +115,8 @@ def page_of(subject: Subject, args) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, finalize=shown,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    script = (HERE / "page.js").read_text()
-    style = (HERE / "page.css").read_text()
+    script = (HERE / "page.js").read_text("utf-8")
+    style = (HERE / "page.css").read_text("utf-8")
     policy = (f"default-src 'none'; img-src data:; script-src 'sha256-{digest(script)}'; "
               f"style-src 'sha256-{digest(style)}'; base-uri 'none'; form-action 'none'")
     command = shlex.join(["python", "-m", "tools.compare", "report", *args.paths, "-o", args.out])

@@ -1,10 +1,13 @@
 """Plots: validation loss against steps, tokens and training time."""
 import math
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+from data import UserError
+
 from .groups import Group, group_runs, labels_of
-from .logs import UserError, find_runs
+from .logs import find_runs
 from .stats import mean
 from .text import count, shortened, visible
 
@@ -48,6 +51,7 @@ def draw(groups: list[Group], labels: list[str], target: float | None):
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the font lacks letters of a name
     except ModuleNotFoundError as error:
         raise UserError(f"{error}; run `source .venv/bin/activate` (./run.sh sets it up)") from None
     curves = [curves_of(group) for group in groups]
@@ -113,5 +117,5 @@ def plot(args) -> int:
     groups = [group for group in groups if group.runs] or groups
     groups.sort(key=lambda group: group.any.entry)
     draw(groups, labels_of(groups), args.target).savefig(args.out, dpi=130)
-    print(args.out)
+    print(visible(args.out))
     return 0

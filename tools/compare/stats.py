@@ -3,7 +3,7 @@ import math
 import statistics
 import warnings
 
-from .logs import UserError
+from data import UserError
 
 
 def mean(values: list[float]) -> float | None:

@@ -23,7 +23,7 @@ def row_of(group: Group, label: str, target: float | None, claim: bool = False) 
     """A group as `table --json` prints it; times are in milliseconds, losses in nats."""
     run = group.any
     target = run.target if target is None else target
-    reached = first_at_target(group, target)
+    reached = [] if run.partial else first_at_target(group, target)
     tokens = [run.tokens_before(point[0]) for run, point in reached]
     times = [point[2] for _, point in reached if point[2] is not None]
     incomplete = []
@@ -48,7 +48,7 @@ def row_of(group: Group, label: str, target: float | None, claim: bool = False) 
         "target": target,
         "val_loss_mean": finite(mean(group.losses)),
         "val_loss_sd": finite(deviation(group.losses)),
-        "p_value": finite(t_test_below(group.losses, target)),
+        "p_value": None if run.partial else finite(t_test_below(group.losses, target)),
         "train_time_ms_mean": finite(mean(group.times)),
         "train_time_ms_sd": finite(deviation(group.times)),
         "step_avg_ms": finite(mean(group.step_averages)),
@@ -86,7 +86,7 @@ def cells_of(row: dict) -> dict[str, str]:
         "torch": row["torch"] or "",
         "code": row["code_hash"] or "",
     }
-    return {name: visible(cell).replace("\n", "\\n") for name, cell in cells.items()}
+    return {name: visible(cell) for name, cell in cells.items()}
 
 
 def columns_of(rows: list[dict[str, str]]) -> list[str]:
@@ -153,7 +153,10 @@ def table(args) -> int:
 
 def notes_on(groups: list[Group]) -> list[str]:
     """Which logs do not count, and why."""
+    partial = [group for group in groups if group.any.partial]
     incomplete = [run for group in groups for run in group.incomplete]
     duplicates = [run for group in groups for run in group.duplicates]
-    return [*(f"incomplete: {run.path}: {why_incomplete(run)}" for run in incomplete),
+    return [*(f"no result: {group.path}: its validations read only a part of the track's tokens"
+              for group in partial),
+            *(f"incomplete: {run.path}: {why_incomplete(run)}" for run in incomplete),
             *(f"duplicate: {run.path}, counted once" for run in duplicates)]
