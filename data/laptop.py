@@ -47,7 +47,7 @@ def torch_source() -> Path:
 def documents(folder: Path) -> list[tuple[str, Path]]:
     """Return (relative path with forward slashes, file) of all Python files, sorted by path."""
     found = []
-    for path in files_below(folder, set()):
+    for path in files_below(folder):
         name = path.relative_to(folder).as_posix()
         if path.suffix == ".py" and name not in LEFT_OUT:
             found.append((name, path))

@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt as reference
-from data import UserError, run_as_program, visible
+from data import Stopped, UserError, run_as_program, visible
 from tools.names import name_in
 
 CPU = torch.device("cpu")
@@ -375,6 +375,8 @@ def load(path: str) -> ModuleType:
         if PUBLIC_TRACKS <= module.TRACKS.keys():  # else run_checks reports which one is missing
             for track in module.TRACKS:
                 try_out(module, track)
+    except Stopped:
+        raise
     except (Exception, SystemExit) as error:  # an edited script may raise anything
         raise UserError(f"can't start {path}: {describe(error, path)}") from error
     return module
