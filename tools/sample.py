@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import train_gpt
 from data import UserError, run_as_program, visible
-from data.encoders import load_encoding
+from data.encoders import encode_texts
 
 
 def encode(text: str, eot_token: int) -> list[int]:
@@ -24,7 +24,10 @@ def encode(text: str, eot_token: int) -> list[int]:
         text = text.encode("utf-8", "surrogateescape").decode("utf-8")
     except UnicodeError:
         raise UserError("--prompt is not UTF-8") from None
-    return load_encoding("bytes" if eot_token == 256 else "gpt2").encode(text).tolist()
+    (tokens,) = encode_texts("bytes" if eot_token == 256 else "gpt2", [text])
+    if isinstance(tokens, str):
+        raise UserError(f"tiktoken can't encode --prompt: {tokens}")
+    return tokens.tolist()
 
 
 def decode(tokens: list[int], eot_token: int) -> str:

@@ -17,10 +17,6 @@ import sys
 
 from data import UserError, run_as_program
 
-<<<<<<< HEAD
-=======
-from .ab import ab
->>>>>>> wt-compare
 from .difference import diff, extract
 from .logs import TARGET
 from .page import report
