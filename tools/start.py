@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from data import UserError, run_as_program, usable_cores
+from data import Stopped, UserError, run_as_program, usable_cores
 from data.fineweb import DEFAULT_SHARDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -219,6 +219,10 @@ def fetch(track: str | None) -> int:
         code = process.wait()
     except KeyboardInterrupt:  # a terminal sends Ctrl-C to both processes
         code = process.wait()
+    except Stopped:  # a signal to this process alone
+        process.terminate()
+        process.wait()
+        raise
     return exit_code(code)
 
 

@@ -409,7 +409,9 @@ def test_ctrl_c_ends_all_ranks(project, processes):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_a_download(project):
+@pytest.mark.parametrize("number, to_all", [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_a_signal_ends_a_download(project, number, to_all):
+    """Ctrl-C goes to all processes of the terminal, SIGTERM to one."""
     write_script(project, "print('trains')\n")
     (project / "data" / "laptop.py").write_text(
         "import sys, time\n"
@@ -420,10 +422,13 @@ def test_ctrl_c_ends_a_download(project):
         "sys.exit(run_as_program(download))\n")
     process = begin(["./run.sh", "--track=laptop"], project)
     assert process.stdout.readline() == "downloads\n"
-    os.killpg(process.pid, signal.SIGINT)
-    out, errors = process.communicate(timeout=HANG)
-    assert process.returncode == 130
-    assert out == "" and len(errors.splitlines()) == 1
+    if to_all:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    out, errors = process.communicate(timeout=HANG)  # both processes have closed their outputs
+    assert process.returncode == 128 + number
+    assert out == "" and 1 <= len(errors.splitlines()) <= 2
 
 
 OTHER_LAUNCHER = {
