@@ -46,6 +46,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
@@ -1852,25 +1853,35 @@ def start_runtime(hp: Hyperparameters) -> Runtime:
     return Runtime(rank, world_size, device)
 
 
+JOIN_SECONDS = 60  # in which all ranks have to come
+
+
 def join_ranks(hp: Hyperparameters, device: torch.device) -> None:
-    """Create the process group. Raises UserError if not all ranks come within a minute."""
-    backend = dict(backend="nccl", device_id=device) if hp.use_cuda else dict(backend="gloo")
-    # This timeout ends other nodes if a rank fails. Compiling on one node must take less.
-    timeout = timedelta(minutes=10)
+    """Create the process group. Raises UserError if the ranks can't connect. If not all of them
+    come in time, the process ends with one line: torch itself would wait for ten minutes."""
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    failure = f"the {os.environ['WORLD_SIZE']} ranks did not find each other at {address}"
+    advice = "start them all within a minute, with torchrun, or unset WORLD_SIZE"
+
+    def give_up():
+        if os.environ["LOCAL_RANK"] != "0":  # rank 0 reports it, and torchrun ends the others
+            time.sleep(3)
+        log.error(f"error: {failure} within {JOIN_SECONDS} seconds; {advice}")
+        os._exit(2)
+
+    watchdog = threading.Timer(JOIN_SECONDS, give_up)
+    watchdog.daemon = True
+    watchdog.start()
     try:
-        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # torch would try it for a minute
-        # init_process_group alone has one timeout for both.
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=1)))
-        store.set_timeout(timeout)
-        dist.init_process_group(
-            store=dist.PrefixStore("train_gpt", store), rank=rank, world_size=world_size,
-            timeout=timeout, **backend)
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # torch would repeat it for a minute
+        # This timeout ends other nodes if a rank fails. Compiling on one node must take less.
+        backend = dict(backend="nccl", device_id=device) if hp.use_cuda else dict(backend="gloo")
+        dist.init_process_group(timeout=timedelta(minutes=10), **backend)
     except (RuntimeError, ValueError, OSError) as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).partition("\n")[0][:200]
-        raise UserError(
-            f"the {os.environ['WORLD_SIZE']} ranks did not find each other at {address}: {reason}; "
-            "start them all within a minute, with torchrun, or unset WORLD_SIZE") from None
+        raise UserError(f"{failure}: {reason}; {advice}") from None
+    finally:
+        watchdog.cancel()
 
 
 def set_threads() -> None:

@@ -16,6 +16,11 @@ def write_half(state, path) -> None:
     os.truncate(path, os.path.getsize(path) // 2)
 
 
+def join_in_two_seconds(module) -> None:
+    """A shorter time for the ranks to find each other."""
+    module.JOIN_SECONDS = 2
+
+
 def kill_in_the_second_save(module) -> None:
     """SIGKILL in the middle of the second save."""
     saves = []

@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import small
@@ -25,6 +25,7 @@ from run_helpers import (
 
 import train_gpt
 
+PATCHES = Path(__file__).with_name("run_patches.py")  # patches for processes
 TRAIN = "data/laptop/laptop_train_000001.bin"
 VAL = "data/laptop/laptop_val_000000.bin"
 GET_DATA = train_gpt.TRACKS["laptop"].get_data
@@ -118,16 +119,19 @@ def test_environment(home, monkeypatch, name):
     assert_one_line(home.run(), *named)
 
 
-def test_rank_that_never_comes_ends_the_wait(home, monkeypatch):
-    """After a minute, which is a second here."""
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_rank_that_never_comes_ends_the_wait(home, rank):
+    """After JOIN_SECONDS, two here. Rank 0 waits for the other rank, rank 1 for rank 0."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2",
-                        "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(train_gpt, "timedelta", lambda minutes: timedelta(seconds=minutes))
-    assert_one_line(home.run(), "2", f"localhost:{port}")
+    variables = {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+                 "MASTER_PORT": port}
+    process = home.start(env={**os.environ, **variables}, patch=f"{PATCHES}:join_in_two_seconds")
+    _, err = finish(process)
+    assert process.returncode == 2, err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and f"localhost:{port}" in errors[0]
 
 
 # --- Files ----------------------------------------------------------------------------------------
