@@ -3,7 +3,8 @@
     python -m tools.sample                                        # the newest checkpoint
     python -m tools.sample CHECKPOINT --prompt "def main():" --tokens 300
 
-Checkpoints are saved by `./run.sh --save_every N`, and when a signal stops a run.
+Checkpoints are saved by `./run.sh --save_every N`, and when a signal stops a run. The model and the
+tracks are those of train_gpt.py, so a checkpoint of an edited copy may not fit.
 """
 import argparse
 import sys
@@ -69,7 +70,12 @@ def load_model(path: str) -> tuple["train_gpt.GPT", int]:
     device = torch.device("cuda" if hp.use_cuda else "cpu")
     dtype = getattr(torch, saved["info"]["activations"])
     model = train_gpt.build_model(hp, device, dtype, flex=False)
-    model.load_state_dict(saved["model"])
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError:  # names each weight that differs
+        script = saved["info"].get("script")
+        raise UserError(f"the checkpoint {path} is of another model than that of train_gpt.py; its "
+                        f"script was {script}") from None
     return model, saved["progress"]["step"]
 
 

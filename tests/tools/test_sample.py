@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import train_gpt
 from data import run_as_program
 from tools import sample
 
@@ -109,3 +111,19 @@ def test_a_console_that_is_not_utf8_or_is_gone(checkpoint, setting, redirect, ou
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
     assert done.returncode == code and b"Traceback" not in done.stderr, done.stderr
     assert done.stdout.startswith(out)
+
+
+@pytest.mark.parametrize("change", ["track", "layers"])
+def test_a_checkpoint_of_an_edited_script_is_one_line(checkpoint, capfd, monkeypatch, change):
+    """train_gpt.py does not have the track that the copy had, or has other layers."""
+    if change == "track":
+        saved = torch.load(checkpoint, weights_only=True)
+        saved["hyperparameters"]["track"] = "mine"
+        torch.save(saved, checkpoint)
+    else:
+        layers = train_gpt.LAYERS["laptop"]
+        monkeypatch.setitem(train_gpt.LAYERS, "laptop", (*layers, layers[-1]))
+    code, out, err = text_of(capfd, checkpoint, "--tokens", 3)
+    assert code == 2 and out == ""
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and str(checkpoint) in errors[0] and "Traceback" not in err

@@ -528,6 +528,7 @@ def find_runs(paths: list[str], direct: bool = False) -> tuple[list[Run], list[s
         for path in paths:
             if "records/candidates" in Path(os.path.abspath(path)).as_posix():
                 message.append("a candidate is only predicted, and nothing is measured there")
+                continue  # what is packed there are runs of other scripts
             for archive in list(Path(path).rglob("*.tar.gz"))[:1]:
                 unpack = shlex.join(["tar", "xzf", str(archive), "-C", path])
                 message.append(f"its logs are packed: {unpack}")

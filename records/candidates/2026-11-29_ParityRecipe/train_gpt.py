@@ -2434,6 +2434,9 @@ def settings_of_checkpoint(path: str) -> dict:
     try:
         dtype = saved["info"]["activations"]
         old = {**saved["hyperparameters"], "dtype": dtype}
+        require(old["track"] in TRACKS,
+                f"the checkpoint {path} is of the track {old['track']}, which is not in TRACKS of "
+                f"{__file__}; use the script that saved it: {saved['info'].get('script')}")
         settings = {"track": old["track"], **of_track(PRESETS, old["track"])}
         for field in dataclasses.fields(Hyperparameters):
             if field.name in old and field.name not in ("resume", "profile"):
