@@ -107,7 +107,7 @@ def test_a_product_in_fp8_has_its_own_rate():
 
 
 def test_the_ratios_measured_on_an_h200_are_those_of_the_study():
-    study = (REPOSITORY / "records/studies/2026-11-28_H200/README.md").read_text()
+    study = (REPOSITORY / "records/studies/2026-11-28_H200/details.md").read_text()
     rows = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in study.splitlines()]
     rows = [row for row in rows if len(row) == 4]
     for measured in model.MEASURED:

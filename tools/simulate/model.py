@@ -92,7 +92,7 @@ class Measured(NamedTuple):
     between: float            # ms of a step that pass between its kernels, which no part has
 
 
-# The table of records/studies/2026-11-28_H200/README.md. Collectives were not measured.
+# The table of records/studies/2026-11-28_H200/details.md. Collectives were not measured.
 MEASURED_CAPABILITY = (9, 0)  # of the cards that it may hold for
 MEASURED = [
     Measured(16_384, {"matrix products": 0.92, "attention": 1.66, "head and loss": 0.79,

@@ -327,8 +327,9 @@ class Watcher(TorchDispatchMode):
         read = {place(t): t for t in cuda}
         written = [t for t in outs if t.device.type == "cuda" and place(t) not in read]
         moved = sum(map(num_bytes, read.values())) + sum(map(num_bytes, written))
-        if name.endswith("_") and name not in ("zero_", "fill_", "copy_") and tensors:
-            moved += num_bytes(tensors[0])
+        if name.endswith("_") and not name.endswith(("zero_", "fill_", "copy_")) and tensors:
+            several = name.startswith("_foreach_")  # a list of tensors, changed in place
+            moved += sum(map(num_bytes, args[0] if several else tensors[:1]))
         if name in ("embedding", "index", "gather", "index_select") and outs:
             moved = 2 * sum(map(num_bytes, outs))
         flops = 0
