@@ -284,7 +284,7 @@ def simulate(node: Node, script: Path, flags: list[str], card_name: str, gpus: i
             node.stop()
             raise
     measured, host_line = None, None
-    if host and steps(record):  # after the other jobs, which would disturb it
+    if host and steps(record) and not record["error"]:  # after the jobs that would disturb it
         measured, host_line = measure_host(node, f"{name}_host", card_name, request)
     findings = judge(record, card, gpus, price, measured)
     if host_line:
