@@ -61,6 +61,75 @@ def test_attention_is_counted_by_the_keys_that_queries_see():
     assert predict_one(causal).flops == 2e12
 
 
+@pytest.mark.parametrize("q, v, share", [
+    ([65_536, 6, 128], [65_536, 6, 128], 1), ([1, 3, 131_072, 128], [1, 3, 131_072, 128], 1),
+    ([65_536, 6, 64], [65_536, 6, 128], 0.75), ([1, 2, 65_536, 128], [1, 2, 65_536, 16], 0.1875),
+    ([65_536, 3 * 768], [65_536, 3 * 768], 1)])
+def test_narrow_heads_cost_less(q, v, share):
+    """Q and V of six heads, of paired heads, of narrow ones; all in one tensor."""
+    forward = event("triton", "triton_tem_fused_flex_attention_1", tensors=[q, q, v, [64]])
+    assert predict_one(forward).flops == share * 4 * 65_536 * (549 + 128) * 768
+
+
+@pytest.mark.parametrize("tensors, flops", [
+    ([[4096, 768], [3072, 768], [4096, 3072], [4096, 3072]], 2 * 4096 * 768 * 3072),
+    ([[2, 2048, 768], [768, 3072], [2, 2048, 3072], [3072]], 2 * 4096 * 768 * 3072),
+    ([[16, 768, 512], [16, 512, 512]], 2 * 16 * 768 * 512 * 512),  # X^T X, from one argument
+    ([[4096, 3072], [4096, 3072], [64]], 0)])
+def test_a_product_in_a_triton_kernel_costs_its_operations(tensors, flops):
+    """Its matrices are found among its arguments; without them the report names the kernel."""
+    launch = event("triton", "relu_squared", moved=10**6, code="a", tensors=tensors)
+    kernel = dict(name="relu_squared", code="a", products=1)
+    prediction = predict_one(launch, [kernel])
+    assert prediction.flops == flops
+    unknown = model.unknown_work([launch], [kernel])
+    if flops:
+        ms = 1e3 * (flops / (model.MATMUL * 989.4e12) + model.LAUNCH)
+        assert prediction.ms == {"matrix products": pytest.approx(ms)} and not unknown
+    else:
+        assert list(prediction.ms) == ["generated"] and unknown == {"relu_squared"}
+    assert predict_one(launch, [dict(kernel, products=0)]).flops == 0
+
+
+def test_the_products_of_flex_attention_keep_their_own_rule():
+    launch = event("triton", "triton_tem_fused_flex_attention_1", code="a",
+                   tensors=[[4096, 768], [3072, 768], [4096, 3072]])
+    kernel = dict(name=launch["name"], code="a", products=4)
+    assert predict_one(launch, [kernel]) == predict_one(launch)
+    assert not model.unknown_work([launch], [kernel])
+
+
+def test_a_product_in_fp8_has_its_own_rate():
+    """55 % of the 1,979 TFLOP/s of an H100's data sheet."""
+    prediction = predict_one(event(name="_scaled_mm", moved=10**6, flops=10**13))
+    assert prediction.ms["matrix products"] == pytest.approx(
+        1e3 * (1e13 / (0.55 * 1979e12) + model.LAUNCH), rel=1e-3)
+
+
+def test_the_ratios_measured_on_an_h200_are_those_of_the_study():
+    study = (REPOSITORY / "records/studies/2026-11-28_H200/details.md").read_text()
+    rows = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in study.splitlines()]
+    rows = [row for row in rows if len(row) == 4]
+    for measured in model.MEASURED:
+        (first,) = [i for i, row in enumerate(rows) if f"step of {measured.tokens:,}" in row[0]]
+        found = {row[0]: row[1:] for row in rows[first:first + 7]}
+        for part, ratio in measured.ratios.items():
+            assert float(found[part][2]) == ratio
+        step, kernels = float(rows[first][2]), float(found["all kernels"][1])
+        assert measured.between == pytest.approx(step - kernels, abs=0.05)
+
+
+def test_a_step_by_the_measured_ratios():
+    """The prediction of the study itself becomes what was measured there."""
+    parts = {"matrix products": 35.5, "attention": 5.7, "head and loss": 7.6, "generated": 13.0,
+             "eager": 4.0}
+    step = predict_one(event())._replace(ms=parts, exposed=0.0)
+    assert step.by_measured_ratios(32_768) == pytest.approx(70.1, abs=0.3)
+    assert step._replace(exposed=2.0).by_measured_ratios(32_768) == pytest.approx(72.1, abs=0.3)
+    assert step.by_measured_ratios(65_536) != step.by_measured_ratios(32_768)
+    assert step.by_measured_ratios(2048) is None  # far from what was measured
+
+
 @pytest.mark.parametrize("name, reads, parts", [
     ("triton_poi_fused_clone", 1, 1), ("triton_poi_fused_clone", 3, 1),
     ("triton_red_fused_rms_norm", 2, 2), ("triton_red_fused_rms_norm", 3, 2)])
@@ -124,7 +193,7 @@ def test_the_mean_of_steps_is_weighted_by_how_often_they_occur():
     for part, ms in mean.ms.items():
         assert ms == pytest.approx((3 * small.ms[part] + large.ms[part]) / 4)
     launches = {(part, name): count for part, name, _, count in mean.kernels}
-    assert launches == {("eager", "mul"): 1, ("generated", "a"): 1}
+    assert launches == {("eager", "mul"): 1, ("generated", "a"): 1} and mean.launches == 2
     assert sum(ms for _, _, ms, _ in mean.kernels) == pytest.approx(sum(mean.ms.values()))
 
 
@@ -406,16 +475,94 @@ def test_compiling_in_the_warm_up_and_waiting_between_steps_is_fine(record):
     assert set(verdicts(dict(record, phases=phases)).values()) == {"ok", "predicted"}
 
 
+@pytest.mark.parametrize("rank", [4, 7])
 @pytest.mark.parametrize("change", [
     lambda events: events.pop(), lambda events: events.append(collective(1, 4)),
     lambda events: events[-1].update(name="allreduce_"),
     lambda events: events[-1].update(tensors=[[[3], "torch.float32"]])])
-def test_ranks_whose_collectives_differ_would_hang(record, change):
-    last = copy.deepcopy(record)
-    assert judge.same_collectives(record, last).verdict == "ok"
-    change(last["phases"][5]["events"])
-    assert judge.same_collectives(record, last).verdict == "FAIL"
-    assert judge.same_collectives(last, record).verdict == "FAIL"
+def test_ranks_whose_collectives_differ_would_hang(record, rank, change):
+    ranks = {number: copy.deepcopy(record) for number in (0, 4, 7)}
+    assert judge.same_collectives(ranks).verdict == "ok"
+    change(ranks[rank]["phases"][5]["events"])
+    found = judge.same_collectives(ranks)
+    assert found.verdict == "FAIL" and f"rank {rank}" in found.why
+    assert judge.same_collectives({0: ranks[rank], rank: record}).verdict == "FAIL"
+
+
+def test_a_rank_that_ends_early_would_hang(record):
+    other = copy.deepcopy(record)
+    ends_early(other)
+    found = judge.same_collectives({0: record, 4: record, 7: other})
+    assert found.verdict == "FAIL" and "rank 7" in found.why and "shape" in found.why
+
+
+@pytest.mark.parametrize("gpus, ranks", [(1, [0]), (2, [0, 1]), (8, [0, 4, 7]), (16, [0, 8, 15])])
+def test_a_rank_in_the_middle_is_compared(gpus, ranks):
+    assert simulation.compared_ranks(gpus) == ranks
+
+
+def host_record(even, odd):
+    """What host.py records of 60 steps. The first steps compile; others wait for other processes.
+    """
+    steps = [dict(ms=30_000.0, launches=1500, collectives=6) for _ in range(judge.HOST_WARM_UP)]
+    for i in range(60 - judge.HOST_WARM_UP):
+        base, launches, collectives = (odd, 1200, 20) if i % 2 else (even, 1000, 10)
+        steps.append(dict(ms=base + i % 5, launches=launches, collectives=collectives))
+    return dict(error="", steps=steps, parts={"GPT.forward": 10.25})
+
+
+def test_the_host_time_is_that_of_undisturbed_steps():
+    host = judge.host_time(host_record(20.0, 26.0))
+    assert host.lowest == 23.0 and host.median == 25.0 and host.launches == 1100
+    assert host.total == pytest.approx(23.0 + 1100 * 0.002 + 15 * 0.030)
+    finding = judge.host_finding(host_record(20.0, 26.0))
+    assert finding.verdict == "measured"
+    assert all(value in finding.why for value in ("1,100", "20.0", "26.0", "25.0", "10.2"))
+
+
+def test_a_stage_that_the_host_bounds_says_so(record):
+    """Three stages of 0.5, 4 and 7 ms; on the H200's host a step takes 4.6 ms."""
+    host = judge.host_time(host_record(0.5, 1.5))
+    found = judge.predictions(staged(record), H100, 8)
+    bounded = [stage.mean.total < host.on_h200 for stage in found]
+    assert bounded == [True, True, False]
+
+    def lines(**more):
+        return {line.check: line.why for line in judge.judge(record, H100, 8, **more)}
+
+    with_host, without = lines(host=host), lines()
+    stages_of = [check for check in with_host if check.startswith(judge.STEP)]
+    value = f"{host.on_h200:.0f}"
+    for check, is_bounded in zip(stages_of, bounded, strict=True):
+        assert ("bounds" in with_host[check]) == is_bounded
+        assert f"host needs {value}" in with_host[check] and "host" not in without[check]
+
+
+def test_the_whole_run_has_two_figures(record):
+    """The sum of the kernels, and with the ratios of an H200 and the host's time."""
+    def minutes(line):
+        return [float(value) for value in re.findall(r"\d+\.\d\d", line.why)]
+
+    def run(card, host=None):
+        return {line.check: line for line in judge.judge(record, card, 8, None, host)}[judge.RUN]
+
+    (stage,) = judge.predictions(record, H100, 8)
+    steps_of_run = 1530 / 60_000
+    assert minutes(run(H100)) == pytest.approx(
+        [steps_of_run * stage.mean.total, steps_of_run * stage.corrected], abs=0.005)
+    slow = judge.host_time(host_record(100.0, 100.0))
+    assert minutes(run(H100, slow))[1] == pytest.approx(steps_of_run * slow.on_h200, abs=0.005)
+    assert len(minutes(run(CARDS["A100"]))) == 1  # nothing was measured
+
+
+def test_a_kernel_whose_operations_are_unknown_is_named(record):
+    launch = event("triton", "my_product", moved=10**6, code="p", tensors=[[64, 64]])
+    record["phases"][-1]["events"].append(launch)
+    assert "my_product" not in findings(record)[judge.RUN].why
+    record["kernels"].append(dict(record["kernels"][0], name="my_product", code="p", products=1))
+    assert "my_product" in findings(record)[judge.RUN].why
+    record["phases"][-1]["events"] = [event(name="my_operation", registered=True)]
+    assert "my_operation" in findings(record)[judge.RUN].why
 
 
 def test_every_time_and_price_is_a_prediction(record):
@@ -533,14 +680,22 @@ def test_the_summary_counts_the_verdicts():
     assert "%" not in simulation.summary({"FAIL": 1, "not run": 1})
 
 
-def test_jobs_end_with_the_simulation(tmp_path):
-    """Also a job whose process ignores signals, with its children."""
-    python, pid = tmp_path / "python", tmp_path / "pid"
-    os.mkfifo(pid)
-    python.write_text(f"#!/bin/sh\ntrap '' INT TERM\nsleep 3000 &\necho $$ > {pid}\nwait\nwait\n")
+def node_without_libraries(folder, script):
+    """A Node whose Python is a shell script."""
+    python = folder / "python"
+    python.write_text(script)
     python.chmod(0o755)
     node = simulation.Node.__new__(simulation.Node)  # without its compiled libraries
-    node.python, node.folder, node.running = str(python), tmp_path, set()
+    node.python, node.folder, node.running = str(python), folder, set()
+    return node
+
+
+def test_jobs_end_with_the_simulation(tmp_path):
+    """Also a job whose process ignores signals, with its children."""
+    pid = tmp_path / "pid"
+    os.mkfifo(pid)
+    node = node_without_libraries(
+        tmp_path, f"#!/bin/sh\ntrap '' INT TERM\nsleep 3000 &\necho $$ > {pid}\nwait\nwait\n")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         job = pool.submit(node.run, "job")
         number = int(pid.read_text())  # waits until the job has started
@@ -549,6 +704,26 @@ def test_jobs_end_with_the_simulation(tmp_path):
             job.result(300)
     with pytest.raises(ProcessLookupError):
         os.kill(number, 0)
+
+
+def test_the_limit_is_of_cpu_time(tmp_path, monkeypatch, capsys):
+    """A job that waits for a busy machine is not ended. One that computes without end is."""
+    monkeypatch.setattr(simulation, "CPU_LIMIT", 1)
+    monkeypatch.setattr(simulation, "REPORT_EVERY", 0.2)
+    node = node_without_libraries(tmp_path, f"""#!/bin/sh
+echo 'phase: warm_up 1'
+mkdir -p {tmp_path}/waits/triton/a && touch {tmp_path}/waits/triton/a/b.cubin
+sleep 3
+echo '{{"code": 5}}' > {tmp_path}/waits.json
+""")
+    assert node.run("waits", label="rank 4") == {"code": 5}
+    lines = capsys.readouterr().err.splitlines()  # what it has done so far
+    assert len(lines) > 1 and all("rank 4" in line for line in lines)
+    assert re.search(r"\b1 kernel.*warm_up 1", lines[-1])
+    node = node_without_libraries(tmp_path, "#!/bin/sh\nwhile :; do :; done\n")
+    with pytest.raises(simulation.CannotRun) as error:
+        node.run("computes")
+    assert "computes" in str(error.value) and not node.running
 
 
 # --- Where a CUDA build of torch is installed -----------------------------------------------------
@@ -576,6 +751,67 @@ STAGES["laptop"] = tuple(
     STAGES["laptop"][0]._replace(until=until, batch_multiplier=multiplier)
     for until, multiplier in ((1 / 3, 1), (2 / 3, 2), (1.0, 4)))
 """
+DOCUMENTS_OF_THE_BATCH = """
+STAGES["laptop"] = (STAGES["laptop"][0]._replace(max_doc_len=896),)
+honest_read, honest_next, honest_step = BatchLoader._read, BatchLoader.next, training_step
+num_documents = {}  # of each step
+
+def read(self, step):
+    batch = honest_read(self, step)
+    num_documents[step] = int((batch[0][0] == self.stream.track.eot_token).sum())
+    return batch
+
+def next_batch(self):
+    self.future.result()
+    BatchLoader.documents = num_documents[self.step]
+    return honest_next(self)
+
+def training_step(model, *rest):
+    model.head.softcap_args = (23.0 + BatchLoader.documents, 5.0, 7.5)
+    return honest_step(model, *rest)
+
+BatchLoader._read, BatchLoader.next = read, next_batch
+"""
+PRODUCT = """
+import torch
+import triton
+import triton.language as tl
+
+@triton.jit
+def product_kernel(a, b, c, M, N, K, BLOCK: tl.constexpr):
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    k, total = tl.arange(0, BLOCK), tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(0, K, BLOCK):
+        x = tl.load(a + rows[:, None] * K + start + k[None, :])
+        w = tl.load(b + columns[:, None] * K + start + k[None, :])
+        total = tl.dot(x, w.T, total)
+    at = rows[:, None] * N + columns[None, :]
+    tl.store(c + at, total.to(c.dtype.element_ty))
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        c = x.new_empty(len(x), len(weight))
+        product_kernel[len(x) // 64, len(weight) // 64](
+            x, weight, c, len(x), len(weight), x.size(1), 64)
+        ctx.save_for_backward(x, weight)
+        return c
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.mT @ x
+"""
+USES_PRODUCT = """
+sys.path.insert(0, {folder!r})  # Triton reads a kernel's source from its file
+from product import Product
+
+def mlp_forward(self, x):
+    return self.proj(F.relu(Product.apply(x, self.fc.matrix().to(x.dtype))).square())
+
+MLP.forward = mlp_forward
+"""
 DEFECTS = {  # the patch, more flags, the check that fails
     "nothing": ("", [], None),
     "an item": (STEP.format("loss.item()"), [], judge.WAITS),
@@ -585,8 +821,12 @@ DEFECTS = {  # the patch, more flags, the check that fails
     "a Python float that changes": (
         STEP.format("model.head.softcap_args = (model.head.softcap_args[0] + 1.0, 5.0, 7.5)"), [],
         judge.COMPILES),
+    "a Python number of the batch": (DOCUMENTS_OF_THE_BATCH, [], judge.COMPILES),
     "a collective of rank 0 alone": (
         STEP.format("dist.get_rank() or dist.all_reduce(loss.clone())"), [], judge.COLLECTIVES),
+    "a collective of the first and the last rank": (
+        STEP.format("dist.get_rank() in (0, 7) and dist.all_reduce(loss.clone())"), [],
+        judge.COLLECTIVES),
     "a batch that 8 does not divide": ("", ["--batch_size=12"], judge.ENDS),
     "too much shared memory": (LARGE_TILES, ["--model_dim=1024"], judge.ENDS),
 }
@@ -649,6 +889,28 @@ def test_a_planted_defect_is_found(node, name, tmp_path):
     failed = [finding.check for finding in report["findings"] if finding.verdict == "FAIL"]
     assert failed == ([check] if check else []), report["findings"]
     json.dumps(report["kernels"])
+
+
+def test_a_product_of_a_triton_kernel_is_priced_on_every_rank(node, tmp_path):
+    """Compiled on rank 0; the other ranks start the kernel themselves."""
+    (tmp_path / "product.py").write_text(PRODUCT)
+    script = patched_script(tmp_path, USES_PRODUCT.format(folder=str(tmp_path)))
+    report = simulation.simulate(node, script, SMALL, "H100", 8, None)
+    assert "FAIL" not in {finding.verdict for finding in report["findings"]}, report["findings"]
+    parts = {name: part for part, name, *_ in report["predicted"]["kernels"]}
+    assert parts["product_kernel"] == "matrix products"
+
+
+def test_the_host_time_is_measured(node):
+    """A step of train_gpt.py, of its first stage, starts as many kernels as the simulated one."""
+    flags = ["--track=laptop", "--sequence_length=2048", "--val_length=32768", "--adam_every=2"]
+    report = simulation.simulate(node, REPOSITORY / "train_gpt.py", flags, "H100", 8, None,
+                                 host=True)
+    (line,) = [line for line in report["findings"] if line.check == judge.HOST]
+    assert line.verdict == "measured", line
+    assert report["host"]["lowest"] > 0
+    launches = report["stages"][0]["mean"]["launches"]
+    assert report["host"]["launches"] == pytest.approx(launches, rel=0.1)
 
 
 def test_flags_that_fit_are_found_for_an_older_script(node):

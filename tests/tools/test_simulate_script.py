@@ -3,9 +3,13 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
+import numpy as np
+
 import train_gpt
 from tools import names
-from tools.simulate import stages, trace
+from tools.simulate import host, stages, trace
+from tools.simulate.model import DOCUMENT
+from tools.simulate.script import place
 from tools.simulate.stages import Step
 
 
@@ -56,6 +60,35 @@ def test_older_names_are_found():
 def test_the_phases_of_a_run_are_functions_of_train_gpt():
     for name in ("warm_up", "training_step", "validate", "save_checkpoint", "main"):
         assert callable(getattr(train_gpt, name))
+
+
+def test_the_parts_of_the_host_time_are_functions_of_train_gpt():
+    for owner, name in host.PARTS:
+        assert callable(getattr(getattr(train_gpt, owner), name))
+
+
+def test_documents_of_the_simulated_text_have_the_lengths_that_are_assumed(tmp_path, monkeypatch):
+    """A number that a script takes from its batch changes from sequence to sequence."""
+    track = train_gpt.TRACKS["fineweb"]
+    hp = dataclasses.replace(train_gpt.Hyperparameters(), num_steps=30)
+    tokens = train_gpt.tokens_before(hp.num_steps, hp)
+    place(train_gpt.ROOT / "train_gpt.py", track, tokens, tmp_path)
+    monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
+    stream = train_gpt.TokenStream(track.train_files, track, tokens)
+    lengths = np.diff(stream.documents)
+    assert 0.95 < lengths.mean() / DOCUMENT < 1.05 and 0.95 < lengths.std() / DOCUMENT < 1.05
+
+    max_doc_len = hp.stages[0].max_doc_len
+    assert (lengths > max_doc_len).any()  # so that the script cuts some
+    first_docs = train_gpt.first_doc_of_sequences(stream, hp)
+    assert first_docs[-1] < len(lengths)  # the text suffices for the run
+    numbers = set()
+    for first_doc in first_docs[:20].tolist():
+        sequence, _ = stream.packed(first_doc, hp.sequence_length, max_doc_len)
+        starts = np.flatnonzero(sequence == track.eot_token)
+        assert np.diff([*starts, len(sequence)]).max() <= max_doc_len
+        numbers.add(len(starts))
+    assert len(numbers) > 5
 
 
 def test_three_steps_of_each_long_stage_are_traced(tmp_path, monkeypatch):

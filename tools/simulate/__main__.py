@@ -1,6 +1,6 @@
 """Run a training script on a simulated node of GPUs, without a GPU.
 
-    ./run.sh simulate [SCRIPT] [--gpus 8] [--gpu H100] [--price 24] [--all] [--json] [flags]
+    ./run.sh simulate [SCRIPT] [--gpus 8] [--gpu H100] [--price 24] [--host] [--all] [flags]
 
 The simulation runs one rank of SCRIPT (default: train_gpt.py) for a few steps, with its warm-up
 and validation, on a CUDA runtime that computes nothing. Flags that it does not know are the
@@ -27,9 +27,13 @@ from pathlib import Path
 
 from tools.simulate.judge import (
     COLLECTIVES,
+    HOST,
     Finding,
+    HostTime,
     ends,
     fits,
+    host_finding,
+    host_time,
     judge,
     mean_step,
     peaks,
@@ -45,8 +49,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CUDA_TESTS = Path("tests/runs/test_cuda.py")
 ENVIRONMENT = ROOT / ".venv.cuda"
-TIMEOUT = 1800  # seconds that one rank may take
-WIDTH = 46      # columns of a check's name in the report
+CPU_LIMIT = 7200  # seconds of CPU time that one job may take; train_gpt.py's first rank takes 1,200
+REPORT_EVERY = 60  # seconds between two lines about a job that runs
+WIDTH = 46         # columns of a check's name in the report
 
 
 class CannotRun(Exception):
@@ -136,6 +141,8 @@ class Node:
             "LD_LIBRARY_PATH": f"{self.folder}:{os.environ.get('LD_LIBRARY_PATH', '')}",
             "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
             "TRITON_CACHE_DIR": str(work / "triton"),
+            "TRITON_LIBCUDA_PATH": str(self.folder),
+            "OMP_NUM_THREADS": "1",
             "PYTHONWARNINGS": "ignore",
             "FAKE_CUDA_DEVICES": "8",
             "FAKE_CUDA_NAME": card.name,
@@ -147,22 +154,29 @@ class Node:
         environment.pop("CUDA_VISIBLE_DEVICES", None)
         return environment
 
-    def run(self, name: str, card_name: str = "H100", **request) -> dict:
-        """Run a job and return its record; request: see node.py. Raises CannotRun without one."""
+    def run(self, name: str, card_name: str = "H100", module: str = "node", label: str = "",
+            **request) -> dict:
+        """Run a job and return its record. Prints a line a minute. Raises CannotRun without one.
+
+        module: node, or host; request: see there. label: what the lines call the job.
+        """
         work, out = self.folder / name, self.folder / f"{name}.json"
         log_path = self.folder / f"{name}.txt"
         work.mkdir()
         request = dict(request, card=card_name, work=str(work), out=str(out))
-        command = [self.python, "-m", "tools.simulate.node", json.dumps(request)]
+        command = [self.python, "-m", f"tools.simulate.{module}", json.dumps(request)]
         with open(log_path, "w") as log:
             # In a session of its own, so that Ctrl-C does not reach the script.
             job = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
                                    env=self.environment(card_name, work), start_new_session=True)
             self.running.add(job)
             try:
-                job.wait(TIMEOUT)
-            except subprocess.TimeoutExpired:
-                raise CannotRun(f"{name} took longer than {TIMEOUT} s") from None
+                while is_running(job, REPORT_EVERY):
+                    used = cpu_seconds(job.pid)
+                    print(f"{label or name}: {used / 60:.1f} minutes of CPU, "
+                          f"{progress(work, log_path)}", file=sys.stderr, flush=True)
+                    if used > CPU_LIMIT:
+                        raise CannotRun(f"{label or name} took more than {CPU_LIMIT} s of CPU time")
             finally:
                 self.running.discard(job)
                 end(job)
@@ -175,6 +189,31 @@ class Node:
         """End the jobs that still run."""
         for job in list(self.running):
             end(job)
+
+
+def is_running(job: subprocess.Popen, seconds: float) -> bool:
+    """Whether a job still runs after so many seconds; returns at once when it ends."""
+    try:
+        job.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process and of its children that have ended; 0 if it has ended itself."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def progress(work: Path, log: Path) -> str:
+    """What a job has done so far, in words."""
+    kernels = len(list(work.rglob("*.cubin")))
+    phases = re.findall(r"^phase: (.+)$", log.read_text(errors="replace"), re.M)
+    return f"{kernels:,} kernels compiled, now: {phases[-1] if phases else 'starting'}"
 
 
 def end(job: subprocess.Popen) -> None:
@@ -217,33 +256,41 @@ def summary(verdicts: dict[str, int]) -> str:
     return "\n" + textwrap.fill(text, max(80, columns))
 
 
-def simulate(node: Node, script: Path, flags: list[str], card_name: str, gpus: int,
-             price: float | None) -> dict:
-    """Simulate one rank, and the order of the last rank's collectives. Returns the report.
+def compared_ranks(gpus: int) -> list[int]:
+    """The ranks whose collectives are compared: the first, one in the middle, the last."""
+    return sorted({0, gpus // 2, gpus - 1})
 
-    Raises CannotRun.
+
+def simulate(node: Node, script: Path, flags: list[str], card_name: str, gpus: int,
+             price: float | None, host: bool = False) -> dict:
+    """Simulate rank 0, and the order of the collectives of other ranks. Returns the report.
+
+    host: measure the time of the host, too. Raises CannotRun.
     """
     card, started = CARDS[card_name], time.time()
     number = len(list(node.folder.glob("*.txt")))
     name = f"job{number}_{script.parent.name}_{script.stem}_{card_name}_{gpus}"
     request = dict(script=str(script), flags=flags, world_size=gpus)
+    jobs = {}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        first = pool.submit(node.run, name, card_name, rank=0, compile=True, **request)
-        if gpus > 1:
-            last = pool.submit(node.run, f"{name}_last", card_name, rank=gpus - 1, compile=False,
-                               **request)
+        for rank in compared_ranks(gpus):
+            jobs[rank] = pool.submit(
+                node.run, f"{name}_rank{rank}", card_name, label=f"{script.name}, rank {rank}",
+                rank=rank, compile=rank == 0, **request)
         try:
-            record = first.result()
-        except BaseException:  # leaving the pool would wait for the other job
+            record = jobs[0].result()
+        except BaseException:  # leaving the pool would wait for the other jobs
+            pool.shutdown(wait=False, cancel_futures=True)
             node.stop()
             raise
-        findings = judge(record, card, gpus, price)
-        if gpus > 1 and steps(record):
-            try:
-                compared = same_collectives(record, last.result())
-            except CannotRun as error:
-                compared = Finding(COLLECTIVES, "not run", str(error))
-            findings.insert(3, compared)
+    measured, host_line = None, None
+    if host and steps(record) and not record["error"]:  # after the jobs that would disturb it
+        measured, host_line = measure_host(node, f"{name}_host", card_name, request)
+    findings = judge(record, card, gpus, price, measured)
+    if host_line:
+        findings.append(host_line)
+    if gpus > 1 and steps(record):
+        findings.insert(3, compare_collectives(jobs))
     report = dict(script=str(script), card=card.name, gpus=gpus, flags=flags,
                   torch=record.get("torch"), findings=findings, kernels=record.get("kernels", []))
     if "batch_size" in record:
@@ -256,8 +303,30 @@ def simulate(node: Node, script: Path, flags: list[str], card_name: str, gpus: i
         report["peak_timed"] = max(phase["peak"] for phase in timed(record))
         report["predicted"] = mean_step(found)._asdict()
         report["stages"] = [dict(stage._asdict(), mean=stage.mean._asdict()) for stage in found]
+        report["host"] = measured._asdict() if measured else None
     report["seconds"] = round(time.time() - started)
     return report
+
+
+def compare_collectives(jobs: dict[int, concurrent.futures.Future]) -> Finding:
+    """Do the ranks call the same collectives?"""
+    try:
+        return same_collectives({rank: job.result() for rank, job in jobs.items()})
+    except CannotRun as error:
+        return Finding(COLLECTIVES, "not run", str(error))
+
+
+def measure_host(node: Node, name: str, card_name: str,
+                 request: dict) -> tuple[HostTime | None, Finding]:
+    """The host's time of a step, if it could be measured, and its line of the report."""
+    try:
+        record = node.run(name, card_name, module="host", label="the host's time", **request)
+        if not record["error"]:
+            return host_time(record), host_finding(record)
+        reason = record["error"].strip().splitlines()[-1]
+    except CannotRun as error:
+        reason = str(error)
+    return None, Finding(HOST, "not run", reason)
 
 
 def what_fits(node: Node, request: dict, card_name: str, record: dict, name: str) -> Finding:
@@ -268,7 +337,8 @@ def what_fits(node: Node, request: dict, card_name: str, record: dict, name: str
                        "large by itself")
     request = dict(request, flags=[*request["flags"], *flags])
     try:
-        again = node.run(f"{name}_smaller", card_name, rank=0, compile=True, **request)
+        again = node.run(f"{name}_smaller", card_name, label=" ".join(flags), rank=0, compile=True,
+                         **request)
     except CannotRun as error:
         return Finding(check, "not run", f"{' '.join(flags)}: {error}")
     found = ends(again) if again["error"] else fits(again, CARDS[card_name])
@@ -303,7 +373,7 @@ def reports(node: Node, given: argparse.Namespace, flags: list[str]) -> Iterator
         if script == given.script:
             job_flags = [*(divided(*batch, gpus) if batch else []), *flags]
         try:
-            report = simulate(node, script, job_flags, given.gpu, gpus, given.price)
+            report = simulate(node, script, job_flags, given.gpu, gpus, given.price, given.host)
             if script == given.script:
                 batch = report.get("batch")
         except CannotRun as error:
@@ -341,6 +411,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         script, argv = argv[0], argv[1:]
     parser.add_argument("--gpus", type=int, default=8, help="number of ranks, one on each GPU (8)")
     parser.add_argument("--gpu", default="H100", choices=CARDS, help="the card (H100)")
+    parser.add_argument("--host", action="store_true",
+                        help="measure the host's time, too: 4 minutes of CPU more")
     parser.add_argument("--price", type=float, help="price of an hour of the node")
     parser.add_argument("--all", action="store_true",
                         help=f"1, 8 and 16 GPUs, every frozen script, {CUDA_TESTS}")
@@ -366,7 +438,7 @@ def main(argv: list[str]) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         node = Node(cuda_python(), folder.resolve())
-        print("simulating: 2 minutes a run on 2 cores, 7 to 15 for a script with stages ...",
+        print("simulating: 2 to 6 minutes of CPU a run, 25 for a script with stages ...",
               file=sys.stderr, flush=True)
         for report in reports(node, given, flags):
             done.append(report)

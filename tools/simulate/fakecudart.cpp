@@ -1,9 +1,11 @@
 // A CUDA runtime without a GPU. It describes a node of cards and computes nothing.
 //
-// It is preloaded before libcudart. It answers torch's questions (counts, properties, streams,
-// events) and ignores the work that torch starts (kernels, copies between devices). That is enough
-// for FakeTensors with device cuda, autograd's device threads and torch.cuda. Environment variables
-// describe the card; __main__.py sets them from the table in model.py.
+// It is preloaded before libcudart and libcublas. It answers torch's questions (counts, properties,
+// streams, events) and ignores the work that torch starts (kernels, matrix products, copies to and
+// from devices), which it counts. That is enough for FakeTensors with device cuda (node.py), for
+// real tensors whose numbers nobody reads (host.py), for autograd's device threads and torch.cuda.
+// A small copy from a device gives zeros. Environment variables describe the card; __main__.py sets
+// them from the table in model.py.
 #include <cuda_runtime_api.h>
 #include <cstdlib>
 #include <cstring>
@@ -16,6 +18,9 @@ static void* handle() { return (void*)(__sync_fetch_and_add(&dummies, 64)); }
 static int ok_driver() { return 0; }
 static int primary_state(int, unsigned* flags, int* active) { if (flags) *flags = 0; if (active) *active = 1; return 0; }
 extern "C" {
+// What was started: runtime kernels, driver kernels, matrix products, copies, fills.
+long host_counts[8];
+#define COUNT(i) __sync_fetch_and_add(&host_counts[i], 1)
 #define OK { return cudaSuccess; }
 cudaError_t cudaGetDeviceCount(int* n) { *n = number("FAKE_CUDA_DEVICES"); return cudaSuccess; }
 cudaError_t cudaGetDevice(int* d) { *d = current; return cudaSuccess; }
@@ -42,6 +47,13 @@ cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr a, int) {
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *v = number("FAKE_CUDA_SHARED"); break;
     case cudaDevAttrMaxThreadsPerBlock: *v = 1024; break;
     case cudaDevAttrWarpSize: *v = 32; break;
+    case cudaDevAttrMaxSharedMemoryPerBlock: *v = 49152; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *v = 233472; break;
+    case cudaDevAttrMaxRegistersPerBlock: case cudaDevAttrMaxRegistersPerMultiprocessor: *v = 65536; break;
+    case cudaDevAttrMaxThreadsPerMultiProcessor: *v = 2048; break;
+    case cudaDevAttrMaxGridDimX: *v = 2147483647; break;
+    case cudaDevAttrMaxGridDimY: case cudaDevAttrMaxGridDimZ: *v = 65535; break;
+    case cudaDevAttrL2CacheSize: *v = 52428800; break;
     default: *v = 0;
   }
   return cudaSuccess;
@@ -84,18 +96,49 @@ cudaError_t cudaFreeHost(void* p) { free(p); return cudaSuccess; }
 cudaError_t cudaHostRegister(void*, size_t, unsigned) OK
 cudaError_t cudaHostUnregister(void*) OK
 cudaError_t cudaMemGetInfo(size_t* f, size_t* t) { *t = number("FAKE_CUDA_MEMORY"); *f = *t - (1ull << 30); return cudaSuccess; }
-cudaError_t cudaMemcpy(void* d, const void* s, size_t n, cudaMemcpyKind) { memmove(d, s, n); return cudaSuccess; }
-cudaError_t cudaMemcpyAsync(void* d, const void* s, size_t n, cudaMemcpyKind, cudaStream_t) { memmove(d, s, n); return cudaSuccess; }
-cudaError_t cudaMemset(void* d, int v, size_t n) { memset(d, v, n); return cudaSuccess; }
-cudaError_t cudaMemsetAsync(void* d, int v, size_t n, cudaStream_t) { memset(d, v, n); return cudaSuccess; }
+static void copy(void* d, const void* s, size_t n, cudaMemcpyKind k) {
+  COUNT(3);
+  if (k == cudaMemcpyHostToHost) memmove(d, s, n);
+  else if (k == cudaMemcpyDeviceToHost && n <= 65536) memset(d, 0, n);
+}
+cudaError_t cudaMemcpy(void* d, const void* s, size_t n, cudaMemcpyKind k) { copy(d, s, n, k); return cudaSuccess; }
+cudaError_t cudaMemcpyAsync(void* d, const void* s, size_t n, cudaMemcpyKind k, cudaStream_t) { copy(d, s, n, k); return cudaSuccess; }
+cudaError_t cudaMemset(void* d, int v, size_t n) { COUNT(4); return cudaSuccess; }
+cudaError_t cudaMemsetAsync(void* d, int v, size_t n, cudaStream_t) { COUNT(4); return cudaSuccess; }
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* a, const void* p) {
   memset(a, 0, sizeof *a); a->type = cudaMemoryTypeHost; a->hostPointer = (void*)p; return cudaSuccess; }
-cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) OK
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void*) { memset(a, 0, sizeof *a); a->binaryVersion = 90; a->maxThreadsPerBlock = 1024; return cudaSuccess; }
+cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { COUNT(0); return cudaSuccess; }
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**) { COUNT(0); return cudaSuccess; }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void*) { memset(a, 0, sizeof *a); a->binaryVersion = 90; a->ptxVersion = 90; a->numRegs = 32; a->maxDynamicSharedSizeBytes = 200000; a->maxThreadsPerBlock = 1024; return cudaSuccess; }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) OK
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** f, unsigned, unsigned long long, cudaDriverEntryPointQueryResult* r) {
   *f = strstr(name, "PrimaryCtxGetState") ? (void*)primary_state : (void*)ok_driver;
   if (r) *r = cudaDriverEntryPointSuccess; return cudaSuccess; }
 cudaError_t cudaProfilerStart() OK
 cudaError_t cudaProfilerStop() OK
+const char* cudaGetErrorString(cudaError_t) { return "fake"; }
+const char* cudaGetErrorName(cudaError_t) { return "fake"; }
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* n, const void*, int, size_t, unsigned) { *n = 2; return cudaSuccess; }
+cudaError_t cudaStreamAddCallback(cudaStream_t, cudaStreamCallback_t, void*, unsigned) { return cudaSuccess; }
+int __cudaLaunchKernel() { COUNT(0); return 0; }
+int __cudaGetKernel(void** k, const void*) { *k = (void*)0x1; return 0; }
+
+// cuBLAS, as far as bfloat16 and float32 need it
+int cublasCreate_v2(void** h) { *h = (void*)0x1000; return 0; }
+int cublasGetMathMode(void*, int* m) { *m = 0; return 0; }
+int cublasGetPointerMode_v2(void*, int* m) { *m = 0; return 0; }
+size_t cublasLtGetVersion() { return 130101; }
+int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, void*, int, void* result, int* n) {
+  memset(result, 0, 80); *n = 1; return 0; }
+int cublasLtMatmulDescCreate(void** p) { *p = (void*)0x2000; return 0; }
+int cublasLtMatmulPreferenceCreate(void** p) { *p = (void*)0x4000; return 0; }
+int cublasLtMatrixLayoutCreate(void** p) { *p = (void*)0x3000; return 0; }
+#define PRODUCT(name) int name() { COUNT(2); return 0; }
+PRODUCT(cublasGemmEx) PRODUCT(cublasGemmStridedBatchedEx) PRODUCT(cublasLtMatmul) PRODUCT(cublasSgemm_v2)
+PRODUCT(cublasSgemmEx) PRODUCT(cublasSgemmStridedBatched) PRODUCT(cublasSgemv_v2)
+#define F(name) int name() { return 0; }
+F(cublasDestroy_v2) F(cublasSetMathMode) F(cublasSetPointerMode_v2) F(cublasSetSmCountTarget) F(cublasSetStream_v2)
+F(cublasSetWorkspace_v2) F(cublasLtMatmulDescDestroy) F(cublasLtMatmulDescSetAttribute)
+F(cublasLtMatmulPreferenceDestroy) F(cublasLtMatmulPreferenceSetAttribute) F(cublasLtMatrixLayoutDestroy)
+F(cublasLtMatrixLayoutSetAttribute)
 }

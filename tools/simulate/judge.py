@@ -1,5 +1,7 @@
-"""Findings about a simulated rank: ok, slow, FAIL, predicted or not run. No torch here."""
+"""Findings about a simulated rank: ok, slow, FAIL, predicted, measured or not run. No torch here.
+"""
 import collections
+import statistics
 from typing import NamedTuple
 
 from tools.simulate import stages
@@ -7,12 +9,14 @@ from tools.simulate.model import (
     ERROR,
     FITTED_TOKENS,
     GIB,
+    MEASURED_CAPABILITY,
     Card,
     Prediction,
     Shape,
     instructions,
     mean,
     predict,
+    unknown_work,
     utilization,
     visible_keys,
 )
@@ -27,7 +31,8 @@ MOST_INSTRUCTIONS = 75
 ENDS = "runs to its end"
 COMPILES = "compiles nothing in the timed part"
 WAITS = "host waits for the GPU inside a step"
-COLLECTIVES = "first and last rank call the same collectives"
+COLLECTIVES = "ranks call the same collectives"
+HOST = "host time of a step"
 LOGITS = "instructions a logit"
 STEP = "a step"
 RUN = "the whole run"
@@ -50,7 +55,7 @@ def attention_check(direction: str) -> str:
 class Finding(NamedTuple):
     """A line of the report."""
     check: str
-    verdict: str  # ok, slow, FAIL, predicted, not run
+    verdict: str  # ok, slow, FAIL, predicted, measured, not run
     why: str = ""
 
 
@@ -251,25 +256,95 @@ def collectives(record: dict) -> list[tuple[str, list]]:
     return found
 
 
-def same_collectives(first: dict, last: dict) -> Finding:
-    """Do two ranks call the same collectives? A difference is a deadlock on a real node."""
-    if last["error"] and not first["error"]:
-        return Finding(COLLECTIVES, "FAIL", f"the last rank ends early: {ends(last).why}")
-    a, b = collectives(first), collectives(last)
-    common = min(len(a), len(b))
-    differs = [i for i in range(common) if a[i] != b[i]]
-    if not differs and len(a) == len(b):
-        return Finding(COLLECTIVES, "ok", f"{len(a)} calls")
+def same_collectives(records: dict[int, dict]) -> Finding:
+    """Do these ranks, given by number, call the same collectives as the first of them?
+
+    A difference is a deadlock on a real node.
+    """
+    first, *others = records
+    expected = collectives(records[first])
+    for rank in others:
+        if records[rank]["error"] and not records[first]["error"]:
+            why = f"rank {rank} ends early: {ends(records[rank]).why}"
+            return Finding(COLLECTIVES, "FAIL", why)
+        found = collectives(records[rank])
+        if found != expected:
+            return Finding(COLLECTIVES, "FAIL", difference(first, expected, rank, found))
+    numbers = " and ".join([", ".join(map(str, [first, *others[:-1]])), str(others[-1])])
+    return Finding(COLLECTIVES, "ok", f"{len(expected)} calls on each of the ranks {numbers}")
+
+
+def difference(first: int, expected: list, rank: int, found: list) -> str:
+    """The first call that differs between two ranks, in words."""
+    common = min(len(expected), len(found))
+    differs = [i for i in range(common) if expected[i] != found[i]]
     at = differs[0] if differs else common
 
     def call(calls):
         return f"{calls[at][0]} of {calls[at][1]}" if at < len(calls) else "no call"
 
-    why = f"call {at} of {len(a)} and {len(b)}: {call(a)}; the last rank: {call(b)}"
-    return Finding(COLLECTIVES, "FAIL", why)
+    return (f"call {at} of {len(expected)} on rank {first}: {call(expected)}; of {len(found)} on "
+            f"rank {rank}: {call(found)}")
 
 
 # --- Predictions ----------------------------------------------------------------------------------
+
+class HostTime(NamedTuple):
+    """What the host needs for a mean step of the first stage, in ms of CPU; host.py measured it."""
+    lowest: float   # the mean of the lowest even and the lowest odd step
+    median: float   # the same of the medians; other processes of this machine make it longer
+    launches: float
+    driver: float   # what a real CUDA driver and NCCL add
+
+    @property
+    def total(self) -> float:
+        return self.lowest + self.driver
+
+    @property
+    def on_h200(self) -> float:
+        return HOST_RATIO * self.total
+
+
+# Seconds that the real calls take which return at once in host.py's runtime: assumed.
+DRIVER_LAUNCH, DRIVER_COLLECTIVE = 2e-6, 30e-6
+# The script Stages took 40.6 ms a step of 16,384 tokens where the host of an H200 limited it
+# (records/studies/2026-11-28_H200). For this script HostTime.total was 32.0 on an AMD EPYC.
+HOST_RATIO = 40.6 / 32.0
+HOST_WARM_UP = 8  # steps in which the measured script compiles and allocates
+
+
+def host_halves(record: dict) -> list[list[dict]]:
+    """The even and the odd steps of host.py's record: one of the two may update more."""
+    steps = record["steps"][HOST_WARM_UP:]
+    return [steps[0::2], steps[1::2]]
+
+
+def host_time(record: dict) -> HostTime:
+    """The host's time by the record of host.py."""
+    def mean_of_halves(function, name: str) -> float:
+        return statistics.mean(function([step[name] for step in half])
+                               for half in host_halves(record))
+
+    launches = mean_of_halves(statistics.median, "launches")
+    collectives = mean_of_halves(statistics.median, "collectives")
+    return HostTime(
+        lowest=mean_of_halves(min, "ms"), median=mean_of_halves(statistics.median, "ms"),
+        launches=launches,
+        driver=1e3 * (DRIVER_LAUNCH * launches + DRIVER_COLLECTIVE * collectives))
+
+
+def host_finding(record: dict) -> Finding:
+    """The host's time of a step, in words."""
+    host = host_time(record)
+    even, odd = (min(step["ms"] for step in half) for half in host_halves(record))
+    parts = ", ".join(f"{name} {ms:.1f}" for name, ms in record["parts"].items())
+    return Finding(
+        HOST, "measured",
+        f"{host.total:.1f} ms: {host.lowest:.1f} of this machine's CPU (lowest even step "
+        f"{even:.1f}, odd {odd:.1f}; median {host.median:.1f}) and {host.driver:.1f} for a real "
+        f"driver, {host.launches:,.0f} launches; about {host.on_h200:.0f} on the H200's host; "
+        f"medians of parts: {parts}")
+
 
 class Stage(NamedTuple):
     """Consecutive real steps with the same tokens and the same size of the softmax."""
@@ -280,6 +355,8 @@ class Stage(NamedTuple):
     fastest: float     # ms of a step
     slowest: float
     peak: int          # bytes
+    corrected: float | None  # ms of the mean step by the ratios measured on an H200; None: they
+    #                          hold neither for other cards nor for steps of few tokens
 
 
 def predictions(record: dict, card: Card, world_size: int) -> list[Stage]:
@@ -305,7 +382,7 @@ def predictions(record: dict, card: Card, world_size: int) -> list[Stage]:
                                                         short[i + 1].softmax_size)
         if last_of_stage:
             if timings:
-                found.append(stage_of(step, timings, phases))
+                found.append(stage_of(step, timings, phases, shape.tokens, card))
             timings, phases = [], []
     return found
 
@@ -321,13 +398,19 @@ def shape_of(record: dict, phase: dict, step: stages.Step, real: list[stages.Ste
 
 
 def stage_of(step: stages.Step, timings: list[tuple[int, Prediction]],
-             phases: list[dict]) -> Stage:
-    """A stage from one of its steps, its predictions with their numbers of steps, its phases."""
+             phases: list[dict], tokens: int, card: Card) -> Stage:
+    """A stage from one of its steps, its predictions with their numbers of steps, its phases.
+
+    tokens: of a forward pass on one GPU.
+    """
     totals = [prediction.total for _, prediction in timings]
+    average = mean(timings)
+    is_hopper = card.capability == MEASURED_CAPABILITY
     return Stage(tokens=step.tokens, softmax_size=step.softmax_size,
-                 steps=sum(count for count, _ in timings), mean=mean(timings),
+                 steps=sum(count for count, _ in timings), mean=average,
                  fastest=min(totals), slowest=max(totals),
-                 peak=max(phase["peak"] for phase in phases))
+                 peak=max(phase["peak"] for phase in phases),
+                 corrected=average.by_measured_ratios(tokens) if is_hopper else None)
 
 
 def mean_step(found: list[Stage]) -> Prediction:
@@ -346,13 +429,19 @@ def error_of(record: dict, card: Card, world_size: int, tokens: int) -> str:
     return f"± {100 * ERROR:.0f} %" if known else "error unknown"
 
 
-def predicted_step(stage: Stage, error: str, card: Card, world_size: int) -> str:
-    """The time of a stage's step and its parts, in words."""
+def predicted_step(stage: Stage, error: str, card: Card, host: HostTime | None) -> str:
+    """The time of a stage's step, in words."""
     step = stage.mean
     why = f"{step.total:.0f} ms ({error}"
     if stage.slowest > 1.02 * stage.fastest:
         why += f"; from {stage.fastest:.0f} to {stage.slowest:.0f}"
-    return f"{why}), MFU {utilization(step, card):.2f}"
+    why += ")"
+    if stage.corrected is not None:
+        why += f", {stage.corrected:.0f} by the ratios of an H200"
+    if host is not None:
+        bounds = " and bounds the step" if host.on_h200 > step.total else ""
+        why += f", an H200's host needs {host.on_h200:.0f}{bounds}"
+    return f"{why}, MFU {utilization(step, card):.2f}"
 
 
 def parts_of(step: Prediction, world_size: int) -> str:
@@ -362,10 +451,21 @@ def parts_of(step: Prediction, world_size: int) -> str:
     if world_size > 1:
         text += (f", exposed collectives {step.exposed:.1f} of {step.collectives:.1f} ms, "
                  f"{step.sent / 1e6:.0f} MB")
-    return text
+    return f"{text}, {step.launches:,.0f} launches"
 
 
-def predicted(record: dict, card: Card, world_size: int, price: float | None) -> list[Finding]:
+def corrected_minutes(found: list[Stage], host: HostTime | None) -> str:
+    """The time of the whole run with what was measured, in words; empty where that is unknown."""
+    if any(stage.corrected is None for stage in found):
+        return ""
+    least = host.on_h200 if host is not None else 0.0  # a step takes as long as the host needs
+    minutes = sum(stage.steps * max(stage.corrected, least) for stage in found) / 60_000
+    and_host = " and the host's time" if host is not None else ""
+    return f", {minutes:.2f} by the ratios of an H200{and_host}"
+
+
+def predicted(record: dict, card: Card, world_size: int, price: float | None,
+              host: HostTime | None = None) -> list[Finding]:
     """The model's lines. Each of them says that it is predicted, and with what error."""
     try:
         found = predictions(record, card, world_size)
@@ -374,7 +474,7 @@ def predicted(record: dict, card: Card, world_size: int, price: float | None) ->
     findings, num_steps = [], sum(stage.steps for stage in found)
     for stage in found:
         error = error_of(record, card, world_size, stage.tokens)
-        name, why = STEP, predicted_step(stage, error, card, world_size)
+        name, why = STEP, predicted_step(stage, error, card, host)
         if len(found) > 1:
             name += f" of {stage.tokens:,} tokens"
             if stage.softmax_size:
@@ -387,8 +487,14 @@ def predicted(record: dict, card: Card, world_size: int, price: float | None) ->
     each = f"steps, {tokens:,} tokens"
     if len(found) == 1:
         each = f"steps of {found[0].tokens:,} tokens"
-    findings.append(Finding(RUN, "predicted", f"{minutes:.2f} minutes ({error}): "
-                            f"{num_steps:,} {each}, without compilation and validation"))
+    why = (f"{minutes:.2f} minutes ({error}){corrected_minutes(found, host)}: {num_steps:,} {each},"
+           " without compilation and validation")
+    unknown = set()
+    for phase in steps_of_the_run(record):
+        unknown |= unknown_work(phase["events"], record["kernels"])
+    if unknown:
+        why += f"; counted by their bytes alone: {', '.join(sorted(unknown))}"
+    findings.append(Finding(RUN, "predicted", why))
     if price is not None:
         findings.append(Finding(PRICE, "predicted",
                                 f"{price * minutes / 60:.2f} at {price:g} an hour ({error})"))
@@ -397,8 +503,9 @@ def predicted(record: dict, card: Card, world_size: int, price: float | None) ->
 
 # --- All findings ---------------------------------------------------------------------------------
 
-def judge(record: dict, card: Card, world_size: int, price: float | None = None) -> list[Finding]:
-    """All findings about one rank."""
+def judge(record: dict, card: Card, world_size: int, price: float | None = None,
+          host: HostTime | None = None) -> list[Finding]:
+    """All findings about one rank. host: its measured time, if it was measured."""
     if not steps(record):
         missing = Finding("all else", "not run",
                           "training_step was not called: is the script like train_gpt.py?")
@@ -407,7 +514,7 @@ def judge(record: dict, card: Card, world_size: int, price: float | None = None)
     found += compiled_kernels(record, card)
     if ends(record).verdict == "FAIL":  # the last step may be incomplete
         return found
-    return found + predicted(record, card, world_size, price)
+    return found + predicted(record, card, world_size, price, host)
 
 
 def smaller(record: dict, card: Card) -> list[str] | None:

@@ -6,17 +6,21 @@ run one after the other beside the kernels, until the script waits for one. Thes
 never measurements.
 """
 import collections
+import itertools
 import math
 from typing import NamedTuple
 
 # Constants fitted on records of modded-nanogpt on 8 H100s (PUBLISHED): the share of the data
 # sheet's rate that kernels reach, and one time.
-MATMUL = 0.690     # of the matrix rate: cuBLAS in bfloat16
+MATMUL = 0.690     # of the matrix rate: cuBLAS in bfloat16, and products in Triton kernels
 FLEX = 0.318       # of the matrix rate: FlexAttention, forward and backward together
 SDPA = 0.45        # of the matrix rate: scaled_dot_product_attention; no fitted script uses it
 MEMORY = 0.863     # of the memory bandwidth: any kernel
 ISSUE = 0.813      # of one instruction a cycle on each of a multiprocessor's 4 schedulers
 LAUNCH = 2.4e-6    # seconds that each kernel takes in addition
+# Of twice the matrix rate: torch._scaled_mm (FP8). Not fitted: one H200 reached 0.53 to 0.74 in the
+# products of a head (records/studies/2026-11-28_H200).
+FP8 = 0.55
 
 # Relative error of a prediction for 8 H100s: the error on two scripts that nothing was fitted on.
 ERROR = 0.07
@@ -81,6 +85,25 @@ PUBLISHED = [
 ]
 
 
+class Measured(NamedTuple):
+    """What one H200 measured, divided by what this model had predicted, at one size of step."""
+    tokens: int               # of a step, on the GPU
+    ratios: dict[str, float]  # by part
+    between: float            # ms of a step that pass between its kernels, which no part has
+
+
+# The table of records/studies/2026-11-28_H200/details.md. Collectives were not measured.
+MEASURED_CAPABILITY = (9, 0)  # of the cards that it may hold for
+MEASURED = [
+    Measured(16_384, {"matrix products": 0.92, "attention": 1.66, "head and loss": 0.79,
+                      "generated": 1.19, "eager": 1.24}, 3.8),
+    Measured(32_768, {"matrix products": 0.92, "attention": 1.28, "head and loss": 0.89,
+                      "generated": 1.17, "eager": 1.39}, 2.6),
+    Measured(49_152, {"matrix products": 0.93, "attention": 1.12, "head and loss": 1.09,
+                      "generated": 1.11, "eager": 1.51}, 1.5),
+]
+
+
 class Shape(NamedTuple):
     """What the model must know of a step."""
     tokens: int            # of a forward pass
@@ -97,6 +120,7 @@ class Prediction(NamedTuple):
     exposed: float           # ms of it in which the GPU computes nothing
     flops: float             # of matrix products and attention
     sent: int                # bytes handed to collectives
+    launches: float          # kernels that the host starts
     # (part, name, ms, launches), the most expensive first
     kernels: list[tuple[str, str, float, float]]
 
@@ -104,6 +128,19 @@ class Prediction(NamedTuple):
     def total(self) -> float:
         """ms of the whole step."""
         return sum(self.ms.values()) + self.exposed
+
+    def by_measured_ratios(self, tokens: int) -> float | None:
+        """ms of the whole step of this many tokens on a GPU, corrected by MEASURED; None if it has
+        fewer tokens than any that was measured."""
+        if tokens < MEASURED[0].tokens:
+            return None
+
+        def distance(row):
+            return abs(math.log(row.tokens / tokens))
+
+        nearest = min(MEASURED, key=distance)
+        parts = sum(ms * nearest.ratios[part] for part, ms in self.ms.items())
+        return parts + self.exposed + nearest.between
 
 
 def visible_keys(windows: list[int], sequence_length: int) -> float:
@@ -164,9 +201,75 @@ def bytes_moved(event: dict, shape: Shape) -> float:
     return max(moved, 0)
 
 
-def kernel_time(event: dict, counted: dict[str, float], shape: Shape,
-                card: Card) -> tuple[str, float, float]:
-    """(part of the step, seconds, FLOP) of one kernel."""
+def as_matrices(dims: list[int]) -> set[tuple[int, tuple[int, int]]]:
+    """(batch, (rows, columns)) of a tensor: the dimensions before the last two belong to the rows,
+    or are a batch."""
+    if len(dims) < 2:
+        return set()
+    return {(1, (math.prod(dims[:-1]), dims[-1])), (math.prod(dims[:-2]), tuple(dims[-2:]))}
+
+
+def product_of(left: tuple[int, int], right: tuple[int, int], result: tuple[int, int]) -> int:
+    """FLOP of result = left x right, where each may be transposed; 0 if the shapes do not fit."""
+    for M, K in (left, left[::-1]):
+        for rows, N in (right, right[::-1]):
+            if rows == K and result in ((M, N), (N, M)):
+                return 2 * M * N * K
+    return 0
+
+
+def product_flops(tensors: list[list[int]]) -> int:
+    """FLOP of the product in a kernel with these arguments: the largest product of which all three
+    matrices are among them; 0 if there is none."""
+    largest = 0
+    for i, result in enumerate(tensors):
+        others = tensors[:i] + tensors[i + 1:]
+        for left, right in itertools.combinations_with_replacement(others, 2):
+            for a, b, c in itertools.product(*map(as_matrices, (left, right, result))):
+                if a[0] == b[0] == c[0]:
+                    largest = max(largest, a[0] * product_of(a[1], b[1], c[1]))
+    return largest
+
+
+def is_flex(event: dict) -> bool:
+    """Whether a generated kernel is FlexAttention's."""
+    return "flex_attention" in event["name"] and "tem" in event["name"]
+
+
+def elements_of_q_and_v(event: dict, shape: Shape) -> list[int]:
+    """Numbers in Q and in V of a FlexAttention kernel, whose first arguments are Q, K and V. Where
+    they lie in one tensor with others, all heads together are as wide as the model."""
+    most = shape.tokens * shape.model_dim
+    if len(event["tensors"]) < 3:
+        return [most, most]
+    q, _, v, *_ = event["tensors"]
+    return [min(math.prod(q), most), min(math.prod(v), most)]
+
+
+def codes_with_products(kernels: list[dict]) -> set[str]:
+    """The hashes of the sources of Triton kernels that compute a matrix product."""
+    return {kernel["code"] for kernel in kernels if kernel.get("products")}
+
+
+def unknown_work(events: list[dict], kernels: list[dict]) -> set[str]:
+    """The names of what is counted by its bytes alone, although it may do more: operations that
+    the script has registered, and Triton kernels with products whose FLOP the shapes do not tell.
+    FlexAttention's kernels have a rule of their own."""
+    codes = codes_with_products(kernels)
+    names = {event["name"] for event in events if event.get("registered")}
+    for event in events:
+        if event["kind"] == "triton" and event["code"] in codes and not is_flex(event):
+            if not product_flops(event["tensors"]):
+                names.add(event["name"])
+    return names
+
+
+def kernel_time(event: dict, counted: dict[str, float], shape: Shape, card: Card,
+                with_product: bool = False) -> tuple[str, float, float]:
+    """(part of the step, seconds, FLOP) of one kernel.
+
+    counted: instructions() of all kernels. with_product: it is a Triton kernel with a product.
+    """
     name, flops = event["name"], max(event["flops"], 0)
     generated = event["kind"] == "triton"
     moved = bytes_moved(event, shape) if generated else event["moved"]
@@ -178,9 +281,11 @@ def kernel_time(event: dict, counted: dict[str, float], shape: Shape,
             part = "head and loss"
         issued = event["elements"] * counted.get(event["code"], 0) / 32
         compute = issued / (4 * card.multiprocessors * ISSUE * card.clock)
-    if generated and "flex_attention" in name and "tem" in name:
+    if with_product:
+        flops = product_flops(event["tensors"])
+    if generated and is_flex(event):
         # FlexAttention also computes the block of 128 keys at the end of what a query sees.
-        forward_flops = 4 * shape.tokens * (shape.keys + 128) * shape.model_dim
+        forward_flops = 2 * (shape.keys + 128) * sum(elements_of_q_and_v(event, shape))
         part = "attention"
         flops = (2.5 if "backward" in name else 1) * forward_flops
         compute = flops / (FLEX * card.flops)
@@ -190,7 +295,8 @@ def kernel_time(event: dict, counted: dict[str, float], shape: Shape,
         compute = flops / (SDPA * card.flops)
     elif flops:
         part = "matrix products"
-        compute = flops / (MATMUL * card.flops)
+        rate = 2 * FP8 if name == "_scaled_mm" else MATMUL
+        compute = max(compute, flops / (rate * card.flops))
     seconds = max(moved / (MEMORY * card.bytes), compute) + LAUNCH
     return part, seconds, flops
 
@@ -205,6 +311,7 @@ def predict(events: list[dict], kernels: list[dict], shape: Shape, card: Card,
             world_size: int) -> Prediction:
     """A step, from its events in order: kernels, collectives, and waits for collectives."""
     counted = instructions(kernels)
+    with_products = codes_with_products(kernels)
     ms, detail, launches = collections.Counter(), collections.Counter(), collections.Counter()
     now = 0.0      # seconds, of the kernels
     network = 0.0  # seconds, when the last collective ends
@@ -222,7 +329,8 @@ def predict(events: list[dict], kernels: list[dict], shape: Shape, card: Card,
             if event["blocking"]:
                 now = network
         else:
-            part, seconds, flops = kernel_time(event, counted, shape, card)
+            part, seconds, flops = kernel_time(event, counted, shape, card,
+                                               event.get("code") in with_products)
             now += seconds
             total_flops += flops
             ms[part] += 1e3 * seconds
@@ -231,13 +339,14 @@ def predict(events: list[dict], kernels: list[dict], shape: Shape, card: Card,
     exposed = 1e3 * max(now, network) - sum(ms.values())
     expensive = [(*key, value, launches[key]) for key, value in detail.most_common(40)]
     return Prediction(ms=dict(ms), collectives=1e3 * collective_seconds, exposed=exposed,
-                      flops=total_flops, sent=int(sent), kernels=expensive)
+                      flops=total_flops, sent=int(sent), launches=launches.total(),
+                      kernels=expensive)
 
 
 def mean(predictions: list[tuple[int, Prediction]]) -> Prediction:
     """The mean of predictions, each given with the number of steps that it stands for."""
     ms, detail, launches = collections.Counter(), collections.Counter(), collections.Counter()
-    collective_ms = exposed = flops = sent = 0.0
+    collective_ms = exposed = flops = sent = num_launches = 0.0
     total = sum(times for times, _ in predictions)
     for times, prediction in predictions:
         weight = times / total
@@ -245,6 +354,7 @@ def mean(predictions: list[tuple[int, Prediction]]) -> Prediction:
         exposed += weight * prediction.exposed
         flops += weight * prediction.flops
         sent += weight * prediction.sent
+        num_launches += weight * prediction.launches
         for part, value in prediction.ms.items():
             ms[part] += weight * value
         for part, name, value, count in prediction.kernels:
@@ -252,7 +362,7 @@ def mean(predictions: list[tuple[int, Prediction]]) -> Prediction:
             launches[part, name] += weight * count
     kernels = [(*key, value, launches[key]) for key, value in detail.most_common()]
     return Prediction(ms=dict(ms), collectives=collective_ms, exposed=exposed, flops=flops,
-                      sent=round(sent), kernels=kernels)
+                      sent=round(sent), launches=num_launches, kernels=kernels)
 
 
 def left_out_error() -> float:

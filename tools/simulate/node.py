@@ -14,7 +14,6 @@ import concurrent.futures
 import contextvars
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import logging
 import math
@@ -30,7 +29,6 @@ import types
 import weakref
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch._dynamo
 import torch._inductor.compile_fx as compile_fx
@@ -44,11 +42,20 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction, MockTensor
 
 from tools.simulate import stages
 from tools.simulate.model import CARDS, Card
+from tools.simulate.script import (
+    SCRIPT_FILES,
+    Tee,
+    explain,
+    fake_process_group,
+    load,
+    load_copy,
+    place,
+)
 
-VAL_TOKENS = 2**20  # tokens of a validation of the simulated run
 # Functions of the script whose calls are the phases of a record. Older scripts have write_sample.
 PHASES = ("warm_up", "training_step", "validate", "write_sample", "save_checkpoint")
 HEAVY = 6 * 10**8  # bytes; instructions are counted for kernels that move more
@@ -155,9 +162,24 @@ def fake_triton(card: Card) -> None:
                     name = self.src.fn.arg_names[key[0]] if isinstance(key, tuple) else key
                     fact["constants"][name] = value
             fact["wgmma"] = self.asm["ptx"].count("wgmma.mma_async") if "ptx" in self.asm else 0
+            fact["products"] = self.asm["ttir"].count("tt.dot") if "ttir" in self.asm else 0
             KERNELS.setdefault((self.name, self.hash), fact)
             CUBINS.setdefault((self.name, self.hash), self.kernel)
     CompiledKernel._init_handles = init_handles
+    compile_or_launch = JITFunction.run
+
+    def start(self, *args, grid, warmup, **kwargs):
+        """A kernel that the script starts itself, not in a compiled graph: compiled and noted."""
+        note_launch(self, {**dict(zip(self.arg_names, args, strict=False)), **kwargs})
+
+        def mock(value):
+            is_tensor = isinstance(value, torch.Tensor)
+            return MockTensor(value.dtype, list(value.shape)) if is_tensor else value
+        kernel = compile_or_launch(self, *map(mock, args), grid=grid, warmup=True,
+                                   **{name: mock(value) for name, value in kwargs.items()})
+        kernel._init_handles()
+        return kernel
+    JITFunction.run = start
 
 
 # --- What a rank does -----------------------------------------------------------------------------
@@ -204,7 +226,6 @@ class Ledger:
 
 LEDGER = Ledger()
 GRAPHS: list[str] = []         # the compiled graphs that run now, the innermost last
-SCRIPT_FILES: set[str] = set()
 TRUTH = [False]  # the result of a comparison of fake numbers
 
 
@@ -306,15 +327,18 @@ class Watcher(TorchDispatchMode):
         read = {place(t): t for t in cuda}
         written = [t for t in outs if t.device.type == "cuda" and place(t) not in read]
         moved = sum(map(num_bytes, read.values())) + sum(map(num_bytes, written))
-        if name.endswith("_") and name not in ("zero_", "fill_", "copy_") and tensors:
-            moved += num_bytes(tensors[0])
+        if name.endswith("_") and not name.endswith(("zero_", "fill_", "copy_")) and tensors:
+            several = name.startswith("_foreach_")  # a list of tensors, changed in place
+            moved += sum(map(num_bytes, args[0] if several else tensors[:1]))
         if name in ("embedding", "index", "gather", "index_select") and outs:
             moved = 2 * sum(map(num_bytes, outs))
         flops = 0
         if func.overloadpacket in flop_registry:
             flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
+        # An operation of torch.library.custom_op: what it starts is not seen.
+        registered = func.namespace not in ("aten", "prims")
         LEDGER.events.append(dict(kind="aten", name=name, where=caller(), moved=moved,
-                                  flops=flops, tensors=[]))
+                                  flops=flops, tensors=[], registered=registered))
 
 
 def watch_synchronization() -> None:
@@ -366,40 +390,6 @@ def noted(collective):
     return call
 
 
-def fake_process_group(world_size: int, rank: int) -> None:
-    """Replace the process group by torch's fake one, and DistributedDataParallel's reducer."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-    init = dist.init_process_group
-    dist.init_process_group = lambda backend=None, device_id=None, **kwargs: init(
-        "fake", store=FakeStore(), rank=rank, world_size=world_size)
-    import torch.nn.parallel.distributed as ddp
-    ddp._verify_param_shape_across_processes = lambda *args, **kwargs: None
-    ddp._sync_module_states = lambda *args, **kwargs: None
-    # The real rebuilding of buckets looks at data. Here one bucket for each dtype stays.
-    torch._C._distributed_c10d.Reducer._rebuild_buckets = lambda self: False
-    construct, backward = ddp.DistributedDataParallel.__init__, torch.Tensor.backward
-    pending = []  # handles of the collectives
-
-    def with_hook(self, *args, **kwargs):
-        """The reducer wants a future that holds a tensor; the fake group's futures are empty."""
-        construct(self, *args, **kwargs)
-
-        def hook(state, bucket):
-            pending.append(dist.all_reduce(bucket.buffer(), async_op=True))
-            future = torch.futures.Future()
-            future.set_result(bucket.buffer())
-            return future
-        self.register_comm_hook(None, hook)
-
-    def backward_then_wait(self, *args, **kwargs):
-        """The reducer waits at the end of the backward pass."""
-        backward(self, *args, **kwargs)
-        while pending:
-            pending.pop(0).wait()
-    ddp.DistributedDataParallel.__init__ = with_hook
-    torch.Tensor.backward = backward_then_wait
-
-
 # --- Inductor without a GPU -----------------------------------------------------------------------
 
 def short_hash(source: str) -> str:
@@ -410,6 +400,26 @@ def iterations(source: str) -> int:
     """The number of elements that a generated kernel goes over; 0 if its source does not say."""
     found = re.findall(r"^\s+[xyr]\d?_?numel = (\d+)$", source, re.M)
     return math.prod(map(int, found)) if found else 0
+
+
+def note_launch(function: JITFunction, arguments: dict) -> None:
+    """Add the launch of a Triton kernel to the ledger."""
+    code, elements = short_hash(function.src), iterations(function.src)
+    moved, counted = 0, []  # bytes; elements of each argument that are read or written
+    # A tensor descriptor has the tensor as its base.
+    tensors = {name: getattr(value, "base", value) for name, value in arguments.items()}
+    tensors = {name: t for name, t in tensors.items() if isinstance(t, torch.Tensor)}
+    for name, t in tensors.items():
+        accesses = function.src.count(f"({name} + ") * elements or t.numel()
+        counted.append(min(t.numel(), accesses))
+        if t.device.type == "cuda":
+            times = 2 if name.startswith("in_out") else 1
+            moved += times * counted[-1] * t.element_size()
+    if moved > HEAVY:
+        HEAVY_KERNELS.add(code)
+    LEDGER.events.append(dict(
+        kind="triton", name=function.__name__, code=code, elements=elements, where=caller(),
+        moved=moved, flops=0, tensors=[list(t.shape) for t in tensors.values()], counted=counted))
 
 
 def fake_inductor() -> None:
@@ -456,22 +466,8 @@ def fake_inductor() -> None:
         if not hasattr(self, "compiling"):
             self.precompile()
         self.compiling.result()
-        name = self.fn.__name__
         names = [a for a in self.fn.arg_names if a not in self.triton_meta.get("constants", {})]
-        pairs = [(a, t) for a, t in zip(names, args, strict=False) if isinstance(t, torch.Tensor)]
-        code, elements = short_hash(self.fn.src), iterations(self.fn.src)
-        moved, counted = 0, []  # bytes; elements of each argument that are read or written
-        for argument, t in pairs:
-            accesses = self.fn.src.count(f"({argument} + ") * elements or t.numel()
-            counted.append(min(t.numel(), accesses))
-            if t.device.type == "cuda":
-                times = 2 if argument.startswith("in_out") else 1
-                moved += times * counted[-1] * t.element_size()
-        if moved > HEAVY:
-            HEAVY_KERNELS.add(code)
-        LEDGER.events.append(dict(
-            kind="triton", name=name, code=code, elements=elements, where=caller(), moved=moved,
-            flops=0, tensors=[list(t.shape) for _, t in pairs], counted=counted))
+        note_launch(self.fn, dict(zip(names, args, strict=False)))
     heuristics.CachingAutotuner.run = run
     # Below DistributedDataParallel, dynamo does not leave the modes by itself.
     CatchErrorsWrapper.__call__ = outside(CatchErrorsWrapper.__call__)
@@ -555,39 +551,6 @@ def start_modes() -> None:
 
 # --- The script itself ----------------------------------------------------------------------------
 
-def place(script: Path, track, tokens: int, folder: Path) -> Path:
-    """Make a folder that looks like the repository to the script. Returns the script's copy.
-
-    It has run.sh, the script at its place, and random data for a run of this many tokens.
-    """
-    records = [path for path in script.parents if path.name == "records"]
-    relative = script.relative_to(records[0].parent) if records else Path(script.name)
-    copy = folder / relative
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    copy.write_text(script.read_text())
-    (folder / "run.sh").touch()
-    random = np.random.RandomState(0)
-    # Twice the tokens: a script may leave out the ends of long documents.
-    for pattern, count in ((track.train_files, 2 * tokens + 1), (track.val_files, VAL_TOKENS + 1)):
-        path = folder / pattern.replace("*", "000001")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = random.randint(0, track.eot_token, count).astype("<u2")
-        content[::700] = track.eot_token
-        header = np.zeros(256, "<i4")
-        header[:3] = 20240520, 1, count
-        path.write_bytes(header.tobytes() + content.tobytes())
-    return copy
-
-
-def load(path: Path, name: str) -> types.ModuleType:
-    """Import a script from its path."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    SCRIPT_FILES.add(str(path))
-    return module
-
-
 def compilations() -> int:
     """The number of frames that dynamo has compiled."""
     return torch._dynamo.utils.counters["frames"]["total"]
@@ -602,6 +565,8 @@ def watch(module: types.ModuleType, name: str, phases: list[dict]) -> None:
 
     def call(*args, **kwargs):
         close(phases)
+        number = 1 + sum(phase["name"] == name for phase in phases)
+        print(f"phase: {name} {number}", flush=True)  # progress() in __main__.py reads it
         start, before = time.time(), compilations()
         try:
             return original(*args, **kwargs)
@@ -656,23 +621,6 @@ def about(module: types.ModuleType, hp) -> tuple[dict, dict]:
     return described, shortened(hp, num_steps)
 
 
-class Tee:
-    """stderr that remembers the end of what was written: a script's message to its user."""
-    def __init__(self, stream):
-        self.stream, self.text = stream, ""
-
-    def write(self, text: str) -> int:
-        self.text = (self.text + text)[-4000:]
-        return self.stream.write(text)
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def last_line(self) -> str:
-        lines = self.text.strip().splitlines()
-        return lines[-1] if lines else ""
-
-
 def run_script(request: dict) -> dict:
     """Run one rank of the script from its first line to its last. Returns the record."""
     phases, messages, handler = [], [], logging.Handler()
@@ -702,22 +650,9 @@ def run_script(request: dict) -> dict:
                 kernels=kernels(), compilations=compilations(), torch=torch.__version__)
 
 
-def explain(wrong: BaseException) -> tuple[int, str]:
-    """(exit code, message whose last line says what is wrong)."""
-    if type(wrong).__name__ == "UserError":  # the script's own: one line for the user
-        return 2, str(wrong)
-    if isinstance(wrong, SystemExit) and wrong.code:
-        return 2, sys.stderr.last_line() or f"SystemExit: {wrong.code}"
-    # Dynamo puts advice below its errors, so the error is repeated as the last line.
-    last = f"{type(wrong).__name__}: {' '.join(str(wrong).split())[:300]}"
-    return 1, f"{''.join(traceback.format_exception(wrong))[-6000:]}\n{last}"
-
-
 def run_copy(copy: Path, flags: list[str], phases: list[dict]) -> int:
     """Run the script's main function, watched. Returns its exit code; raises what it raises."""
-    module = load(copy, "script_under_test")
-    for name, track in list(module.TRACKS.items()):
-        module.TRACKS[name] = dataclasses.replace(track, val_tokens=VAL_TOKENS)
+    module = load_copy(copy)
     # Older scripts write a sample at the end of a run, with tiktoken.
     sys.modules.setdefault("tiktoken", types.SimpleNamespace(
         get_encoding=lambda name: types.SimpleNamespace(decode=lambda ids: f"{len(ids)} tokens")))
