@@ -174,12 +174,12 @@ def test_the_side_whose_logs_have_no_times_is_named(tmp_path, capsys, sides, sid
     assert line.startswith("FAIL") and side in line
 
 
-def test_the_rules_have_the_numbers_of_the_readme(capsys, sides):
+def test_the_rules_have_the_numbers_of_the_page_that_lists_them(capsys, sides):
     assert main("verify", sides[1], "--baseline", sides[0]) == 0
     numbers = re.findall(r"^\w+ +(\d)\. ", capsys.readouterr().out, re.M)
     assert numbers == sorted(numbers)
-    readme = (ROOT / "tools/compare/README.md").read_text()
-    assert sorted(set(numbers)) == re.findall(r"^(\d)\. \*\*", readme, re.M)
+    page = (ROOT / "docs/rules.md").read_text()
+    assert sorted(set(numbers)) == re.findall(r"^(\d)\. \*\*", page, re.M)
 
 
 def test_verify_of_a_candidate_says_that_nothing_is_measured(tmp_path, capsys):
@@ -417,7 +417,7 @@ def test_diff_says_that_a_run_changed_when_it_was_resumed(tmp_path, capsys):
 # Names and text from outside
 
 NAMES = ["x[1]", "*", "a b", "a\nb", "-x", "--all", "caf\udce9", "naïve", "\x1b[31mred", "a'b\"c",
-         "$HOME", "%s {0}", "a\\b", "\u202eevil", "a&b<c>", " x ", "a|b"]
+         "$HOME", "%s {0}", "a\\b", "\u202eevil", "a&b<c>", " x ", "a|b", "数据"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -48,9 +48,7 @@ def draw(groups: list[Group], labels: list[str], target: float | None):
     target: a loss to mark; None marks each group's own. Raises UserError if matplotlib is missing.
     """
     try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the font lacks letters of a name
     except ModuleNotFoundError as error:
         raise UserError(f"{error}; run `source .venv/bin/activate` (./run.sh sets it up)") from None
@@ -68,8 +66,8 @@ def draw(groups: list[Group], labels: list[str], target: float | None):
     width = 1 + 4.6 * len(panels)
     columns = max(1, min(3, len(names), int(width / (0.7 + 0.09 * max(map(len, names))))))
     height = 4.4 + 0.24 * math.ceil((len(names) + 1) / columns)
-    figure, axes = plt.subplots(1, len(panels), figsize=(width, height), layout="constrained",
-                                sharey=True)
+    figure = Figure(figsize=(width, height), layout="constrained")  # pyplot would keep it
+    axes = figure.subplots(1, len(panels), sharey=True)
     for axis, (x_label, x_of) in zip(axes, panels.items(), strict=True):
         for number, points in enumerate(curves):
             shown = [point for point in points if x_of(point) is not None]

@@ -18,7 +18,7 @@ COLOURS = {True: 32, False: 31, None: 33}
 @dataclass
 class Rule:
     """One rule of the speedrun. passed is None if the logs do not say, which is no failure."""
-    name: str               # begins with the rule's number in README.md
+    name: str               # begins with the number in docs/rules.md
     passed: bool | None
     figures: str
 
