@@ -1,6 +1,7 @@
 """Plots: validation loss against steps, tokens and training time."""
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,42 +55,69 @@ def draw(groups: list[Group], labels: list[str], target: float | None):
         raise UserError(f"{error}; run `source .venv/bin/activate` (./run.sh sets it up)") from None
     curves = [curves_of(group) for group in groups]
     targets = {group.any.target if target is None else target for group in groups}
-    units = {UNITS.get(group.any.track, "") for group in groups}
-    unit = f" a {units.pop()}" if len(units) == 1 and "" not in units else ""
     names = [f"{shortened(visible(label), 160)} ({count(len(group.runs), 'run')})"
              for group, label in zip(groups, labels, strict=False)]
-    # For each panel: the label of its x axis, and x of a point (None: not drawn).
+    panels = panels_for(curves)
+    width = 1 + 4.6 * len(panels)
+    inches_of_a_name = 0.7 + 0.09 * max(map(len, names))
+    columns = max(1, min(3, len(names), int(width / inches_of_a_name)))
+    rows = math.ceil((len(names) + 1) / columns)
+    # pyplot would keep the figure in memory.
+    figure = Figure(figsize=(width, 4.4 + 0.24 * rows), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True)
+    for axis, (x_label, x_of) in zip(axes, panels.items(), strict=True):
+        for number, points in enumerate(curves):
+            draw_curve(axis, points, x_of, number, names[number])
+        for loss in targets:
+            axis.axhline(
+                loss, color="#555555", linestyle="--", linewidth=1, label=f"target {loss:g}")
+        axis.set(xlabel=x_label)
+        axis.set_xlim(left=-0.02 * axis.get_xlim()[1])  # shows the marker at zero whole
+        axis.grid(alpha=0.3)
+    units = {UNITS.get(group.any.track, "") for group in groups}
+    unit = ""
+    if len(units) == 1 and "" not in units:
+        unit = f" a {units.pop()}"
+    axes[0].set(ylabel=f"validation loss (nats{unit})", ylim=loss_limits(curves, targets))
+    handles, texts = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, texts, loc="outside lower center", ncols=columns, frameon=False)
+    figure.suptitle("Validation loss: mean over runs, band from lowest to highest")
+    return figure
+
+
+def panels_for(curves: list[list[CurvePoint]]) -> dict[str, Callable]:
+    """For each panel, the label of its x axis and a function that gives x of a point, or None if
+    the point is not drawn there."""
     panels = {"step": lambda point: point.step}
     if all(point.tokens is not None for points in curves for point in points):
         panels["tokens (millions)"] = lambda point: point.tokens / 1e6
     panels["training time (seconds)"] = lambda point: None if point.ms is None else point.ms / 1000
-    width = 1 + 4.6 * len(panels)
-    columns = max(1, min(3, len(names), int(width / (0.7 + 0.09 * max(map(len, names))))))
-    height = 4.4 + 0.24 * math.ceil((len(names) + 1) / columns)
-    figure = Figure(figsize=(width, height), layout="constrained")  # pyplot would keep it
-    axes = figure.subplots(1, len(panels), sharey=True)
-    for axis, (x_label, x_of) in zip(axes, panels.items(), strict=True):
-        for number, points in enumerate(curves):
-            shown = [point for point in points if x_of(point) is not None]
-            xs = [x_of(point) for point in shown]
-            colour = COLOURS[number % len(COLOURS)]
-            # When the colours begin again, they come with other markers.
-            marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
-            axis.plot(xs, [point.mean for point in shown], color=colour, marker=marker,
-                      markersize=4, linewidth=1.6, label=names[number].replace("$", r"\$"))
-            axis.fill_between(xs, [point.low for point in shown], [point.high for point in shown],
-                              color=colour, alpha=0.2, linewidth=0)
-        for loss in targets:
-            axis.axhline(loss, color="#555555", linestyle="--", linewidth=1,
-                         label=f"target {loss:g}")
-        axis.set(xlabel=x_label)
-        axis.set_xlim(left=-0.02 * axis.get_xlim()[1])  # shows the marker at zero whole
-        axis.grid(alpha=0.3)
-    axes[0].set(ylabel=f"validation loss (nats{unit})", ylim=loss_limits(curves, targets))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns,
-                  frameon=False)
-    figure.suptitle("Validation loss: mean over runs, band from lowest to highest")
-    return figure
+    return panels
+
+
+def draw_curve(axis, points: list[CurvePoint], x_of: Callable, number: int, name: str) -> None:
+    """Draw the mean and the band of a group. number: its place in the figure, for its colour."""
+    shown = [point for point in points if x_of(point) is not None]
+    xs = [x_of(point) for point in shown]
+    colour = COLOURS[number % len(COLOURS)]
+    # When the colours begin again, they come with other markers.
+    marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+    axis.plot(
+        xs,
+        [point.mean for point in shown],
+        color=colour,
+        marker=marker,
+        markersize=4,
+        linewidth=1.6,
+        label=name.replace("$", r"\$"))
+    axis.fill_between(
+        xs,
+        [point.low for point in shown],
+        [point.high for point in shown],
+        color=colour,
+        alpha=0.2,
+        linewidth=0)
 
 
 def loss_limits(curves: list[list[CurvePoint]], targets: set[float]) -> tuple[float, float]:
