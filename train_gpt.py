@@ -67,7 +67,7 @@ try:
     import torch.distributed as dist
     import torch.nn.functional as F
     from torch import Tensor, nn
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
     from tqdm import tqdm
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
@@ -223,6 +223,7 @@ class Hyperparameters:
     ngram_rows: int = setting(251_520, "rows of the hash table of each n")
     attention_scale: float = setting(0.1, "softmax scale of attention in the first stage")
     final_window: int = setting(2560, "window of the long layers in the last validation, in tokens")
+    pointer_window: int = setting(8192, "tokens back to which the pointer points; 0: no pointer")
     logit_cap: float = setting(23.0, "softcap: logits z become cap * sigmoid((z + shift) / scale)")
     logit_shift: float = setting(5.0, "softcap: shift")
     logit_scale: float = setting(7.5, "softcap: scale")
@@ -293,10 +294,10 @@ PRESETS = {
     "laptop": dict(
         num_steps=170, extension=0.0, batch_size=8, sequence_length=256, micro_batch=8,
         val_length=2048, num_heads=2, model_dim=128, ngrams=6, ngram_rows=65_521,
-        attention_scale=0.125, final_window=256, logit_cap=30.0, logit_shift=0.0, head_lr=0.012,
-        value_lr=2.4, ngram_lr=1.5, ngram_rule="lazy_adam", adam_every=1, adam_decay=0.0,
-        muon_lr=0.045, muon_decay=0.0, muon_beta2=0.95, momentum_warmup=50 / 170,
-        momentum_cooldown=0.0, cooldown=0.5, lr_floor=0.0, val_every=85),
+        attention_scale=0.125, final_window=256, pointer_window=0, logit_cap=30.0,
+        logit_shift=0.0, head_lr=0.012, value_lr=2.4, ngram_lr=1.5, ngram_rule="lazy_adam",
+        adam_every=1, adam_decay=0.0, muon_lr=0.045, muon_decay=0.0, muon_beta2=0.95,
+        momentum_warmup=50 / 170, momentum_cooldown=0.0, cooldown=0.5, lr_floor=0.0, val_every=85),
 }
 
 
@@ -400,7 +401,7 @@ class Schedule:
 
         # hp.stages is an argument because the cache compares arguments, and STAGES is not in hp.
         tensors = _stage_tensors(index, step == hp.num_steps, hp, hp.stages, device)
-        # windows: by kind of attention, 0-dim; frequencies: (d / 4,); attention_scale: 0-dim
+        # windows: by kind of mask, 0-dim; frequencies: (d / 4,); attention_scale: 0-dim
         self.windows, self.frequencies, self.attention_scale, weights, weights_end = tensors
         begin, end = [0, *stage_ends(hp)][index:index + 2]
         done = min((step - begin) / max(end - begin, 1), 1.0)
@@ -410,14 +411,15 @@ class Schedule:
 @functools.lru_cache(maxsize=64)  # without the cache, each step would wait for copies to the GPU
 def _stage_tensors(index: int, final: bool, hp: Hyperparameters, stages: tuple[Stage, ...],
                    device: torch.device) -> tuple:
-    """Windows by kind of attention (0-dim; record 2025-09-03), rotary frequencies, softmax scale,
+    """Windows by kind of mask (0-dim; record 2025-09-03), rotary frequencies, softmax scale,
     and the stage's two sets of multi-token weights. final: the validation after the last step,
     which uses a larger window (record 2025-09-15)."""
     stage = stages[index]
     frequencies, scale = rotary_frequencies(index, hp)
     window = torch.tensor(hp.final_window if final else stage.window, device=device)
     short = torch.tensor(short_window(stage.window), device=device)
-    windows = {"long": window, "short": short, "paired": short}
+    pointer = torch.tensor(hp.pointer_window, device=device)
+    windows = {"long": window, "short": short, "paired": short, "pointer": pointer}
     weights = torch.tensor(stage.mtp_weights, dtype=torch.float32, device=device)
     weights_end = torch.tensor(stage.mtp_weights_end, dtype=torch.float32, device=device)
     return windows, frequencies.to(device), torch.tensor(scale, device=device), weights, weights_end
@@ -441,10 +443,10 @@ def first_visible_key(start: Tensor, window: Tensor) -> Tensor:
     return torch.maximum(start, torch.arange(len(start), device=start.device) - window)
 
 
-def visible(query: Tensor, key: Tensor, first_key: Tensor) -> Tensor:
+def visible(query: Tensor, key: Tensor, first_key: Tensor, strict: bool = False) -> Tensor:
     """The mask: whether a query sees a key. All three are positions and broadcast; first_key is the
-    query's value of first_visible_key."""
-    return (first_key <= key) & (key <= query)
+    query's value of first_visible_key. strict: a query does not see its own position."""
+    return (first_key <= key) & ((key < query) if strict else (key <= query))
 
 
 Mask = BlockMask | Tensor  # FlexAttention (compiled, CUDA) or first_visible_key's (N,) (otherwise)
@@ -454,12 +456,40 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, max_window: int) -> T
     """softmax(q k^T) v over the visible keys. q, k, v and the result: (N, H, d), or (2 N, H / 2, d)
     for paired heads. max_window: an
     upper bound of the mask's window, which sets shapes on a CPU."""
-    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, H, N, d)
+    q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # (H, N, d)
     if isinstance(mask, BlockMask):
-        y = flex_attention(q, k, v, block_mask=mask, scale=1.0)
+        y = flex_attention(q[None], k[None], v[None], block_mask=mask, scale=1.0)[0]
     else:
         y = chunked_attention(q, k, v, mask, max_window)
-    return y[0].transpose(0, 1)
+    return y.transpose(0, 1)
+
+
+def point(q: Tensor, k: Tensor, sink: Tensor, tokens: Tensor, targets: Tensor, mask: Mask,
+          max_window: int) -> tuple[Tensor, Tensor]:
+    """A softmax over the visible earlier positions and a sink, each position voting for its own
+    token. Returns p_copy, the share of the votes for the target, and p_sink, the share of the sink,
+    (N,) float32 each.
+
+    q, k: (N, d); sink: the sink's scores, (N,); tokens, targets: (N,); mask: strict. p_copy is
+    computed for the targets alone, because the distribution of the votes would be (N, V)."""
+    if isinstance(mask, BlockMask):
+        # Head 0 sums up all scores, head 1 those of positions that vote for the target. Only their
+        # log-sum-exps are used, so the values are a dummy of the smallest width.
+        def score_mod(score, batch, head, query, key):
+            votes = (head == 0) | (tokens[key] == targets[query])
+            return torch.where(votes, score, -math.inf)
+
+        two_q, two_k = (t.expand(1, 2, *t.shape) for t in (q, k))
+        _, aux = flex_attention(two_q, two_k, two_k[..., :16], score_mod, mask, scale=1.0,
+                                return_aux=AuxRequest(lse=True))
+        log_all, log_votes = aux.lse[0]  # -inf where there is no such position
+        log_total = torch.logaddexp(log_all, sink)
+        return (log_votes - log_total).exp(), (sink - log_total).exp()
+    chunks = Chunks(len(q), max_window)
+    weights, p_sink = chunked_pointer_weights(q, k, sink, mask, chunks)
+    votes = chunks.of_keys(tokens[None, :, None]).mT == chunks.of_queries(targets[None, :, None])
+    p_copy = (weights * votes[0]).sum(dim=-1, keepdim=True)
+    return chunks.join(p_copy[None]).flatten(), chunks.join(p_sink[None]).flatten()
 
 
 # --- Model ----------------------------------------------------------------------------------------
@@ -728,6 +758,56 @@ class Block(nn.Module):
         return resid[1] * x + branch[1] * self.mlp(norm(x))
 
 
+class Readout(nn.Module):
+    """What the head and the pointer read: the normed output of the last layer.
+
+    Before the norm, a MUDD module adds a weighted sum of earlier activations, with weights that
+    each token predicts: the outputs of the layers with head_skip_init, layer 0's input, the first
+    value embedding. One weight starts at -0.5, so that this layer's output is partly removed
+    ("backout", record 2025-10-04)."""
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        init = [layer.head_skip_init for layer in hp.layers if layer.head_skip_init is not None]
+        self.mudd = None
+        if init:
+            has_values = any(layer.value_table is not None for layer in hp.layers)
+            init += [0.0, 0.0] if has_values else [0.0]
+            self.mudd = Mudd(hp.model_dim, tuple(init))
+
+    def forward(self, x: Tensor, sources: list[Tensor]) -> Tensor:
+        """x, each of sources and the result: (N, D)."""
+        if self.mudd is not None:
+            x = x + weighted_sum(self.mudd(x), sources)
+        return norm(x)
+
+
+class Pointer(nn.Module):
+    """A pointer to earlier tokens of the document, which predicts that one of them comes next
+    (pointer sentinel mixture, arXiv 1609.07843; in this form: modded-nanogpt pull request 379).
+
+    Each position points by one head of attention, without any encoding of positions, to the earlier
+    positions of its document, and each of them votes for its own token. A sink takes the votes of a
+    position that finds nothing to copy. How much the votes count is not decided here but by a logit
+    of the head, see CappedCrossEntropy."""
+    DIM = 128
+
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        bound = (3 / hp.model_dim) ** 0.5
+        shape = (2, self.DIM, hp.model_dim)  # the maps of queries and keys
+        self.qk = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+        self.sink = nn.Parameter(torch.randn(self.DIM) * self.DIM ** -0.5)
+        self.gain = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """state: Readout's (N, D). Returns queries and keys, (N, DIM), and the sink's scores, (N,)
+        float32. QK-norm: without it the scores can grow until the pointer learns no more."""
+        qk = F.linear(state, self.qk.flatten(0, 1).to(state.dtype))
+        q, k = norm(qk.view(len(state), 2, self.DIM)).unbind(1)
+        q = self.gain * self.DIM ** -0.5 * q.float()
+        return q.to(state.dtype), k, q @ self.sink
+
+
 class GPT(nn.Module):
     """The model. flex: attention by FlexAttention; sparse: sparse gradients of the n-gram tables.
     """
@@ -736,8 +816,13 @@ class GPT(nn.Module):
         self.hp = hp
         self.flex = flex
         self.eot_token = TRACKS[hp.track].eot_token
-        padded_vocab_size = 128 * math.ceil(TRACKS[hp.track].vocab_size / 128)  # faster kernels
+        # The head's row for the pointer's gate.
+        self.gate_row = TRACKS[hp.track].vocab_size if hp.pointer_window else None
+        # One more than the vocabulary, for the pointer's gate. Multiples of 128: faster kernels.
+        padded_vocab_size = 128 * math.ceil((TRACKS[hp.track].vocab_size + 1) / 128)
         self.head = Head(hp, padded_vocab_size)
+        self.readout = Readout(hp)
+        self.pointer = Pointer(hp) if hp.pointer_window else None
         self.embed = nn.Embedding(padded_vocab_size, hp.model_dim)
         self.embed.weight.data.copy_(self.head.linear.weight[0])
         num_tables = len({layer.value_table for layer in hp.layers} - {None})
@@ -748,31 +833,35 @@ class GPT(nn.Module):
         self.input_embedding = InputEmbedding()
         self.blocks = nn.ModuleList(Block(hp, layer) for layer in hp.layers)
         # Attributes, so that compile_model can put compiled versions in their place.
-        self.block_lists = block_lists
+        self.mask_tensors = mask_tensors
         self.sample_softmax_classes = sample_softmax_classes
 
-    def masks(self, start: Tensor, schedule: Schedule) -> dict[str | None, Mask | None]:
-        """The mask of each kind of attention, from document_start's (N,)."""
-        masks = {None: None}
-        for kind in {layer.attention for layer in self.hp.layers} - {None}:
-            start_of_kind = start
-            if kind == "paired":  # two positions per token
-                start_of_kind = (2 * start).repeat_interleave(2)
-            first_key = first_visible_key(start_of_kind, schedule.windows[kind])
-            masks[kind] = block_mask(first_key, self.block_lists) if self.flex else first_key
-        return masks
+    def masks(self, start: Tensor, schedule: Schedule, flex_pointer: bool = True) -> dict:
+        """The mask of each kind of attention, and the pointer's, from document_start's (N,). For
+        sampling text, the pointer needs one that is not FlexAttention's."""
+        kinds = {layer.attention: None for layer in self.hp.layers if layer.attention}
+        if self.pointer is not None:
+            kinds["pointer"] = None
+        windows = {kind: schedule.windows[kind] for kind in kinds}
+        masks, lists = self.mask_tensors(start, windows, self.flex)
+        for kind, lists_of_kind in lists.items():
+            is_pointer = kind == "pointer"
+            if flex_pointer or not is_pointer:
+                masks[kind] = block_mask(masks[kind], lists_of_kind, strict=is_pointer)
+        return {None: None, **masks}
 
     def forward(self, tokens: Tensor, targets: Tensor | None, schedule: Schedule):
         """tokens, targets: (S, T), targets one token later.
 
         Returns (objective, loss), both 0-dim. objective is what training minimizes: the loss summed
         over the tokens, not averaged; Muon's and Adam's updates do not depend on the gradient's
-        scale. loss is the mean cross-entropy of the next token in nats (in
-        training over schedule.softmax_size entries). Without gradients the loss is over the whole
-        vocabulary. If targets is None, returns float32 logits (N, V), for sampling text."""
+        scale. loss is the mean cross-entropy of the next token in nats (in training over
+        schedule.softmax_size entries). Without gradients the loss is over the whole vocabulary. If
+        targets is None, returns the logarithm of the probability of each vocabulary entry, (N, V)
+        float32, for sampling text."""
         start = document_start(tokens, self.eot_token)
         position = torch.arange(len(start), device=start.device) - start  # in the document
-        masks = self.masks(start, schedule)
+        masks = self.masks(start, schedule, flex_pointer=targets is not None)
         single = rotary_tables(schedule.frequencies, len(start))
         paired = paired_rotary_tables(schedule.frequencies, len(start), self.hp.num_heads)
         rotary = {None: None, "short": single, "long": single, "paired": paired}
@@ -796,17 +885,19 @@ class GPT(nn.Module):
             # sequence would not fit. Without either reason there is one piece.
             in_pieces = softmax_size or not torch.is_grad_enabled()
             length = self.hp.sequence_length if in_pieces else len(tokens)
-            pieces = [self.sample_softmax_classes(t, self.embed.num_embeddings, softmax_size)
+            pieces = [self.sample_softmax_classes(
+                          t, self.embed.num_embeddings, softmax_size, self.gate_row)
                       for t in next_targets(targets, len(mtp_weights)).split(length)]
-        return self.body(x0, values, ngram, pieces, mtp_weights, is_doc_start, rotary,
-                         schedule.attention_scale, masks)
+        return self.body(x0, values, ngram, tokens, pieces, mtp_weights, is_doc_start, rotary,
+                         schedule.attention_scale, masks,
+                         targets=None if targets is None else targets.flatten())
 
-    def body(self, x0: Tensor, values: tuple[Tensor, ...], ngram: Tensor, pieces: list | None,
-             mtp_weights: Tensor | None, is_doc_start: Tensor, rotary: dict, scale: Tensor,
-             masks: dict):
-        """The part of forward() after the lookups: the blocks, the head, the loss; on CUDA it is
-        one compiled graph. x0, ngram and each of values: (N, D). is_doc_start: (N,). pieces: (class
-        ids, targets) of sample_softmax_classes for each piece; mtp_weights: (K,). rotary and masks:
+    def body(self, x0: Tensor, values: tuple[Tensor, ...], ngram: Tensor, tokens: Tensor,
+             pieces: list | None, mtp_weights: Tensor | None, is_doc_start: Tensor, rotary: dict,
+             scale: Tensor, masks: dict, targets: Tensor | None):
+        """The part of forward() after the lookups: the blocks, the pointer, the head, the loss; on
+        CUDA it is one compiled graph. x0, ngram and each of values: (N, D). tokens, targets, and
+        is_doc_start: (N,). pieces: of sample_softmax_classes; mtp_weights: (K,). rotary and masks:
         by kind of attention. scale: 0-dim."""
         h0 = x = x0 + self.input_embedding.ngram_lambda * ngram
         outputs = []
@@ -828,21 +919,31 @@ class GPT(nn.Module):
                 mask=masks[layer.attention])
             outputs.append(x.view_as(x))
 
-        sources = []  # what the head adds to x
+        sources = []  # what the readout adds to x
         for output, layer in zip(outputs, self.hp.layers, strict=True):
             if layer.head_skip_init is not None:
                 sources.append(output)
         if sources:
             sources += [h0, *values[:1]]
-        if pieces is None:
-            return self.head(x, sources)
+        state = self.readout(x, sources)
+        if targets is None:
+            logits = self.head.logits(state)
+            if self.pointer is None:
+                return logits.log_softmax(dim=-1)
+            votes, p_sink = vote_distribution(
+                *self.pointer(state), tokens, masks["pointer"], self.hp.pointer_window,
+                vocab_size=logits.size(1))
+            return log_mixture(logits, votes, p_sink, self.gate_row)
 
+        p_copy = p_sink = torch.zeros_like(state[:, 0], dtype=torch.float32)
+        if self.pointer is not None:
+            p_copy, p_sink = point(*self.pointer(state), tokens, targets, masks["pointer"],
+                                   self.hp.pointer_window)
         objective = loss = 0
-        length = len(pieces[0][1])
-        activations = [activation.split(length) for activation in (x, *sources)]
-        for (class_ids, targets), x_piece, *source_pieces in zip(pieces, *activations, strict=True):
-            piece_objective, piece_loss = self.head(
-                x_piece, source_pieces, class_ids, targets, mtp_weights)
+        length = len(pieces[0].targets)
+        inputs = (t.split(length) for t in (state, p_copy, p_sink))
+        for piece, *inputs_of_piece in zip(pieces, *inputs, strict=True):
+            piece_objective, piece_loss = self.head(piece, mtp_weights, *inputs_of_piece)
             objective = objective + piece_objective
             loss = loss + piece_loss
         return objective, loss / len(x0)
@@ -875,107 +976,151 @@ def softcap(logits: Tensor, cap: float, shift: float, scale: float) -> Tensor:
     return cap / (1 + torch.exp2((logits.float() + shift) * (-LOG2_E / scale)))
 
 
-def sample_softmax_classes(targets: Tensor, vocab_size: int,
-                           softmax_size: int) -> tuple[Tensor | None, Tensor]:
+class Piece(NamedTuple):
+    """What the head needs to know about N tokens."""
+    class_ids: Tensor | None  # vocabulary entries of the softmax, (softmax_size,); None: all
+    targets: Tensor           # index of each target among them, (N, K); -1: ignored
+    gate: Tensor | None       # index of the pointer's gate among them, (1,); None: no pointer
+
+
+def sample_softmax_classes(targets: Tensor, vocab_size: int, softmax_size: int,
+                           gate_row: int | None = None) -> Piece:
     """The vocabulary entries of a sampled softmax (arXiv 1412.2007, modded-nanogpt pull request
-    360; without a correction for the sampling probability): all targets (N, K) of a piece, filled
-    up to softmax_size with other entries.
+    360; without a correction for the sampling probability): all targets (N, K) of a piece and the
+    pointer's gate, filled up to softmax_size with other entries.
 
     The other entries are taken from one fixed permutation, from an offset given by the sum of the
     targets. So the choice needs neither a random state nor communication, and a resumed run or
     another number of ranks makes the same one.
 
-    Returns class ids (softmax_size,) and the index of each target among them (N, K): -1 for a
-    target that is -1 or did not fit. (None, targets) stands for the whole vocabulary: if
-    softmax_size is 0 or not below vocab_size, or if N > 4 * softmax_size, when too many targets
-    would not fit."""
+    A target that does not fit becomes -1. The softmax is over the whole vocabulary if softmax_size
+    is 0 or not below vocab_size, or if N > 4 * softmax_size, when too many targets would not fit.
+    """
+    entry = torch.arange(vocab_size, device=targets.device)
+    gate = None if gate_row is None else slice(gate_row, gate_row + 1)
     is_sampled = 0 < softmax_size < vocab_size and len(targets) <= 4 * softmax_size
     if not is_sampled:
-        return None, targets
-    entry = torch.arange(vocab_size, device=targets.device)
+        return Piece(None, targets, None if gate is None else entry[gate])
     order = (entry + targets.sum()) * 20_011 % vocab_size  # a permutation: 20,011 is prime
     is_target = torch.zeros(vocab_size + 1, dtype=torch.int64, device=targets.device)
     is_target[targets] = 1  # target -1 sets the extra element at the end
-    class_ids = (order - vocab_size * is_target[:-1]).argsort()[:softmax_size]  # targets come first
+    if gate is not None:
+        is_target[gate] = 2
+    # The gate comes first, then the targets.
+    class_ids = (order - vocab_size * is_target[:-1]).argsort()[:softmax_size]
     index_of = torch.full_like(is_target, -1).scatter(0, class_ids, entry[:softmax_size])
-    return class_ids, index_of[targets]
+    return Piece(class_ids, index_of[targets], None if gate is None else index_of[gate])
 
 
 class CappedCrossEntropy(torch.autograd.Function):
     """Output projection, softcap and multi-token cross-entropy in one function.
 
-    The forward pass computes the gradients of x and weight, too, so that the logits (N, V) are read
-    once and then freed (arXiv 2410.10989). As the softcap bounds the logits, the softmax needs no
-    search for their maximum."""
+    The probability of the next token y is a mixture of the softmax s over the logits and of the
+    pointer's votes (arXiv 1609.07843). The gate c is a logit of its own, and alpha = s[c]:
+
+        p(y) = s[y] / (1 - alpha) * (1 - alpha + alpha p_sink) + alpha p_copy(y)
+
+    So the sink's votes go back to the softmax, and p sums to 1 over the vocabulary without c.
+    Without a pointer, alpha is 0. The targets further ahead have the plain softmax.
+
+    The forward pass computes the gradients, too, so that the logits (N, V) are read once and then
+    freed (arXiv 2410.10989). As the softcap bounds the logits, the softmax needs no search for
+    their maximum."""
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, mtp_weights: Tensor,
-                softcap_args: tuple):
+                p_copy: Tensor, p_sink: Tensor, gate: Tensor | None, softcap_args: tuple):
         """x (N, D), weight (V, D), targets (N, K) (-1: ignored), mtp_weights (K,) (record
-        2025-12-22). Returns (sum_k mtp_weights[k] CE_k, CE_0), summed over the tokens, in nats.
-        Only the first is differentiable."""
+        2025-12-22); p_copy of the next token, p_sink: (N, 1) float32; gate: c, (1,), or None.
+
+        Returns (sum_k mtp_weights[k] CE_k, CE_0), summed over the tokens, in nats. Only the first
+        is differentiable."""
         max_logit, _, scale = softcap_args
         logits = softcap(F.linear(x, weight), *softcap_args)
         shifted_logits = logits - max_logit  # <= 0
         exp = torch.exp2(LOG2_E * shifted_logits)
         sum_exp = exp.sum(-1, keepdim=True)
         is_valid = targets >= 0
-        losses = sum_exp.log() - shifted_logits.gather(-1, targets.clamp(min=0))
+        target = targets.clamp(min=0)
+
+        alpha = torch.zeros_like(sum_exp)
+        if gate is not None:
+            alpha = exp.index_select(-1, gate) / sum_exp
+        not_alpha = (1 - alpha).clamp(min=1e-6)
+        p_softmax = exp.gather(-1, target[:, :1]) / sum_exp / not_alpha
+        from_softmax = p_softmax * (not_alpha + alpha * p_sink)
+        p = from_softmax + alpha * p_copy
+
+        later_losses = sum_exp.log() - shifted_logits.gather(-1, target[:, 1:])
+        losses = torch.cat([-p.log(), later_losses], dim=-1)
         losses = (losses * is_valid).sum(0)  # (K,)
         if any(ctx.needs_input_grad):
             class_index = torch.arange(len(weight), dtype=torch.int32, device=x.device)
-            # d / d logits: sum_k mtp_weights[k] (softmax - one_hot(targets[k]))
-            grad = (is_valid * mtp_weights).sum(-1, keepdim=True) / sum_exp * exp
+            weights = is_valid * mtp_weights  # (N, K)
+            # d (-log p) / d logits = (1 + returned) softmax
+            #     - (from_softmax / p) one_hot(y) - (copied + returned) one_hot(c)
+            copied = alpha * p_copy / p
+            returned = alpha * p_sink * p_softmax / not_alpha / p
+            of_targets = torch.cat([weights[:, :1] * from_softmax / p, weights[:, 1:]], dim=-1)
+            of_softmax = weights.sum(-1, keepdim=True) + weights[:, :1] * returned
+            grad = of_softmax / sum_exp * exp
             for k in range(len(mtp_weights)):
-                grad = grad - mtp_weights[k] * (class_index == targets[:, k:k + 1].int())
+                is_target = class_index == targets[:, k:k + 1].int()
+                grad = grad - of_targets[:, k:k + 1] * is_target
+            if gate is not None:
+                of_gate = weights[:, :1] * (copied + returned)
+                grad = grad - of_gate * (class_index == gate.int())
             # Times the softcap's derivative, logits (max_logit - logits) / (max_logit scale).
             grad = (grad * logits * shifted_logits * (-1 / (max_logit * scale))).to(x.dtype)
-            ctx.save_for_backward(grad @ weight, grad.mT @ x)
+            grad_p = -weights[:, :1] * alpha / p
+            ctx.save_for_backward(grad @ weight, grad.mT @ x, grad_p, grad_p * p_softmax)
         loss_next_token = losses[0].clone()
         ctx.mark_non_differentiable(loss_next_token)
         return (losses * mtp_weights).sum(), loss_next_token
 
     @staticmethod
     def backward(ctx, grad_objective: Tensor, _):
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad_objective * grad_x, grad_objective * grad_weight, None, None, None
+        grad_x, grad_weight, grad_p_copy, grad_p_sink = (
+            grad_objective * grad for grad in ctx.saved_tensors)
+        return grad_x, grad_weight, None, None, grad_p_copy, grad_p_sink, None, None
+
+
+def log_mixture(logits: Tensor, votes: Tensor, p_sink: Tensor, gate_row: int) -> Tensor:
+    """log p of CappedCrossEntropy for every vocabulary entry, (N, V) float32; the gate has -inf.
+    logits, votes: (N, V), the latter the shares of the pointer's votes; p_sink: (N, 1)."""
+    softmax = logits.softmax(dim=-1)
+    alpha = softmax[:, gate_row:gate_row + 1]
+    not_alpha = (1 - alpha).clamp(min=1e-6)
+    p = softmax / not_alpha * (not_alpha + alpha * p_sink) + alpha * votes
+    log_p = p.log()
+    log_p[:, gate_row] = -math.inf
+    return log_p
 
 
 class Head(nn.Module):
-    """Final RMSNorm, output projection and loss.
-
-    Before the norm, a MUDD module adds a weighted sum of earlier activations, with weights that
-    each token predicts: the outputs of the layers with head_skip_init, layer 0's input, the first
-    value embedding. One weight starts at -0.5, so that this layer's output is partly removed
-    ("backout", record 2025-10-04). While Stage.tied, the projection is also the token embedding
+    """Output projection and loss. While Stage.tied, the projection is also the token embedding
     (arXiv 1608.05859, record 2025-12-19)."""
     def __init__(self, hp: Hyperparameters, padded_vocab_size: int):
         super().__init__()
         self.softcap_args = (hp.logit_cap, hp.logit_shift, hp.logit_scale)
         self.linear = Linear(hp.model_dim, padded_vocab_size, can_transpose=False)
         nn.init.normal_(self.linear.weight, std=0.005)
-        init = [layer.head_skip_init for layer in hp.layers if layer.head_skip_init is not None]
-        self.mudd = None
-        if init:
-            has_values = any(layer.value_table is not None for layer in hp.layers)
-            init += [0.0, 0.0] if has_values else [0.0]
-            self.mudd = Mudd(hp.model_dim, tuple(init))
 
-    def forward(self, x: Tensor, sources: list[Tensor], class_ids: Tensor | None = None,
-                targets: Tensor | None = None, mtp_weights: Tensor | None = None):
-        """x and each of sources: (N, D). Returns CappedCrossEntropy's pair for the other arguments
-        (class_ids: None for the whole vocabulary); without targets, float32 logits (N, V)."""
-        if self.mudd is not None:
-            x = x + weighted_sum(self.mudd(x), sources)
-        x = norm(x)
+    def logits(self, state: Tensor) -> Tensor:
+        """Softcapped logits of Readout's (N, D): (N, V) float32."""
+        return softcap(self.linear(state), *self.softcap_args)
+
+    def forward(self, piece: Piece, mtp_weights: Tensor, state: Tensor, p_copy: Tensor,
+                p_sink: Tensor) -> tuple[Tensor, Tensor]:
+        """CappedCrossEntropy's pair for a piece of N tokens. state: Readout's (N, D); p_copy,
+        p_sink: point()'s (N,)."""
         weight = self.linear.matrix()
-        if targets is None:
-            return softcap(F.linear(x, weight.to(x.dtype)), *self.softcap_args)
         if not torch.is_grad_enabled():
             weight = weight.detach()  # otherwise CappedCrossEntropy would compute its gradient
-        if class_ids is not None:
-            weight = weight[class_ids]
+        if piece.class_ids is not None:
+            weight = weight[piece.class_ids]
         return CappedCrossEntropy.apply(
-            x, weight.to(x.dtype), targets, mtp_weights, self.softcap_args)
+            state, weight.to(state.dtype), piece.targets, mtp_weights, p_copy[:, None],
+            p_sink[:, None], piece.gate, self.softcap_args)
 
 
 # --- Optimizers: which rule updates which parameters, the rules, the optimizer --------------------
@@ -1022,7 +1167,8 @@ def optimizer_groups(hp: Hyperparameters, dtype: torch.dtype) -> list[Group]:
         Group("resid", block + "resid_lambdas", lr=lr, **fast),
         Group("branch", ".*(branch_lambdas|ngram_lambda|xsa_lambdas)", lr=lr / 5, **fast),
         Group("scalars", ".*(v|proj|skip|smear)_lambda", lr=lr, **slow),
-        Group("gates", attn + "(value_)?gate", lr=lr / 5, **gates),
+        Group("gates", attn + r"(value_)?gate|pointer\.qk", lr=lr / 5, **gates),
+        Group("pointer", r"pointer\.(sink|gain)", lr=lr / 5, **slow),
         Group("mudd", r".*mudd\..*", lr=lr / 20, **slow),
         Group("skip_gate", block + "skip_gate", lr=lr / 100, **slow),
         Group("smear_gate", r"input_embedding\.smear_gate", lr=lr / 500, **slow),
@@ -1437,42 +1583,99 @@ def block_lists(first_key: Tensor, block: int = 128) -> list[Tensor]:
     return lists
 
 
-def block_mask(first_key: Tensor, block_lists: Callable = block_lists) -> BlockMask:
-    """The mask for FlexAttention, from first_visible_key's (N,)."""
+def mask_tensors(start: Tensor, windows: dict[str, Tensor],
+                 flex: bool) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+    """first_visible_key and, with flex, block_lists for each kind of mask. start: (N,); windows:
+    0-dim."""
+    first_keys, lists = {}, {}
+    for kind, window in windows.items():
+        start_of_kind = start
+        if kind == "paired":  # two positions per token
+            start_of_kind = (2 * start).repeat_interleave(2)
+        first_keys[kind] = first_visible_key(start_of_kind, window)
+        if flex:
+            lists[kind] = block_lists(first_keys[kind])
+    return first_keys, lists
+
+
+def block_mask(first_key: Tensor, lists: list[Tensor], strict: bool = False) -> BlockMask:
+    """The mask for FlexAttention, from first_visible_key's (N,) and its block_lists. (Where strict
+    takes away a query's own position, its block is listed as partially visible in any case.)"""
     def mask_mod(batch, head, query, key):
-        return visible(query, key, first_key[query])
+        return visible(query, key, first_key[query], strict)
 
     seq_lengths = (len(first_key), len(first_key))
-    return BlockMask(seq_lengths, *block_lists(first_key), BLOCK_SIZE=(128, 128), mask_mod=mask_mod)
+    return BlockMask(seq_lengths, *lists, BLOCK_SIZE=(128, 128), mask_mod=mask_mod)
 
 
-def chunked_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, window: int) -> Tensor:
-    """Sliding-window attention for CPUs, where FlexAttention has no backward pass. q, k, v and the
-    result: (1, H, N, d).
+class Chunks:
+    """Sliding-window attention for CPUs, where FlexAttention has no backward pass.
 
     The queries of a chunk of window / 2 positions see keys of their own chunk and of the two
     before. scaled_dot_product_attention with a mask (T, T) for each sequence does not replace it:
     it is faster for long layers in training, but slower for paired heads, and several times slower
     in validations of 2,048 tokens (records/studies/2026-11-29_PlainCode)."""
-    _, H, N, d = q.shape
-    size = math.ceil(window / 2)
-    num_chunks = math.ceil(N / size)
-    padding = num_chunks * size - N
-    query = torch.arange(num_chunks * size, device=q.device).view(num_chunks, size, 1)
-    key = query[:, :1] + torch.arange(-2 * size, size, device=q.device)
-    # A padded query sees itself: a row of scores without any key would turn gradients into NaN.
-    padded = torch.arange(N, num_chunks * size, device=q.device)
-    first_key = torch.cat([first_key, padded]).view(num_chunks, size, 1)
+    def __init__(self, N: int, window: int):
+        self.N = N
+        self.size = math.ceil(window / 2)
+        self.num_chunks = math.ceil(N / self.size)
+        self.padding = self.num_chunks * self.size - N
 
-    def with_two_chunks_before(x):  # (1, H, N, d) -> (H, num_chunks, 3 size, d)
-        x = F.pad(x[0], (0, 0, 2 * size, padding)).view(H, num_chunks + 2, size, d)
+    def of_queries(self, x: Tensor) -> Tensor:
+        """(H, N, d) -> (H, num_chunks, size, d)."""
+        x = F.pad(x, (0, 0, 0, self.padding))
+        return x.view(len(x), self.num_chunks, self.size, -1)
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """(H, N, d) -> (H, num_chunks, 3 size, d): each chunk and the two before it."""
+        x = F.pad(x, (0, 0, 2 * self.size, self.padding))
+        x = x.view(len(x), self.num_chunks + 2, self.size, -1)
         return torch.cat([x[:, :-2], x[:, 1:-1], x[:, 2:]], dim=2)
 
-    q = F.pad(q[0], (0, 0, 0, padding)).view(H, num_chunks, size, d)
-    scores = q @ with_two_chunks_before(k).mT  # (H, num_chunks, size, 3 size)
-    scores = scores.float().masked_fill(~visible(query, key, first_key), -math.inf)
-    y = scores.softmax(dim=-1).to(v.dtype) @ with_two_chunks_before(v)
-    return y.view(1, H, num_chunks * size, d)[:, :, :N]
+    def scores(self, q: Tensor, k: Tensor, first_key: Tensor, strict: bool = False) -> Tensor:
+        """q k^T of (H, N, d) each, (H, num_chunks, size, 3 size) float32; -inf where the key is not
+        visible."""
+        query = torch.arange(self.num_chunks * self.size, device=q.device)
+        query = query.view(self.num_chunks, self.size, 1)
+        key = query[:, :1] + torch.arange(-2 * self.size, self.size, device=q.device)
+        # A padded query sees itself: a softmax without any key would turn gradients into NaN.
+        padded = torch.arange(self.N, self.N + self.padding, device=q.device)
+        first_key = torch.cat([first_key, padded]).view(self.num_chunks, self.size, 1)
+        scores = (self.of_queries(q) @ self.of_keys(k).mT).float()
+        return scores.masked_fill(~visible(query, key, first_key, strict), -math.inf)
+
+    def join(self, x: Tensor) -> Tensor:
+        """(H, num_chunks, size, d) -> (H, N, d)."""
+        return x.flatten(1, 2)[:, :self.N]
+
+
+def chunked_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, window: int) -> Tensor:
+    """softmax(q k^T) v over the visible keys. q, k, v and the result: (H, N, d)."""
+    chunks = Chunks(q.size(1), window)
+    weights = chunks.scores(q, k, first_key).softmax(dim=-1).to(v.dtype)
+    return chunks.join(weights @ chunks.of_keys(v))
+
+
+def chunked_pointer_weights(q: Tensor, k: Tensor, sink: Tensor, first_key: Tensor,
+                            chunks: Chunks) -> tuple[Tensor, Tensor]:
+    """The pointer's softmax over the keys, (num_chunks, size, 3 size), and its weight of the sink,
+    (num_chunks, size, 1). q, k: (N, d); sink: the sink's scores, (N,)."""
+    scores = chunks.scores(q[None], k[None], first_key, strict=True)
+    sink = chunks.of_queries(sink[None, :, None])
+    weights = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[0]
+    return weights[..., :-1], weights[..., -1:]
+
+
+def vote_distribution(q: Tensor, k: Tensor, sink: Tensor, tokens: Tensor, first_key: Tensor,
+                      max_window: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """What point() computes for the targets, for all V vocabulary entries: the shares of the votes,
+    (N, V), and of the sink, (N, 1)."""
+    chunks = Chunks(len(q), max_window)
+    weights, p_sink = chunked_pointer_weights(q, k, sink, first_key, chunks)
+    token_of_key = chunks.of_keys(tokens[None, :, None]).mT[0].expand(weights.shape)
+    votes = weights.new_zeros(*weights.shape[:2], vocab_size)
+    votes = votes.scatter_add(-1, token_of_key, weights)
+    return chunks.join(votes[None])[0], chunks.join(p_sink[None])[0]
 
 
 # --- Shards of tokens -----------------------------------------------------------------------------
@@ -2020,7 +2223,7 @@ def compile_model(model: GPT, optimizer: Optimizer, device: torch.device) -> Non
     compile = functools.partial(torch.compile, dynamic=False)
     if device.type != "cuda":
         for module in model.modules():
-            if isinstance(module, (Block, InputEmbedding, Head)):
+            if isinstance(module, (Block, InputEmbedding, Readout, Pointer, Head)):
                 module.compile(dynamic=False)
         return
     # Not part of the body's graph, where every layer would read the embedding in float32.
@@ -2029,7 +2232,7 @@ def compile_model(model: GPT, optimizer: Optimizer, device: torch.device) -> Non
     # These fuse Adam's ten passes over large tables, and the many small kernels of the lists. In
     # the body's graph, Inductor would compute the lists anew for each logit.
     optimizer.update_fns = {name: compile(compute_update) for name in RULES}
-    model.block_lists = compile(block_lists)
+    model.mask_tensors = compile(mask_tensors)
     model.sample_softmax_classes = compile(sample_softmax_classes)
 
 
@@ -2120,6 +2323,11 @@ def device_name(device: torch.device) -> str:
     return name[1] if name else platform.machine()
 
 
+def source_of_script() -> str:
+    """The text of this script; lines end with "\\n", whatever they end with in the file."""
+    return Path(__file__).read_text("utf-8")
+
+
 def run_info(hp: Hyperparameters, runtime: Runtime, train_stream: TokenStream,
              val_stream: TokenStream, dtype: torch.dtype, compiled: bool) -> dict:
     """What the log and the checkpoints say about the run, the same on all ranks. Collective."""
@@ -2141,7 +2349,7 @@ def run_info(hp: Hyperparameters, runtime: Runtime, train_stream: TokenStream,
         "run_id": run_id,
         "command": sys.argv,
         "script": os.path.relpath(__file__, ROOT),
-        "code_hash": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
+        "code_hash": hashlib.sha256(source_of_script().encode()).hexdigest()[:12],
         "git_commit": commit,
         "git_dirty": dirty,
         "hyperparameters": dataclasses.asdict(hp),
@@ -2177,7 +2385,7 @@ def start_log(hp: Hyperparameters, runtime: Runtime, info: dict) -> None:
                         "--entry") from None
     if path.stat().st_size == 0:
         pytorch = f"Running PyTorch {torch.__version__}"
-        header = [Path(__file__).read_text("utf-8").removesuffix("\n"), SEPARATOR,
+        header = [source_of_script().removesuffix("\n"), SEPARATOR,
                   f"Running Python {' '.join(sys.version.split())}"]
         if runtime.cuda:
             header.append(f"{pytorch} compiled for CUDA {torch.version.cuda}")
@@ -2225,7 +2433,7 @@ def finish(progress: "Progress", stop: StopSignal, hp: Hyperparameters, runtime:
     if stop.agreed:
         command = [sys.executable]
         if runtime.world_size > 1:  # several nodes: see docs/nodes.md
-            command += ["-m", "torch.distributed.run", "--standalone",
+            command += ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
                         f"--nproc_per_node={runtime.world_size}"]
         command += [os.path.relpath(__file__), "--resume", str(checkpoint_path(progress, hp, info))]
         log.info(f"stopped by a signal at step {progress.step}; continue with: "

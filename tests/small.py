@@ -38,9 +38,9 @@ RECIPE = [
     "--track=laptop", "--device=cpu", "--dtype=float32", "--compile=off", "--num_steps=14",
     "--extension=0.142857", "--batch_size=2", "--micro_batch=2", "--sequence_length=256",
     "--val_length=4096", "--num_heads=2", "--model_dim=32", "--ngrams=2", "--ngram_rows=1021",
-    "--ngram_rule=adam", "--attention_scale=0.1", "--final_window=320", "--logit_cap=23",
-    "--logit_shift=5", "--logit_scale=7.5", "--head_lr=0.008", "--value_lr=0.6", "--ngram_lr=0.6",
-    "--adam_every=2", "--adam_decay=0.005", "--muon_lr=0.023", "--muon_decay=1.2",
+    "--ngram_rule=adam", "--attention_scale=0.1", "--final_window=320", "--pointer_window=64",
+    "--logit_cap=23", "--logit_shift=5", "--logit_scale=7.5", "--head_lr=0.008", "--value_lr=0.6",
+    "--ngram_lr=0.6", "--adam_every=2", "--adam_decay=0.005", "--muon_lr=0.023", "--muon_decay=1.2",
     "--muon_beta2=0.9", "--momentum_warmup=0.285714", "--momentum_cooldown=0.214286",
     "--cooldown=0.6", "--lr_floor=0.15", "--val_every=4", "--log_every=1"]
 SHORTER = 8         # divides the recipe's windows, which become 48 to 208 tokens, and documents

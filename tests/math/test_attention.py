@@ -15,6 +15,7 @@ from train_gpt import (
     Attention,
     Schedule,
     attention,
+    block_lists,
     block_mask,
     chunked_attention,
     document_start,
@@ -44,8 +45,8 @@ def test_chunked_attention_and_its_gradients_agree_with_a_plain_softmax(T, windo
     torch.manual_seed(T)
     tokens = random_tokens(T, seed=T)
     first_key = first_visible_key(document_start(tokens[None], EOT), torch.tensor(window))
-    q, k, v = (torch.randn(1, 3, T, 8, requires_grad=True) for _ in range(3))
-    grad_y = torch.randn(1, 3, T, 8)
+    q, k, v = (torch.randn(3, T, 8, requires_grad=True) for _ in range(3))
+    grad_y = torch.randn(3, T, 8)
     y = chunked_attention(q, k, v, first_key, max_window)
     expected = plain_attention(q, k, v, rule(tokens, window))
     torch.testing.assert_close(y, expected, atol=2e-5, rtol=1e-4)
@@ -64,7 +65,7 @@ def test_both_kernels_agree_with_a_plain_softmax(window):
     expected = plain_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1),
                                rule(tokens, window)).transpose(0, 1)
     with torch.no_grad():  # FlexAttention has no backward pass on a CPU
-        flex = attention(q, k, v, block_mask(first_key), max_window=512)
+        flex = attention(q, k, v, block_mask(first_key, block_lists(first_key)), max_window=512)
         chunked = attention(q, k, v, first_key, max_window=512)
     torch.testing.assert_close(flex, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(chunked, expected, atol=1e-5, rtol=1e-4)

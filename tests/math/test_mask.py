@@ -5,7 +5,7 @@ from reference import model as reference_model
 from reference.mask import EOT, random_tokens, rule
 
 import train_gpt
-from train_gpt import Schedule, block_mask, build_model, document_start, visible
+from train_gpt import Schedule, block_lists, block_mask, build_model, document_start, visible
 
 CPU = torch.device("cpu")
 
@@ -16,10 +16,10 @@ def first_visible_key(tokens: torch.Tensor, window: int) -> torch.Tensor:
     return train_gpt.first_visible_key(start, torch.tensor(window))
 
 
-def dense_mask(first_key: torch.Tensor) -> torch.Tensor:
+def dense_mask(first_key: torch.Tensor, strict: bool = False) -> torch.Tensor:
     """train_gpt's mask (N, N) from first_visible_key's (N,)."""
     position = torch.arange(len(first_key))
-    return visible(position[:, None], position[None, :], first_key[:, None])
+    return visible(position[:, None], position[None, :], first_key[:, None], strict)
 
 
 @pytest.mark.parametrize("T", [1, 130, 256])
@@ -61,7 +61,7 @@ def test_block_lists_hold_each_block_once(window, mean_length):
     pass reads, and for the query blocks of each key block, which the backward pass reads."""
     tokens = random_tokens(1024, seed=0, mean_length=mean_length)
     first_key = first_visible_key(tokens[None], window)
-    blocks = block_mask(first_key)
+    blocks = block_mask(first_key, block_lists(first_key))
     mask = dense_mask(first_key).view(8, 128, 8, 128).transpose(1, 2).flatten(2)
     full = mask.all(-1)
     partial = mask.any(-1) & ~full
@@ -75,12 +75,14 @@ def test_a_window_of_three_blocks_needs_four_blocks_of_keys():
     """The first query of a block sees window + 1 keys, the last of them the first key of the block
     three blocks before. So an inclusive window computes no more blocks than an exclusive one."""
     tokens = random_tokens(1024, seed=0, mean_length=10**6)
-    blocks = block_mask(first_visible_key(tokens[None], 384))
+    first_key = first_visible_key(tokens[None], 384)
+    blocks = block_mask(first_key, block_lists(first_key))
     count = listed(blocks, "kv").sum(-1) + listed(blocks, "full_kv").sum(-1)
     assert count.tolist() == [1, 2, 3, 4, 4, 4, 4, 4]
 
 
-@pytest.mark.parametrize("kind, window", [("short", 128), ("long", 384), ("paired", 128)])
+@pytest.mark.parametrize("kind, window", [
+    ("short", 128), ("long", 384), ("paired", 128), ("pointer", 384)])
 def test_the_models_masks_agree_with_the_rule_for_both_kernels(recipe, kind, window):
     """Two sequences. Paired heads have two positions per token, and their window counts
     positions."""
@@ -92,12 +94,15 @@ def test_the_models_masks_agree_with_the_rule_for_both_kernels(recipe, kind, win
                                   for k in range(1024)] for q in range(1024)])
     else:
         expected = rule(tokens.flatten(), window)
+    if kind == "pointer":  # no token points to itself
+        expected = expected & ~torch.eye(512, dtype=torch.bool)
     schedule = Schedule(0, recipe, CPU)
     schedule.windows = {"long": torch.tensor(384), "short": torch.tensor(128),
-                        "paired": torch.tensor(128)}
+                        "paired": torch.tensor(128), "pointer": torch.tensor(384)}
     start = document_start(tokens, EOT)
     model = build_model(recipe, torch.device("meta"), torch.float32, flex=False)
-    assert torch.equal(dense_mask(model.masks(start, schedule)[kind]), expected)
+    dense = dense_mask(model.masks(start, schedule)[kind], strict=kind == "pointer")
+    assert torch.equal(dense, expected)
 
     model.flex = True
     blocks = model.masks(start, schedule)[kind]

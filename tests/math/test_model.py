@@ -43,10 +43,21 @@ def amplified(model):
     return model
 
 
-def logits_of(model, tokens, schedule):
-    """The logits of sequences (S, T) or of one sequence (T,), without gradients."""
+def predict(model, tokens, schedule):
+    """The logits (N, V) and the logarithms of the probabilities (N, V), of sequences (S, T) or of
+    one sequence (T,), without gradients."""
+    states = []
+    hook = model.readout.register_forward_hook(lambda module, args, y: states.append(y))
     with torch.no_grad():
-        return model(tokens.view(-1, tokens.size(-1)), None, schedule)
+        log_p = model(tokens.view(-1, tokens.size(-1)), None, schedule)
+        hook.remove()
+        return model.head.logits(states[0]), log_p
+
+
+def log_p_of(model, tokens, schedule):
+    """The logarithms of the probabilities, (N, V), without the gate, whose probability is 0."""
+    log_p = predict(model, tokens, schedule)[1]
+    return torch.cat([log_p[:, :257], log_p[:, 258:]], dim=1)
 
 
 # --- Against the reference ------------------------------------------------------------------------
@@ -54,34 +65,36 @@ def logits_of(model, tokens, schedule):
 
 @pytest.mark.parametrize("step, stage, num_heads", [
     (0, 0, 2), (4, 1, 2), (8, 2, 2), (14, 4, 2), (8, 2, 4), (0, 0, 6)])
-def test_logits_agree_with_the_reference(recipe, step, stage, num_heads):
+def test_logits_and_probabilities_agree_with_the_reference(recipe, step, stage, num_heads):
     """All 11 layers, tied and untied, up to the last validation. 4 heads make two pairs, 6 heads
     three."""
     hp = replace(recipe, num_heads=num_heads, model_dim=16 * num_heads)
     model = amplified(away_from_zero(build_model(hp, CPU, torch.float32, flex=False)))
     schedule = Schedule(step, hp, CPU)
     schedule.windows = {"long": torch.tensor(20), "short": torch.tensor(9),
-                        "paired": torch.tensor(9)}
+                        "paired": torch.tensor(9), "pointer": torch.tensor(25)}
     tokens = torch.randint(256, (44,), generator=torch.Generator().manual_seed(step))
     tokens[[12, 13]] = 256  # documents of 12, 1 and 31 tokens: shorter and longer than the windows
     windows_so_far = [48, 112, 176, 176, 208][:stage + 1]
     frequencies, scale = reference_model.yarn(windows_so_far, num_frequencies=4)
-    expected = reference_model.logits(
+    expected_logits, expected = reference_model.predict(
         model, tokens.tolist(), 256,
-        windows=dict(long=20, short=9),
+        windows=dict(long=20, short=9, pointer=25),
         frequencies=frequencies,
         scale=scale,
         tied=stage < 2)
-    logits = logits_of(model, tokens, schedule)
-    torch.testing.assert_close(logits.double(), expected, atol=2e-4, rtol=1e-4)
+    logits, log_p = predict(model, tokens, schedule)
+    torch.testing.assert_close(logits.double(), expected_logits, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(log_p.double(), expected.log(), atol=4e-4, rtol=1e-4)
+    torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(44))
 
 
-def test_logits_depend_on_each_kind_of_parameter(recipe, recipe_model):
+def test_probabilities_depend_on_each_kind_of_parameter(recipe, recipe_model):
     """So the comparison with the reference leaves out none of them."""
     model = amplified(recipe_model)
     tokens = random_tokens(T=128)
     schedule = Schedule(0, recipe, CPU)
-    before = logits_of(model, tokens, schedule)
+    before = log_p_of(model, tokens, schedule)
     for name in ("input_embedding.smear_lambda", "input_embedding.smear_gate",
                  "input_embedding.ngram_lambda", "value_embed.weight", "ngram.tables.0.weight",
                  "blocks.1.attention.value_gate", "blocks.4.attention.v_lambda",
@@ -89,13 +102,14 @@ def test_logits_depend_on_each_kind_of_parameter(recipe, recipe_model):
                  "blocks.3.attention.gate", "blocks.7.attention.xsa_lambdas",
                  "blocks.6.skip_lambda", "blocks.6.skip_gate", "blocks.0.mlp.proj.weight",
                  "blocks.8.branch_lambdas", "blocks.9.resid_lambdas", "blocks.10.mudd.fc",
-                 "blocks.10.mudd.proj", "blocks.10.mudd.bias", "head.mudd.fc", "head.mudd.proj",
-                 "head.mudd.bias"):
+                 "blocks.10.mudd.proj", "blocks.10.mudd.bias", "readout.mudd.fc",
+                 "readout.mudd.proj", "readout.mudd.bias", "pointer.qk", "pointer.sink",
+                 "pointer.gain"):
         p = model.get_parameter(name)
         original = p.detach().clone()
         with torch.no_grad():
             p.add_(0.2)
-            after = logits_of(model, tokens, schedule)
+            after = log_p_of(model, tokens, schedule)
             p.copy_(original)
         assert (after - before).abs().max() > 0.01, name
 
@@ -106,13 +120,13 @@ def test_logits_depend_on_each_kind_of_parameter(recipe, recipe_model):
 @pytest.mark.parametrize("changed", [0, 99, 100, 101, 255])
 @pytest.mark.parametrize("model, step",
                          [("tiny_model", 0), ("recipe_model", 0), ("recipe_model", 8)])
-def test_no_logit_depends_on_a_later_token_or_another_document(request, changed, model, step):
+def test_no_probability_depends_on_a_later_token_or_another_document(request, changed, model, step):
     model = request.getfixturevalue(model)
     schedule = Schedule(step, model.hp, CPU)
     tokens = random_tokens()
     other = tokens.clone()
     other[changed] = (tokens[changed] + 1) % 256
-    differs = (logits_of(model, tokens, schedule) != logits_of(model, other, schedule)).any(dim=-1)
+    differs = (log_p_of(model, tokens, schedule) != log_p_of(model, other, schedule)).any(dim=-1)
     assert not differs[:changed].any()
     assert differs[changed]
     if changed < 100:
@@ -125,7 +139,7 @@ def test_logits_depend_on_the_window(tiny_model):
     narrow, wide = at_window(64), at_window(128)
     wide.windows["paired"] = torch.tensor(64)  # positions of half a token
     tokens = random_tokens()
-    differs = (logits_of(tiny_model, tokens, narrow) != logits_of(tiny_model, tokens, wide)).any(-1)
+    differs = (log_p_of(tiny_model, tokens, narrow) != log_p_of(tiny_model, tokens, wide)).any(-1)
     for begin, end in ((0, 100), (100, 256)):  # the two documents
         assert not differs[begin:begin + 65].any()
         assert differs[begin + 65:end].all()
@@ -136,8 +150,8 @@ def test_a_document_has_the_same_logits_behind_another_as_alone(request, model):
     model = request.getfixturevalue(model)
     schedule = Schedule(0, model.hp, CPU)
     tokens = random_tokens()
-    together = logits_of(model, tokens, schedule)[100:228]
-    alone = logits_of(model, tokens[100:228], schedule)
+    together = log_p_of(model, tokens, schedule)[100:228]
+    alone = log_p_of(model, tokens[100:228], schedule)
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
 
 
@@ -146,8 +160,8 @@ def test_a_sequence_has_the_same_logits_in_a_batch_as_alone(request, model):
     model = request.getfixturevalue(model)
     schedule = Schedule(0, model.hp, CPU)
     tokens = torch.stack([random_tokens(seed, T=128) for seed in range(2)])
-    together = logits_of(model, tokens, schedule)
-    alone = torch.cat([logits_of(model, sequence, schedule) for sequence in tokens])
+    together = log_p_of(model, tokens, schedule)
+    alone = torch.cat([log_p_of(model, sequence, schedule) for sequence in tokens])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
 
 
@@ -158,7 +172,7 @@ def test_logits_stay_between_zero_and_the_cap(request, model):
         model.head.linear.weight.mul_(1e5)
     schedule = Schedule(0, model.hp, CPU)
     schedule.tied = False  # the embedding keeps its scale
-    logits = logits_of(model, random_tokens(T=128), schedule)
+    logits, _ = predict(model, random_tokens(T=128), schedule)
     assert logits.min() == 0
     assert logits.max() == model.hp.logit_cap
 
@@ -193,7 +207,7 @@ def test_the_output_map_of_each_attention_has_a_learned_factor(recipe_model):
     model = amplified(recipe_model)
     tokens = random_tokens(T=128)
     schedule = Schedule(0, model.hp, CPU)
-    before = logits_of(model, tokens, schedule)
+    before = log_p_of(model, tokens, schedule)
     for layer, block in enumerate(model.blocks):
         if block.attention is None:
             assert layer == 6
@@ -202,7 +216,7 @@ def test_the_output_map_of_each_attention_has_a_learned_factor(recipe_model):
         for p in (block.attention.proj_lambda, block.attention.proj.weight):
             with torch.no_grad():
                 p.mul_(2)
-                logits.append(logits_of(model, tokens, schedule))
+                logits.append(log_p_of(model, tokens, schedule))
                 p.div_(2)
         assert torch.equal(*logits), layer
         assert not torch.equal(logits[0], before), layer
@@ -215,17 +229,17 @@ def test_n_grams_reach_layer_0_only_in_its_input(recipe_model):
         model.ngram.tables[0].weight.normal_()
     tokens = random_tokens(T=128)
     schedule = Schedule(0, model.hp, CPU)
-    before = logits_of(model, tokens, schedule)
+    before = log_p_of(model, tokens, schedule)
     for layer in range(10):  # layer 10 predicts its coefficients
         coefficients = model.blocks[layer].branch_lambdas
         with torch.no_grad():
             coefficients[3] += 1
-            changed = (logits_of(model, tokens, schedule) - before).abs().max() > 0.01
+            changed = (log_p_of(model, tokens, schedule) - before).abs().max() > 0.01
             coefficients[3] -= 1
         assert changed == (layer not in (0, 6)), layer
     with torch.no_grad():
         model.input_embedding.ngram_lambda += 1
-    assert (logits_of(model, tokens, schedule) - before).abs().max() > 0.01
+    assert (log_p_of(model, tokens, schedule) - before).abs().max() > 0.01
 
 
 def six_heads(recipe):
@@ -239,7 +253,7 @@ def heads_of_layer_0(model, tokens):
     outputs = []
     proj = model.blocks[0].attention.proj
     hook = proj.register_forward_pre_hook(lambda module, args: outputs.append(args[0]))
-    logits_of(model, tokens, at_window(500, model.hp))
+    log_p_of(model, tokens, at_window(500, model.hp))
     hook.remove()
     return outputs[0].view(len(tokens), 6, 16)
 
@@ -278,7 +292,7 @@ def test_head_h_of_a_pair_rotates_by_twice_its_token_plus_the_parity_of_h(recipe
     inputs = []
     model.blocks[0].attention.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     schedule = Schedule(0, model.hp, CPU)
-    logits_of(model, random_tokens(T=128), schedule)
+    log_p_of(model, random_tokens(T=128), schedule)
     unrotated = F.rms_norm(inputs[0] @ same, (16,))
     scaled_q, k = (t.reshape(128, 6, 16) for t in received[0])
     q = scaled_q / schedule.attention_scale
@@ -401,7 +415,8 @@ def test_the_first_loss_is_the_logarithm_of_the_vocabulary_size(hp, track, padde
 
 
 def test_initial_weights_are_the_published_ones(recipe):
-    """Matrices are uniform with standard deviation 0.5 / sqrt(in), the MLP's output matrices zero;
+    """Matrices are uniform with standard deviation 0.5 / sqrt(in), but 1 / sqrt(in) for the
+    pointer's, and the MLP's output matrices zero;
     the head and the embedding are normal with 0.005, value embeddings with 0.01; gates and bigrams
     are zero."""
     model = build_model(replace(recipe, model_dim=128), CPU, torch.float32, flex=False)
@@ -427,7 +442,16 @@ def test_initial_weights_are_the_published_ones(recipe):
         elif name.endswith("mudd.fc"):
             assert p.shape == (64, 128), name
             assert p.std().item() == pytest.approx((3 * 128) ** -0.5, rel=0.02), name
-        elif name == "head.mudd.bias":
+        elif name == "pointer.qk":
+            assert p.shape == (2, 128, 128)
+            assert p.std().item() == pytest.approx(128 ** -0.5, rel=0.02)
+            assert p.abs().max().item() == pytest.approx((3 / 128) ** 0.5, rel=0.01)
+        elif name == "pointer.sink":
+            assert p.shape == (128,)
+            assert p.std().item() == pytest.approx(128 ** -0.5, rel=0.2)
+        elif name == "pointer.gain":
+            assert p == 1
+        elif name == "readout.mudd.bias":
             torch.testing.assert_close(p / 10, torch.tensor([0, -0.5, 0, 0, 0]))
         elif name.endswith("mudd.bias"):
             expected = torch.tensor([0.0] * 6 + [2.0] * 2 + resid + branch)
@@ -458,7 +482,7 @@ def test_activations_are_bfloat16_and_weights_float32(recipe):
             module.register_forward_hook(
                 lambda module, args, y: seen.append((module.weight.dtype, y.dtype)))
     model.head.register_forward_hook(
-        lambda head, args, y: seen.append((head.linear.weight.dtype, args[0].dtype)))
+        lambda head, args, y: seen.append((head.linear.weight.dtype, args[2].dtype)))
     tokens = random_tokens()[None]
     objective, _ = model(tokens, tokens, Schedule(8, recipe, CPU))
     objective.backward()
@@ -481,6 +505,7 @@ def test_the_size_of_the_fineweb_model():
     without_tables = sum(size for name, size in sizes.items() if name not in tables)
     matrices = (10 * 4 + 11 * 8) * 768 ** 2 + 50_304 * 768
     mudd = 2 * 64 * 768 + (14 + 5) * (64 + 1)
-    gates_and_scalars = without_tables - matrices - mudd
+    pointer = 2 * 128 * 768 + 128 + 1
+    gates_and_scalars = without_tables - matrices - mudd - pointer
     assert 0 < gates_and_scalars < 2000
     assert TRACKS["fineweb"].vocab_size == 50_257

@@ -178,7 +178,8 @@ def test_windows_of_the_fineweb_track_in_blocks_of_128(step, long, short):
     """At the beginning of each stage, and in the last validation, where long layers see 20
     blocks."""
     windows = {kind: w.item() for kind, w in Schedule(step, FINEWEB, CPU).windows.items()}
-    assert windows == {"long": 128 * long, "short": 128 * short, "paired": 128 * short}
+    assert windows == {"long": 128 * long, "short": 128 * short, "paired": 128 * short,
+                       "pointer": 8192}
 
 
 def test_short_windows_are_whole_blocks_or_the_window():

@@ -192,9 +192,38 @@ def input_embedding(p, tokens, starts, tied):
     return x0, bigrams, x0 + p["input_embedding.ngram_lambda"] * bigrams
 
 
-def logits(model, tokens: list[int], eot_token: int, windows: dict[str, int], frequencies,
-           scale: float, tied: bool):
-    """The logits of one sequence, (T, V)."""
+def pointer(p, states, tokens: list[int], starts: list[int], window: int, vocab_size: int):
+    """The pointer's shares of votes for each vocabulary entry, (T, V), and of the sink, (T, 1)."""
+    d = p["pointer.qk"].shape[1]
+    votes = torch.zeros(len(tokens), vocab_size, dtype=torch.float64)
+    sinks = []
+    for t in range(len(tokens)):
+        query = p["pointer.gain"] * norm(p["pointer.qk"][0] @ states[t]) / d ** 0.5
+        earlier = [j for j in range(starts[t], t) if t - j <= window]
+        scores = [query @ norm(p["pointer.qk"][1] @ states[j]) for j in earlier]
+        shares = torch.stack([*scores, query @ p["pointer.sink"]]).exp()
+        shares = shares / shares.sum()
+        for j, share in zip(earlier, shares[:-1], strict=True):
+            votes[t, tokens[j]] += share
+        sinks.append(shares[-1:])
+    return votes, torch.stack(sinks)
+
+
+def probabilities(logits, votes, sinks, gate: int):
+    """The mixture of softmax and pointer, (T, V); entry `gate` is no token and has none."""
+    softmax = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    p = torch.zeros_like(softmax)
+    for t, s in enumerate(softmax):
+        alpha = s[gate]
+        without_gate = s / (s.sum() - alpha)
+        without_gate[gate] = 0
+        p[t] = (1 - alpha) * without_gate + alpha * (votes[t] + sinks[t] * without_gate)
+    return p
+
+
+def predict(model, tokens: list[int], eot_token: int, windows: dict[str, int], frequencies,
+            scale: float, tied: bool):
+    """The logits of one sequence and the probabilities of the next token, (T, V) each."""
     p = parameters(model)
     H = model.hp.num_heads
     starts = document_starts(tokens, eot_token)
@@ -232,11 +261,14 @@ def logits(model, tokens: list[int], eot_token: int, windows: dict[str, int], fr
                 x = x + branch[3] * bigrams
         x = resid[1] * x + branch[1] * mlp(p, layer, norm(x))
         outputs.append(x)
-    weights = torch.stack([mudd_weights(p, "head.mudd.", row) for row in x])
+    weights = torch.stack([mudd_weights(p, "readout.mudd.", row) for row in x])
     sources = [outputs[3], outputs[7], outputs[9], h0, values[0]]
     for i, source in enumerate(sources):
         x = x + weights[:, i:i + 1] * source
-    return 23 * sigmoid((norm(x) @ p["head.linear.weight"][0].T + 5) / 7.5)
+    states = norm(x)
+    logits = 23 * sigmoid((states @ p["head.linear.weight"][0].T + 5) / 7.5)
+    votes, sinks = pointer(p, states, tokens, starts, windows["pointer"], logits.shape[1])
+    return logits, probabilities(logits, votes, sinks, gate=eot_token + 1)
 
 
 def yarn(windows: list[int], num_frequencies: int, scale: float = 0.1):

@@ -25,7 +25,8 @@ ADAM_SETTINGS = {  # learning rate, beta1, beta2, factor of the decay
     r".*resid_lambdas": (0.04, 0.9, 0.95, 0),
     r".*(branch|xsa)_lambdas|input_embedding\.ngram_lambda": (0.008, 0.9, 0.95, 0),
     r".*(v|proj|skip|smear)_lambda": (0.04, 0.9, 0.99, 0),
-    r".*attention\.(value_)?gate": (0.008, 0.9, 0.99, 1),
+    r".*attention\.(value_)?gate|pointer\.qk": (0.008, 0.9, 0.99, 1),
+    r"pointer\.(sink|gain)": (0.008, 0.9, 0.99, 0),
     r".*skip_gate": (0.008 * 0.05, 0.9, 0.99, 0),
     r".*smear_gate": (0.008 * 0.01, 0.9, 0.99, 0),
     r".*mudd\..*": (0.008 * 0.25, 0.9, 0.99, 0)}

@@ -45,10 +45,10 @@ def test_flex_attention_in_bfloat16_at_full_length_has_the_chunked_paths_gradien
     N, H, d = 3 * hp.sequence_length, hp.num_heads, hp.model_dim // hp.num_heads
     start = train_gpt.document_start(text(3, hp.sequence_length), 50_256)
     compiled_attention = torch.compile(train_gpt.attention, dynamic=False)
-    block_lists = torch.compile(train_gpt.block_lists, dynamic=False)
+    mask_tensors = torch.compile(train_gpt.mask_tensors, dynamic=False)
 
     def mask_of(kind, schedule, flex):
-        model = SimpleNamespace(hp=hp, flex=flex, block_lists=block_lists)
+        model = SimpleNamespace(hp=hp, flex=flex, mask_tensors=mask_tensors, pointer=None)
         return train_gpt.GPT.masks(model, start, schedule)[kind]
 
     for kind, members in (("long", 1), ("short", 1), ("paired", 2)):

