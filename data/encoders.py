@@ -57,6 +57,7 @@ def gpt2_encoding() -> Encode:
 
 
 ENCODINGS = {"gpt2": gpt2_encoding, "bytes": byte_encoding}
+VOCABULARIES = {"gpt2": "data/gpt2_vocabulary.txt", "bytes": ""}  # Track.vocabulary of train_gpt.py
 VOCAB_SIZES = {"gpt2": GPT2_VOCAB_SIZE, "bytes": BYTE_VOCAB_SIZE}  # the last id is the end of text
 
 

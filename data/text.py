@@ -37,7 +37,14 @@ from tqdm import tqdm
 
 from data import DATA_FOLDER, UserError, path_argument, run_as_program, say, usable_cores
 from data.documents import READERS, Bad, Piece, find_files
-from data.encoders import ENCODINGS, VOCAB_SIZES, encode_texts, load_encoding, start_worker
+from data.encoders import (
+    ENCODINGS,
+    VOCAB_SIZES,
+    VOCABULARIES,
+    encode_texts,
+    load_encoding,
+    start_worker,
+)
 from data.fineweb import VARIANTS
 from data.shards import UNFINISHED, ShardWriter, make_folder, name_leftovers, open_shard
 
@@ -231,6 +238,7 @@ def track_to_paste(args: argparse.Namespace, train_tokens: int, val_tokens: int)
         f"        train_files={prefix + '_train_*.bin'!r},",
         f"        val_files={prefix + '_val_*.bin'!r},",
         f"        val_tokens={val_tokens:_},",
+        f"        vocabulary={VOCABULARIES[args.encoding]!r},",
         f"        vocab_size={vocab_size:_},",
         f"        eot_token={vocab_size - 1:_},",
         "        shuffled=True,",

@@ -27,8 +27,8 @@ VAL_TOKENS = 16_384  # the laptop track of the tests validates on so many tokens
 TINY = [
     "--track=laptop", "--device=cpu", "--dtype=float32", "--compile=off", "--num_steps=6",
     "--batch_size=2", "--micro_batch=2", "--sequence_length=256", "--val_length=2048",
-    "--num_heads=2", "--model_dim=32", "--cooldown=0.5", "--val_every=3", "--log_every=1",
-    "--muon_lr=0.035", "--ngram_lr=1", "--ngrams=3", "--ngram_rows=1021"]
+    "--num_heads=2", "--model_dim=32", "--mlp_dim=128", "--cooldown=0.5", "--val_every=3",
+    "--log_every=1", "--muon_lr=0.035", "--ngram_lr=1", "--ngrams=3", "--ngram_rows=1021"]
 
 # The full recipe (fineweb's LAYERS and STAGES) on the laptop track's bytes, with a width of 32. Its
 # stages begin at steps 0, 4, 8, 11 and 12, with batches of 2, 4, 6, 6 and 6 sequences; the
@@ -37,8 +37,9 @@ TINY = [
 RECIPE = [
     "--track=laptop", "--device=cpu", "--dtype=float32", "--compile=off", "--num_steps=14",
     "--extension=0.142857", "--batch_size=2", "--micro_batch=2", "--sequence_length=256",
-    "--val_length=4096", "--num_heads=2", "--model_dim=32", "--ngrams=2", "--ngram_rows=1021",
-    "--ngram_rule=adam", "--attention_scale=0.1", "--final_window=320", "--pointer_window=64",
+    "--val_length=4096", "--num_heads=2", "--model_dim=32", "--mlp_dim=128", "--ngrams=2",
+    "--ngram_rows=1021",
+    "--ngram_rule=adam", "--attention_scale=0.085", "--final_window=320", "--pointer_window=64",
     "--logit_cap=23", "--logit_shift=5", "--logit_scale=7.5", "--head_lr=0.008", "--value_lr=0.6",
     "--ngram_lr=0.6", "--adam_every=2", "--adam_decay=0.005", "--muon_lr=0.023", "--muon_decay=1.2",
     "--muon_beta2=0.9", "--momentum_warmup=0.285714", "--momentum_cooldown=0.214286",

@@ -136,10 +136,12 @@ def test_rotary_tables_are_as_precise_as_float32_angles():
 # --- One layer's attention ------------------------------------------------------------------------
 
 
-def make_layer(hp, kind: str, value_table=None) -> Attention:
+def make_layer(hp, kind: str, value_table=None, narrow=None) -> Attention:
     """The attention of one layer, with noise on all weights that start at zero."""
     layer = LAYERS["fineweb"][0]._replace(
-        attention=kind, value_table=value_table, xsa=kind != "paired", mudd=False)
+        attention=kind, narrow_qk=kind != "long" if narrow is None else narrow,
+        value_table=value_table, xsa=kind != "paired",
+        mudd=False)
     return away_from_zero(Attention(hp, layer))
 
 
@@ -269,7 +271,7 @@ def test_long_layers_take_half_of_each_key_from_the_token_before(recipe, monkeyp
             return v
         monkeypatch.setattr(train_gpt, "attention", record_keys)
         torch.manual_seed(0)
-        run_layer(recipe, make_layer(recipe, kind), x, tokens)
+        run_layer(recipe, make_layer(recipe, kind, narrow=False), x, tokens)
     assert torch.equal(keys["long"][..., :8], keys["short"][..., :8])
     for t in range(20):
         source = t if t in (0, 7, 8) else t - 1

@@ -49,6 +49,13 @@ def predict(model, tokens, schedule):
     return model.head.logits(seen["state"]).double(), votes.double(), p_sink.double()
 
 
+def some_prefixes(model):
+    """Give the model a table of prefixes, (257,), which a vocabulary of bytes has none of: half of
+    the bytes have one."""
+    model.prefix_of[::2] = (torch.arange(0, 257, 2) + 77) % 200
+    return model.prefix_of
+
+
 def mixture(logits, votes, p_sink, gate=257):
     """p of the next token, from the softmax without the gate and the pointer's votes."""
     alpha = logits.softmax(-1)[:, gate, None]
@@ -242,9 +249,12 @@ def test_next_targets_stay_within_their_sequence():
     (0, (1, 0.5, 0.25)), (3, (1, 0.5, 0.0625)), (6, (1, 0.25)), (8, (1,))])
 def test_the_objective_is_the_weighted_sum_of_the_next_tokens_losses(
         recipe, recipe_model, step, weights):
-    """It is a sum over the tokens; the loss is the mean for the next token."""
+    """It is a sum over the tokens; the loss is the mean for the next token. In the first two stages
+    the next token's prefix, if it has one, is predicted as well."""
     text = torch.stack([random_tokens(seed, T=129) for seed in (1, 2)])
     schedule = whole_softmax(step, recipe)
+    prefix_of = some_prefixes(recipe_model)
+    prefix_weight = {0: 0.25, 3: 0.25, 6: 0.125, 8: 0}[step]
     objective, loss = recipe_model(text[:, :-1], text[:, 1:], schedule)
     with torch.no_grad():
         log_p, later = (p.view(2, 128, -1).log() for p in
@@ -257,6 +267,9 @@ def test_the_objective_is_the_weighted_sum_of_the_next_tokens_losses(
             for k, weight in enumerate(weights):
                 if t + k < 128:
                     expected -= weight * (later if k else log_p)[s, t, text[s, t + 1 + k]].item()
+            prefix = prefix_of[text[s, t + 1]].item()
+            if prefix >= 0:
+                expected -= prefix_weight * later[s, t, prefix].item()
     assert objective.item() == pytest.approx(expected, rel=1e-5)
     assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
     assert objective.requires_grad and not loss.requires_grad
@@ -350,6 +363,7 @@ def test_each_sequence_has_a_sampled_softmax_of_its_own(recipe, recipe_model, st
     tokens, targets = text[:, :-1], text[:, 1:]
     schedule = Schedule(step, recipe, CPU)
     schedule.softmax_size = 210
+    prefix_of, num_prefixes = some_prefixes(recipe_model), []
     objective, loss = recipe_model(tokens, targets, schedule)
     objective.backward()
     grads = {n: p.grad for n, p in recipe_model.named_parameters() if p.grad is not None}
@@ -358,8 +372,13 @@ def test_each_sequence_has_a_sampled_softmax_of_its_own(recipe, recipe_model, st
     expected = expected_loss = 0.0
     all_classes = set()
     for s in range(2):
-        later = next_targets(targets[s:s + 1], len(schedule.mtp_weights))
+        later = next_targets(targets[s:s + 1], len(schedule.target_weights) - schedule.has_prefix)
         class_ids = sample_softmax_classes(later, 384, 210, 257).class_ids
+        if schedule.has_prefix:  # where it is among the classes
+            prefixes = prefix_of[targets[s]]
+            prefixes = torch.where(torch.isin(prefixes, class_ids), prefixes, -1)
+            num_prefixes.append((prefixes >= 0).sum().item())
+            later = torch.cat([later, prefixes[:, None]], dim=1)
         all_classes |= set(class_ids.tolist())
         others = torch.ones(384, dtype=torch.bool).index_fill(0, class_ids, False)
         logits, votes, p_sink = predict(recipe_model, tokens[s:s + 1], schedule)
@@ -368,12 +387,13 @@ def test_each_sequence_has_a_sampled_softmax_of_its_own(recipe, recipe_model, st
         further = logits.softmax(-1).gather(1, later[:, 1:].clamp(min=0))
         p = torch.cat([next_token, further], dim=1)
         losses = -torch.where(later >= 0, p, 1).log()
-        expected = expected + (losses * schedule.mtp_weights).sum()
+        expected = expected + (losses * schedule.target_weights).sum()
         expected_loss = expected_loss + losses[:, 0].sum()
     expected.backward()
     assert objective.item() == pytest.approx(expected.item(), rel=1e-5)
     assert loss.item() == pytest.approx(expected_loss.item() / 512, rel=1e-5)
     assert_same_gradients(recipe_model, grads)
+    assert all(0 < n < 130 for n in num_prefixes)
     # Tokens from 257 on never occur, so a tied embedding has no gradient there either.
     not_sampled = sorted(set(range(257, 384)) - all_classes)
     assert not_sampled

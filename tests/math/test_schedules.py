@@ -166,7 +166,13 @@ def test_momentum_without_warmup_and_cooldown_is_constant():
     (930, (1,)), (1395, (1,)), (1405, (1,))])
 def test_weights_of_multi_token_prediction(step, weights):
     expected = torch.tensor(weights, dtype=torch.float32)
-    torch.testing.assert_close(Schedule(step, FINEWEB, CPU).mtp_weights, expected)
+    schedule = Schedule(step, FINEWEB, CPU)
+    K = len(weights)
+    torch.testing.assert_close(schedule.target_weights[:K], expected)
+    assert schedule.has_prefix == (len(schedule.target_weights) == K + 1) == (step < 930)
+    if schedule.has_prefix:  # 0.25, which falls to 0 in the second stage
+        expected_prefix = 0.25 * min(1, (930 - step) / 465)
+        assert schedule.target_weights[K].item() == pytest.approx(expected_prefix)
 
 
 # --- Windows and rotary frequencies ---------------------------------------------------------------
@@ -188,7 +194,7 @@ def test_short_windows_are_whole_blocks_or_the_window():
 
 
 @pytest.mark.parametrize("stage, factor",
-                         [(0, 0.1), (1, 0.1170), (2, 0.1275), (3, 0.1275), (4, 0.1318)])
+                         [(0, 0.085), (1, 0.0994), (2, 0.1084), (3, 0.1084), (4, 0.1120)])
 def test_yarn_in_each_stage_agrees_with_the_reference(stage, factor):
     """The frequencies agree with the formula in float64, and the factors of the attention scores
     with the published ones."""
@@ -234,4 +240,4 @@ def test_the_schedule_of_a_changed_table_is_not_a_cached_one(hp, monkeypatch):
     monkeypatch.setitem(STAGES, "laptop", (stage,))
     after = Schedule(0, hp, CPU)
     assert before.windows["long"].item() == 256 and after.windows["long"].item() == 128
-    assert len(before.mtp_weights) == 1 and len(after.mtp_weights) == 2
+    assert len(before.target_weights) == 1 and len(after.target_weights) == 2

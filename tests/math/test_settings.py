@@ -23,9 +23,11 @@ def test_defaults_are_the_published_recipe():
     hp = parse_arguments(["--track", "fineweb"])
     published = dict(
         num_steps=1405, batch_size=8, sequence_length=16_384, num_heads=6, model_dim=768, ngrams=2,
+        mlp_dim=2816, pointer_window=8192,
         ngram_rows=251_520, head_lr=0.008, value_lr=0.6, ngram_lr=0.6, ngram_rule="adam",
         scalar_lr=0.04, muon_lr=0.023, muon_decay=1.2, muon_beta2=0.9, adam_every=2,
-        adam_decay=0.005, logit_cap=23.0, logit_shift=5.0, logit_scale=7.5, attention_scale=0.1,
+        adam_decay=0.005, logit_cap=23.0, logit_shift=5.0, logit_scale=7.5, attention_scale=0.085,
+        narrow_scale=0.13,
         final_window=2560, cooldown=0.6, lr_floor=0.15, val_every=125)
     for name, value in published.items():
         assert getattr(hp, name) == value, name
@@ -106,6 +108,9 @@ def test_the_tables_of_each_track_pass(track):
 @pytest.mark.parametrize("table, row, change", [
     ("LAYERS", 1, {"attention": "longg"}),
     ("LAYERS", 6, {"value_table": 0}),        # the layer without attention
+    ("LAYERS", 6, {"narrow_qk": True}),       # the same
+    ("LAYERS", 3, {"narrow_qk": True}),       # its keys need the half that does not rotate
+    ("STAGES", 1, {"prefix_weights": (0.25,)}),
     ("LAYERS", 1, {"value_table": 7}),        # there are 5 tables
     ("LAYERS", 1, {"value_table": -1}),
     ("LAYERS", 0, {"skip_from": 0}),          # the layer itself

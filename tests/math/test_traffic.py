@@ -10,7 +10,7 @@ from train_gpt import Hyperparameters, Optimizer, Schedule, build_model
 
 META = torch.device("meta")
 WORLD_SIZE = 8
-MATRIX_SHAPES = 3  # of Q and K, of V and the output, of the MLP: Muon has a bucket for each
+MATRIX_SHAPES = 4  # wide Q and K, narrow ones, V and the output, the MLP: a bucket for each
 
 
 class Counter:
@@ -56,8 +56,8 @@ def count_two_steps(monkeypatch, step):
 
 @pytest.mark.parametrize("step, tied", [(0, True), (1000, False)])
 def test_each_gradient_and_each_update_is_sent_once_in_bfloat16(monkeypatch, step, tied):
-    """Muon's matrices in every step, everything else in every second. Only matrices are padded: 60
-    of Q and K to 64, 20 of V and the output to 24, 22 of the MLPs to 24."""
+    """Muon's matrices in every step, everything else in every second. Only matrices are padded: 12
+    of wide Q and K to 16, 20 of V and the output to 24, 22 of the MLPs to 24."""
     without_adam, with_adam, model = count_two_steps(monkeypatch, step)
     sent_twice = 2 * 2 * (1 - 1 / WORLD_SIZE)  # gradient and update, 2 bytes each
     matrices = 0
@@ -67,12 +67,12 @@ def test_each_gradient_and_each_update_is_sent_once_in_bfloat16(monkeypatch, ste
             everything += sent_twice * p.numel()
         if name.startswith("blocks.") and name.endswith(".weight"):
             matrices += sent_twice * p.numel()
-    assert matrices < sum(without_adam.bytes) < 1.11 * matrices
+    assert matrices < sum(without_adam.bytes) < 1.12 * matrices
     assert everything < sum(with_adam.bytes) < 1.02 * everything
 
 
 def test_small_parameters_share_their_messages(monkeypatch):
-    """A step with Adam has two messages each for Muon's three shapes, the value and n-gram tables,
+    """A step with Adam has two messages each for Muon's four shapes, the value and n-gram tables,
     the head, and three buckets of scalars and gates."""
     without_adam, with_adam, _ = count_two_steps(monkeypatch, step=0)
     assert len(without_adam.bytes) == 2 * MATRIX_SHAPES

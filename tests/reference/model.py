@@ -10,7 +10,8 @@ import math
 import torch
 
 PAIRED_LAYERS = (0, 2, 5, 9)
-LONG_LAYERS = (3, 10)  # the other layers with attention have a short window
+LONG_LAYERS = (3, 10)  # the other layers with attention have a short window and narrow heads
+NARROW_SCALE = 0.13 / 0.085  # the factor of narrow heads' scores, relative to wide ones
 LAYER_WITHOUT_ATTENTION = 6
 VALUE_TABLE_OF_LAYER = {1: 0, 2: 1, 8: 2, 9: 3, 10: 4}
 
@@ -38,12 +39,13 @@ def document_starts(tokens: list[int], eot_token: int) -> list[int]:
 
 
 def rotate(x, position: int, frequencies):
-    """Rotate x (d,): its first two quarters are the real and imaginary parts of complex numbers,
-    which are multiplied by exp(-i position frequencies). The other half stays."""
-    quarter = len(x) // 4
-    pairs = torch.complex(x[:quarter], x[quarter:2 * quarter])
+    """Rotate x (d,): its first n dimensions, for n frequencies, and the next n are the real and
+    imaginary parts of complex numbers, which are multiplied by exp(-i position frequencies). The
+    other dimensions, a half of a wide head and none of a narrow one, stay."""
+    n = len(frequencies)
+    pairs = torch.complex(x[:n], x[n:2 * n])
     rotated = pairs * torch.polar(torch.ones_like(frequencies), -position * frequencies)
-    return torch.cat([rotated.real, rotated.imag, x[2 * quarter:]])
+    return torch.cat([rotated.real, rotated.imag, x[2 * n:]])
 
 
 def attend(query, keys, values, scale):
@@ -54,10 +56,11 @@ def attend(query, keys, values, scale):
 
 
 def single_heads(q, k, v, starts, window, frequencies, scale, key_offset):
-    """Attention within each head. q, k, v and the result: (T, H, d). key_offset: a key takes its
-    dimensions that are not rotated from the token before, if that is in the same document."""
+    """Attention within each head. q, k: (T, H, e); v and the result: (T, H, d). key_offset: a key
+    takes its dimensions that are not rotated from the token before, if that is in the same
+    document."""
     T, H, d = q.shape
-    y = torch.zeros_like(q)
+    y = torch.zeros_like(v)
     for h in range(H):
         keys = [rotate(k[t, h], t, frequencies) for t in range(T)]
         if key_offset:
@@ -76,11 +79,11 @@ def paired_heads(q, k, v, starts, window, frequencies, scale):
     """H heads of T tokens become H / 2 heads of 2 T positions, by viewing (T, H, d) as
     (2 T, H / 2, d). The rotary position of head h at token t is 2 t + (h mod 2), which is not
     always its position in the view."""
-    T, H, d = q.shape
-    viewed_q = q.reshape(2 * T, H // 2, d)
-    viewed_k = k.reshape(2 * T, H // 2, d)
+    T, H, d = v.shape
+    viewed_q = q.reshape(2 * T, H // 2, -1)
+    viewed_k = k.reshape(2 * T, H // 2, -1)
     viewed_v = v.reshape(2 * T, H // 2, d)
-    y = torch.zeros_like(viewed_q)
+    y = torch.zeros_like(viewed_v)
     for pair in range(H // 2):
         tokens = []
         queries = []
@@ -102,7 +105,7 @@ def paired_heads(q, k, v, starts, window, frequencies, scale):
 
 
 def query_or_key(p, name: str, which: int, x, H: int):
-    """Q (which = 0) or K (which = 1) of x (T, D), as (T, H, d). Each matrix of the weight belongs
+    """Q (which = 0) or K (which = 1) of x (T, D), as (T, H, e). Each matrix of the weight belongs
     to the neighboring heads 2 i and 2 i + 1; a wide one is stored transposed."""
     matrices = p[name + "qk.weight"]
     D = x.size(-1)
@@ -110,9 +113,10 @@ def query_or_key(p, name: str, which: int, x, H: int):
     heads = []
     for h in range(H):
         matrix = matrices[which * pairs + h // 2]
-        if matrix.shape != (D // pairs, D):
+        if matrix.shape[1] != D:
             matrix = matrix.T
-        rows_of_head = matrix[h % 2 * (D // H):][:D // H]
+        e = len(matrix) // 2
+        rows_of_head = matrix[h % 2 * e:][:e]
         heads.append(torch.stack([rows_of_head @ row for row in x]))
     return torch.stack(heads, dim=1)
 
@@ -130,6 +134,8 @@ def attention(p, layer: int, x, value_embed, H: int, starts, windows, frequencie
     value embeddings (T, D), or None. The last layer has mudd_gates (T, 2) and added_to_v (T, D)."""
     name = f"blocks.{layer}.attention."
     T = len(x)
+    if layer not in LONG_LAYERS:
+        scale = NARROW_SCALE * scale
     q = norm(query_or_key(p, name, 0, x, H))
     k = norm(query_or_key(p, name, 1, x, H))
     v = torch.stack([p[name + "v.weight"][0] @ row for row in x]).view(T, H, -1)
@@ -168,25 +174,37 @@ def mlp(p, layer: int, x):
     return hidden @ p[f"blocks.{layer}.mlp.proj.weight"][0]  # this one is stored as (in, out)
 
 
-def bigram_row(tokens: list[int], t: int, starts: list[int], rows: int) -> int:
-    """The row of the bigram table for token t. A document's first token has the last row."""
+def bigram(tokens: list[int], t: int, starts: list[int], rows: int) -> tuple[int, int]:
+    """The rows of the bigram table and of the table of 8,192 signs for token t. A document's first
+    token has the last row and the first signs. tokens: their classes."""
     if t == starts[t]:
-        return rows - 1
-    return ((36313 * tokens[t]) ^ (27191 * tokens[t - 1])) % (rows - 1)
+        return rows - 1, 0
+    code = (36313 * tokens[t]) ^ (27191 * tokens[t - 1])
+    return code % (rows - 1), code % 8192
 
 
-def input_embedding(p, tokens, starts, tied):
+def byte_class(token: int) -> int:
+    """A letter has the class of the capital letter; blank, CR and LF that of the tab. Other bytes,
+    and the end-of-text token, are classes of their own."""
+    if token < 128 and chr(token).islower():
+        return ord(chr(token).upper())
+    return 9 if token in (9, 10, 13, 32) else token
+
+
+def input_embedding(p, signs, tokens, starts, tied):
     """x0, the bigram embeddings and the input of layer 0, each (T, D)."""
     table = p["head.linear.weight"][0] if tied else p["embed.weight"]
     embed = table[tokens]
     bigram_table = p["ngram.tables.0.weight"]
+    classes = [byte_class(token) for token in tokens]
     x0 = []
     bigrams = []
     for t in range(len(tokens)):
         gate = sigmoid(p["input_embedding.smear_gate"][0] @ embed[t, :12])
         smear = p["input_embedding.smear_lambda"] * gate
         x0.append(norm(embed[t] if t == starts[t] else embed[t] + smear * embed[t - 1]))
-        bigrams.append(bigram_table[bigram_row(tokens, t, starts, len(bigram_table))])
+        row, row_of_signs = bigram(classes, t, starts, len(bigram_table))
+        bigrams.append(bigram_table[row] * signs[row_of_signs])
     x0 = torch.stack(x0)
     bigrams = torch.stack(bigrams)
     return x0, bigrams, x0 + p["input_embedding.ngram_lambda"] * bigrams
@@ -228,7 +246,8 @@ def predict(model, tokens: list[int], eot_token: int, windows: dict[str, int], f
     H = model.hp.num_heads
     starts = document_starts(tokens, eot_token)
     frequencies = frequencies.double()
-    x0, bigrams, h0 = input_embedding(p, tokens, starts, tied)
+    signs = model.ngram.signs.double()
+    x0, bigrams, h0 = input_embedding(p, signs, tokens, starts, tied)
     values = p["value_embed.weight"][tokens].chunk(5, dim=-1)
     x = h0
     outputs = []
@@ -271,7 +290,7 @@ def predict(model, tokens: list[int], eot_token: int, windows: dict[str, int], f
     return logits, probabilities(logits, votes, sinks, gate=eot_token + 1)
 
 
-def yarn(windows: list[int], num_frequencies: int, scale: float = 0.1):
+def yarn(windows: list[int], num_frequencies: int, scale: float = 0.085):
     """The rotary frequencies in radians per token, and the factor of the attention scores, after
     the windows of all stages so far."""
     frequencies = [1024 ** (-j / (num_frequencies - 1)) for j in range(num_frequencies)]

@@ -64,7 +64,8 @@ def adam_step(grad, m, v, t, beta1, beta2):
 
 
 def muon_lr_factor(name):
-    """The factor of MUON_LR for a parameter; None if it is not one of Muon's."""
+    """The factor of MUON_LR for a parameter, with MLPs of four times the model's width; None if it
+    is not one of Muon's."""
     for pattern, factor in MUON_LR_FACTORS.items():
         if re.search(pattern + r"\.weight$", name):
             return factor

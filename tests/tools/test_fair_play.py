@@ -94,8 +94,21 @@ def change_result(monkeypatch, owner, name: str, change):
 
 
 def sees_the_next_token(module, monkeypatch):
-    monkeypatch.setattr(module, "visible", lambda query, key, first_key:
+    monkeypatch.setattr(module, "visible", lambda query, key, first_key, strict=False:
                         (first_key <= key) & (key <= query + 1))
+
+
+def points_to_the_next_token(module, monkeypatch):
+    monkeypatch.setattr(module, "visible", lambda query, key, first_key, strict=False:
+                        (first_key <= key) & (key <= query + strict))
+
+
+def points_to_other_documents(module, monkeypatch):
+    def change(masks, arguments):
+        if "pointer" in masks:
+            masks["pointer"] = torch.zeros_like(masks["pointer"])
+        return masks
+    change_result(monkeypatch, module.GPT, "masks", change)
 
 
 def sees_other_documents(module, monkeypatch):
@@ -159,19 +172,19 @@ def drops_tokens(module, monkeypatch):
 
 def looks_at_the_target(module, monkeypatch):
     def change(arguments):
-        if arguments.get("targets") is not None:
-            next_token = arguments["targets"][:, 0].clamp(min=0)
-            arguments["x"] = arguments["x"] + arguments["self"].linear.matrix()[next_token]
+        next_token = arguments["piece"].targets[:, 0].clamp(min=0)
+        hint = arguments["self"].linear.matrix()[next_token]
+        arguments["state"] = arguments["state"] + hint
     change_arguments(monkeypatch, module.Head, "forward", change)
 
 
 def training_looks_at_a_later_target(module, monkeypatch):
     def change(arguments):
-        targets = arguments.get("targets")
-        if targets is not None and targets.size(1) > 1:
+        targets = arguments["piece"].targets
+        if targets.size(1) > 1:
             second_next = targets[:, 1].clamp(min=0)
             hint = 10 * arguments["self"].linear.matrix()[second_next]
-            arguments["x"] = arguments["x"] + hint
+            arguments["state"] = arguments["state"] + hint
     change_arguments(monkeypatch, module.Head, "forward", change)
 
 
@@ -179,7 +192,7 @@ def weighs_the_next_token(module, monkeypatch):
     def change(result, arguments):
         if not isinstance(result, tuple):
             return result
-        return result[0], result[1] * arguments["mtp_weights"][0]
+        return result[0], result[1] * arguments["target_weights"][0]
     change_result(monkeypatch, module.Head, "forward", change)
 
 
@@ -232,6 +245,8 @@ def keeps_the_count_of_the_warm_up(module, monkeypatch):
 
 CHEATS = {  # the check that finds it; one of each check runs by default
     sees_the_next_token: no_later_token,
+    points_to_the_next_token: no_later_token,
+    points_to_other_documents: no_other_document,
     sees_other_documents: no_other_document,
     reports_less: loss_is_the_mean_surprise,
     weighs_the_next_token: later_targets_leak_nothing,

@@ -26,6 +26,7 @@ d; V vocabulary entries; K prediction targets of a token (the next one, the one 
 ranks. A function that is called "collective" must be called by all ranks.
 """
 import argparse
+import base64
 import dataclasses
 import difflib
 import functools
@@ -48,6 +49,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -102,8 +104,9 @@ class Track:
     train_files: str
     val_files: str
     val_tokens: int   # size of a validation, which starts at the first validation file
+    vocabulary: str   # file with the text of each token, see read_vocabulary; "": tokens are bytes
     vocab_size: int   # all token ids are smaller
-    eot_token: int    # stands before each document
+    eot_token: int    # the last token id; stands before each document
     shuffled: bool    # sequences are read in a fixed random order, because neighbors are alike
     target: float     # validation loss to reach, in nats per token
     get_data: str     # the command that downloads or builds the data
@@ -114,6 +117,7 @@ TRACKS = {
         train_files="data/fineweb10B/fineweb_train_*.bin",
         val_files="data/fineweb10B/fineweb_val_*.bin",
         val_tokens=10_485_760,
+        vocabulary="data/gpt2_vocabulary.txt",
         vocab_size=50_257,
         eot_token=50_256,
         shuffled=False,
@@ -123,6 +127,7 @@ TRACKS = {
         train_files="data/laptop/laptop_train_*.bin",
         val_files="data/laptop/laptop_val_*.bin",
         val_tokens=262_144,
+        vocabulary="",
         vocab_size=257,
         eot_token=256,
         shuffled=True,
@@ -134,6 +139,7 @@ TRACKS = {
 class Layer(NamedTuple):
     """The architecture of one layer. Layers are counted from 0."""
     attention: str | None         # "short" or "long" window, "paired" heads; None: only an MLP
+    narrow_qk: bool               # queries and keys have only the half of dimensions that rotates
     value_table: int | None       # which table of value embeddings its attention adds
     skip_from: int | None         # earlier layer whose output is added to this layer's input
     attn_input_layer: int | None  # earlier layer whose output attention reads; None: its own input
@@ -147,21 +153,22 @@ LAYERS = {
         # Paired heads: record 2026-01-07. Value tables: 2026-02-03. No attention in layer 6:
         # 2025-09-21. Skip: 2025-11-18. Attention input: 2026-03-06. XSA (exclusive self-attention):
         # 2026-04-29. MUDD (multiway dynamic dense connections) and head_skip_init: 2026-04-22.
-        #     attention  value_table  skip_from  attn_input  xsa    mudd   head_skip_init
-        Layer("paired",  None,        None,      None,       False, False, None),
-        Layer("short",   0,           None,      None,       True,  False, None),
-        Layer("paired",  1,           None,      None,       False, False, None),
-        Layer("long",    None,        None,      None,       True,  False, 0.0),
-        Layer("short",   None,        None,      None,       True,  False, None),
-        Layer("paired",  None,        None,      None,       False, False, None),
-        Layer(None,      None,        3,         None,       False, False, None),
-        Layer("short",   None,        None,      None,       True,  False, -0.5),
-        Layer("short",   2,           None,      7,          True,  False, None),
-        Layer("paired",  3,           None,      7,          False, False, 0.0),
-        Layer("long",    4,           None,      7,          True,  True,  None)),
+        # Narrow queries and keys: pull request 360 of 2026-08-31.
+        #     attention  narrow  value_table  skip_from  attn_input  xsa    mudd   head_skip_init
+        Layer("paired",  True,   None,        None,      None,       False, False, None),
+        Layer("short",   True,   0,           None,      None,       True,  False, None),
+        Layer("paired",  True,   1,           None,      None,       False, False, None),
+        Layer("long",    False,  None,        None,      None,       True,  False, 0.0),
+        Layer("short",   True,   None,        None,      None,       True,  False, None),
+        Layer("paired",  True,   None,        None,      None,       False, False, None),
+        Layer(None,      False,  None,        3,         None,       False, False, None),
+        Layer("short",   True,   None,        None,      None,       True,  False, -0.5),
+        Layer("short",   True,   2,           None,      7,          True,  False, None),
+        Layer("paired",  True,   3,           None,      7,          False, False, 0.0),
+        Layer("long",    False,  4,           None,      7,          True,  True,  None)),
     "laptop": (
-        Layer("long",    0,           None,      None,       False, False, None),
-        Layer("paired",  0,           None,      None,       False, False, None)),
+        Layer("long",    False,  0,           None,      None,       False, False, None),
+        Layer("paired",  False,  0,           None,      None,       False, False, None)),
 }
 
 
@@ -178,6 +185,8 @@ class Stage(NamedTuple):
     # beginning and at the end of the stage, with linear interpolation between.
     mtp_weights: tuple[float, ...]
     mtp_weights_end: tuple[float, ...]
+    # The same for the loss of the next token's prefix (see prefix_table), at its begin and its end.
+    prefix_weights: tuple[float, float]
     tied: bool             # embedding and head are one matrix
     softmax_size: int      # vocabulary entries in the sampled softmax; 0: all of them
 
@@ -185,16 +194,23 @@ class Stage(NamedTuple):
 STAGES = {
     "fineweb": (
         # Windows: record 2025-09-03. Batches and learning rates: 2025-11-29, 2025-12-22. Documents:
-        # 2026-02-10. Multi-token prediction, untying: 2025-12-22. Extension: 2025-09-21. Sampled
-        # softmax: pull request 360 of 2026-08-31.
-        #     until     batch  window  max_doc  lr    mtp_weights, at the end        tied   softmax
-        Stage(1 / 3,    1,     384,    896,     1.0,  (1, 0.5, 0.25), (1, 0.5, 0),   True,  10_240),
-        Stage(2 / 3,    2,     896,    2048,    1.52, (1, 0.5),       (1, 0),        True,  14_336),
-        Stage(0.927,    3,     1408,   2048,    1.73, (1,),           (1,),          False, 24_576),
-        Stage(1.0,      3,     1408,   2048,    1.73, (1,),           (1,),          False, 0),
-        Stage(math.inf, 3,     1664,   2048,    1.73, (1,),           (1,),          False, 0)),
+        # 2026-02-10. Multi-token prediction, untying: 2025-12-22. Prefixes: pull request 337 of
+        # 2026-07-13. Extension: 2025-09-21. Sampled softmax: pull request 360 of 2026-08-31.
+        #     until     batch  window  max_doc  lr    mtp_weights, at the end        prefix_weights
+        #     tied   softmax_size
+        Stage(1 / 3,    1,     384,    896,     1.0,  (1, 0.5, 0.25), (1, 0.5, 0),   (0.25, 0.25),
+              True,  10_240),
+        Stage(2 / 3,    2,     896,    2048,    1.52, (1, 0.5),       (1, 0),        (0.25, 0),
+              True,  14_336),
+        Stage(0.927,    3,     1408,   2048,    1.73, (1,),           (1,),          (0, 0),
+              False, 24_576),
+        Stage(1.0,      3,     1408,   2048,    1.73, (1,),           (1,),          (0, 0),
+              False, 0),
+        Stage(math.inf, 3,     1664,   2048,    1.73, (1,),           (1,),          (0, 0),
+              False, 0)),
     "laptop": (
-        Stage(1.0,      1,     256,    0,       1.0,  (1,),           (1,),          False, 0),),
+        Stage(1.0,      1,     256,    0,       1.0,  (1,),           (1,),          (0, 0),
+              False, 0),),
 }
 
 
@@ -219,9 +235,11 @@ class Hyperparameters:
     # model
     num_heads: int = setting(6, "attention heads")
     model_dim: int = setting(768, "width of the residual stream")
+    mlp_dim: int = setting(2816, "width of the MLPs")
     ngrams: int = setting(2, "n-gram embeddings for n from 2 to this")
     ngram_rows: int = setting(251_520, "rows of the hash table of each n")
-    attention_scale: float = setting(0.1, "softmax scale of attention in the first stage")
+    attention_scale: float = setting(0.085, "softmax scale of attention in the first stage")
+    narrow_scale: float = setting(0.13, "the same for layers with narrow queries and keys")
     final_window: int = setting(2560, "window of the long layers in the last validation, in tokens")
     pointer_window: int = setting(8192, "tokens back to which the pointer points; 0: no pointer")
     logit_cap: float = setting(23.0, "softcap: logits z become cap * sigmoid((z + shift) / scale)")
@@ -293,7 +311,7 @@ PRESETS = {
     "fineweb": {},
     "laptop": dict(
         num_steps=170, extension=0.0, batch_size=8, sequence_length=256, micro_batch=8,
-        val_length=2048, num_heads=2, model_dim=128, ngrams=6, ngram_rows=65_521,
+        val_length=2048, num_heads=2, model_dim=128, mlp_dim=512, ngrams=6, ngram_rows=65_521,
         attention_scale=0.125, final_window=256, pointer_window=0, logit_cap=30.0,
         logit_shift=0.0, head_lr=0.012, value_lr=2.4, ngram_lr=1.5, ngram_rule="lazy_adam",
         adam_every=1, adam_decay=0.0, muon_lr=0.045, muon_decay=0.0, muon_beta2=0.95,
@@ -369,7 +387,7 @@ def rotary_frequencies(index: int, hp: Hyperparameters) -> tuple[Tensor, float]:
     """The rotary frequencies of stage `index`, (d / 4,) radians per position, and the softmax scale
     of attention. A token is one position; for paired heads it is two.
 
-    Half of each head's dimensions are not rotated, and the base is 1024 (record 2024-12-17). When
+    Half of a wide head's dimensions are not rotated, and the base is 1024 (record 2024-12-17). When
     the window grows, dimensions that rotate fewer than 32 times in it are slowed down (YaRN, arXiv
     2309.00071, record 2025-09-10)."""
     frequencies = 1024 ** -torch.linspace(0, 1, hp.model_dim // hp.num_heads // 4)
@@ -405,23 +423,29 @@ class Schedule:
         self.windows, self.frequencies, self.attention_scale, weights, weights_end = tensors
         begin, end = [0, *stage_ends(hp)][index:index + 2]
         done = min((step - begin) / max(end - begin, 1), 1.0)
-        self.mtp_weights = torch.lerp(weights, weights_end, done)  # (K,)
+        # Of the next token, the one after, ..., and of the prefix, if has_prefix: (K,)
+        self.target_weights = torch.lerp(weights, weights_end, done)
+        self.has_prefix = any(stage.prefix_weights)
 
 
 @functools.lru_cache(maxsize=64)  # without the cache, each step would wait for copies to the GPU
 def _stage_tensors(index: int, final: bool, hp: Hyperparameters, stages: tuple[Stage, ...],
                    device: torch.device) -> tuple:
     """Windows by kind of mask (0-dim; record 2025-09-03), rotary frequencies, softmax scale,
-    and the stage's two sets of multi-token weights. final: the validation after the last step,
-    which uses a larger window (record 2025-09-15)."""
+    and the weights of the targets at the stage's begin and end. final: the validation after the
+    last step, which uses a larger window (record 2025-09-15)."""
     stage = stages[index]
     frequencies, scale = rotary_frequencies(index, hp)
     window = torch.tensor(hp.final_window if final else stage.window, device=device)
     short = torch.tensor(short_window(stage.window), device=device)
     pointer = torch.tensor(hp.pointer_window, device=device)
     windows = {"long": window, "short": short, "paired": short, "pointer": pointer}
-    weights = torch.tensor(stage.mtp_weights, dtype=torch.float32, device=device)
-    weights_end = torch.tensor(stage.mtp_weights_end, dtype=torch.float32, device=device)
+    weights, weights_end = stage.mtp_weights, stage.mtp_weights_end
+    if any(stage.prefix_weights):
+        begin, end = stage.prefix_weights
+        weights, weights_end = (*weights, begin), (*weights_end, end)
+    weights = torch.tensor(weights, dtype=torch.float32, device=device)
+    weights_end = torch.tensor(weights_end, dtype=torch.float32, device=device)
     return windows, frequencies.to(device), torch.tensor(scale, device=device), weights, weights_end
 
 
@@ -453,9 +477,9 @@ Mask = BlockMask | Tensor  # FlexAttention (compiled, CUDA) or first_visible_key
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, max_window: int) -> Tensor:
-    """softmax(q k^T) v over the visible keys. q, k, v and the result: (N, H, d), or (2 N, H / 2, d)
-    for paired heads. max_window: an
-    upper bound of the mask's window, which sets shapes on a CPU."""
+    """softmax(q k^T) v over the visible keys. q, k: (N, H, e), v and the result: (N, H, d); for
+    paired heads, 2 N and H / 2 instead. max_window: an upper bound of the mask's window, which sets
+    shapes on a CPU."""
     q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # (H, N, d)
     if isinstance(mask, BlockMask):
         y = flex_attention(q[None], k[None], v[None], block_mask=mask, scale=1.0)[0]
@@ -490,6 +514,56 @@ def point(q: Tensor, k: Tensor, sink: Tensor, tokens: Tensor, targets: Tensor, m
     votes = chunks.of_keys(tokens[None, :, None]).mT == chunks.of_queries(targets[None, :, None])
     p_copy = (weights * votes[0]).sum(dim=-1, keepdim=True)
     return chunks.join(p_copy[None]).flatten(), chunks.join(p_sink[None]).flatten()
+
+
+# --- Vocabulary: which tokens are alike -----------------------------------------------------------
+
+
+@functools.cache
+def read_vocabulary(track: Track) -> tuple[bytes, ...]:
+    """The text of each token; b"" for the end-of-text token. A vocabulary file has one token per
+    line, in base64. Raises UserError if it is missing or too short."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    if track.vocabulary:
+        try:
+            lines = (ROOT / track.vocabulary).read_bytes().split()
+            tokens = [base64.b64decode(line, validate=True) for line in lines]
+        except (OSError, ValueError) as error:
+            raise UserError(f"can't read the vocabulary {ROOT / track.vocabulary}: {error}; run: "
+                            f"git checkout {track.vocabulary}") from None
+    require(len(tokens) >= track.eot_token, f"the vocabulary {ROOT / track.vocabulary} has "
+            f"{len(tokens)} tokens, expected at least {track.eot_token}")
+    return *tokens[:track.eot_token], b""
+
+
+@functools.cache
+def prefix_table(vocabulary: tuple[bytes, ...]) -> list[int]:
+    """For each token, the longest token that is a proper prefix of it; -1 if there is none. Whoever
+    predicts the prefix has predicted a part of the token (modded-nanogpt pull request 337)."""
+    id_of = {token: i for i, token in enumerate(vocabulary)}
+    prefix_of = []
+    for token in vocabulary:
+        prefixes = (token[:length] for length in range(len(token) - 1, 0, -1))
+        prefix_of.append(next((id_of[p] for p in prefixes if p in id_of), -1))
+    return prefix_of
+
+
+@functools.cache
+def token_classes(vocabulary: tuple[bytes, ...]) -> list[int]:
+    """For each token, the first one that differs from it only in case, accents, compatibility forms
+    of characters (Unicode NFKC) and white space (modded-nanogpt pull request 375)."""
+    first_of = {}
+    classes = []
+    for i, token in enumerate(vocabulary):
+        try:
+            text = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", token.decode()))
+        except UnicodeDecodeError:  # a part of a character
+            text = ""
+        text = "".join(c for c in text if unicodedata.category(c) != "Mn")  # Mn: accents
+        text = re.sub(r"[ \t\r\n]+", " ", text.lower())
+        text = text.strip() or text[:1]  # white space alone is one class
+        classes.append(first_of.setdefault(text, i) if text else i)
+    return classes
 
 
 # --- Model ----------------------------------------------------------------------------------------
@@ -574,10 +648,11 @@ def paired_rotary_tables(frequencies: Tensor, N: int, H: int) -> Tensor:
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate each head's first two quarters by the angles of their positions; the other half stays.
-    x and the result: (N, H, d); rotary: (2, N, H or 1, d / 4)."""
-    quarter = x.size(-1) // 4
-    a, b, fixed = x.float().split([quarter, quarter, 2 * quarter], dim=-1)
+    """Rotate pairs of each head's dimensions by the angles of their positions: dimensions i and
+    i + n for the n frequencies. The others stay. x and the result: (N, H, e); rotary: (2, N, H or
+    1, n)."""
+    n = rotary.size(-1)
+    a, b, fixed = x.float().split([n, n, x.size(-1) - 2 * n], dim=-1)
     cos, sin = rotary
     return torch.cat([a * cos + b * sin, b * cos - a * sin, fixed], dim=-1).to(x.dtype)
 
@@ -585,8 +660,14 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 class NGramEmbed(nn.Module):
     """The sum of hashed embeddings of the 2- to n-grams that end at each token (bigrams: record
     2026-01-19; longer ones: arXiv 2412.09871). Tables start at zero. sparse: their gradients are
-    sparse tensors."""
+    sparse tensors.
+
+    N-grams are told apart by the classes of their tokens only (see token_classes), so that fewer of
+    them share a row. Each row is multiplied by one of NUM_SIGNS fixed random vectors of signs,
+    also chosen by the n-gram: those that share a row then seldom have the same embedding
+    (modded-nanogpt pull requests 375 and 299)."""
     MULTIPLIERS = (36_313, 27_191, 51_637, 14_251, 60_649, 22_109)  # the first two are the record's
+    NUM_SIGNS = 8192
 
     def __init__(self, hp: Hyperparameters, sparse: bool):
         super().__init__()
@@ -595,17 +676,25 @@ class NGramEmbed(nn.Module):
             for _ in range(2, hp.ngrams + 1))
         for table in self.tables:
             nn.init.zeros_(table.weight)
+        classes = torch.tensor(token_classes(read_vocabulary(TRACKS[hp.track])))
+        generator = torch.Generator().manual_seed(0)  # the same signs whatever the run's seed
+        signs = torch.randint(2, (self.NUM_SIGNS, hp.model_dim), generator=generator, device="cpu")
+        self.register_buffer("classes", classes, persistent=False)
+        self.register_buffer("signs", (2.0 * signs - 1).to(classes.device), persistent=False)
 
     def forward(self, tokens: Tensor, position_in_document: Tensor) -> Tensor:
         """Both (N,). Returns (N, D). An n-gram that would begin before the document uses the last
         row."""
+        tokens = self.classes[tokens]
         code = self.MULTIPLIERS[0] * tokens
         total = None
         for distance, table in enumerate(self.tables, start=1):
             code = code ^ (self.MULTIPLIERS[distance] * tokens.roll(distance))
             last_row = table.num_embeddings - 1
-            row = torch.where(position_in_document >= distance, code % last_row, last_row)
-            total = table(row) if total is None else total + table(row)
+            is_inside = position_in_document >= distance
+            row = torch.where(is_inside, code % last_row, last_row)
+            embed = table(row) * self.signs[torch.where(is_inside, code % self.NUM_SIGNS, 0)]
+            total = embed if total is None else total + embed
         return total
 
 
@@ -623,7 +712,9 @@ class Attention(nn.Module):
         # Muon orthogonalizes Q and K in matrices of two adjacent heads (record 2026-04-08; these
         # are not the pairs of paired heads), V and proj as a whole.
         num_matrices = hp.num_heads // 2 if hp.num_heads % 2 == 0 else 1
-        self.qk = Linear(hp.model_dim, hp.model_dim // num_matrices, parts=2 * num_matrices)
+        qk_dim = hp.model_dim // 2 if layer.narrow_qk else hp.model_dim  # of all heads
+        self.qk = Linear(hp.model_dim, qk_dim // num_matrices, parts=2 * num_matrices)
+        self.scale_factor = hp.narrow_scale / hp.attention_scale if layer.narrow_qk else 1.0
         self.v = Linear(hp.model_dim, hp.model_dim)
         self.proj = Linear(hp.model_dim, hp.model_dim)
         self.gate = nn.Parameter(torch.zeros(hp.num_heads, GATE_DIMS))
@@ -645,7 +736,8 @@ class Attention(nn.Module):
         N, D = x.shape
         H, d = self.num_heads, D // self.num_heads
         weight = torch.cat([self.qk.matrix(), self.v.matrix()]).to(x.dtype)
-        q, k, v = F.linear(x, weight).view(N, 3, H, d).unbind(1)  # each (N, H, d)
+        q, k, v = F.linear(x, weight).tensor_split([(len(weight) - D) // 2, len(weight) - D], dim=1)
+        q, k, v = (t.view(N, H, -1) for t in (q, k, v))  # (N, H, e), (N, H, e), (N, H, d)
 
         v = self.v_lambda * v
         if v_skip is not None:
@@ -663,13 +755,13 @@ class Attention(nn.Module):
         if self.kind == "paired":
             # Paired heads (record 2026-01-07): heads h and h + H / 2 become one head over 2 N
             # positions, two per token.
-            q, k, v = (t.reshape(2 * N, H // 2, d) for t in (q, k, v))
+            q, k, v = (t.reshape(2 * N, H // 2, -1) for t in (q, k, v))
         if self.kind == "long":
             # Key offset (record 2025-12-14): the half of a key that is not rotated comes from the
             # previous token of the document.
             previous = torch.where(is_doc_start[:, None, None], k, k.roll(1, 0))
             k = torch.cat([k[..., :d // 2], previous[..., d // 2:]], dim=-1)
-        y = attention(scale * q, k, v, mask, self.max_window)
+        y = attention(self.scale_factor * scale * q, k, v, mask, self.max_window)
         y, v = y.reshape(N, H, d), v.reshape(N, H, d)
 
         if self.xsa_lambdas is not None:  # XSA (arXiv 2603.09078)
@@ -681,11 +773,11 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Width 4 D, ReLU squared (arXiv 2109.08668)."""
+    """Two linear maps with ReLU squared (arXiv 2109.08668) between them."""
     def __init__(self, hp: Hyperparameters):
         super().__init__()
-        self.fc = Linear(hp.model_dim, 4 * hp.model_dim)
-        self.proj = Linear(4 * hp.model_dim, hp.model_dim, zero=True)
+        self.fc = Linear(hp.model_dim, hp.mlp_dim)
+        self.proj = Linear(hp.mlp_dim, hp.model_dim, zero=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(F.relu(self.fc(x)).square())
@@ -830,6 +922,8 @@ class GPT(nn.Module):
         if num_tables:  # all tables side by side: one lookup
             self.value_embed = nn.Embedding(padded_vocab_size, num_tables * hp.model_dim)
         self.ngram = NGramEmbed(hp, sparse)
+        prefix_of = torch.tensor(prefix_table(read_vocabulary(TRACKS[hp.track])))
+        self.register_buffer("prefix_of", prefix_of, persistent=False)
         self.input_embedding = InputEmbedding()
         self.blocks = nn.ModuleList(Block(hp, layer) for layer in hp.layers)
         # Attributes, so that compile_model can put compiled versions in their place.
@@ -875,30 +969,37 @@ class GPT(nn.Module):
         # ngram has the dtype of the activations; see build_model.
         x0 = self.input_embedding(F.embedding(tokens, table), is_doc_start, ngram.dtype)
 
-        mtp_weights = pieces = None
+        target_weights = pieces = None
         if targets is not None:
-            mtp_weights, softmax_size = schedule.mtp_weights, schedule.softmax_size
+            target_weights, softmax_size = schedule.target_weights, schedule.softmax_size
+            has_prefix = schedule.has_prefix
             if not torch.is_grad_enabled():  # a validation: the next token, the whole vocabulary
-                mtp_weights, softmax_size = torch.ones_like(mtp_weights[:1]), 0
+                target_weights, softmax_size = torch.ones_like(target_weights[:1]), 0
+                has_prefix = False
             # Logits are computed in pieces of a training sequence's length, because a sampled
             # softmax has its own classes for each sequence, and because the logits of a validation
             # sequence would not fit. Without either reason there is one piece.
             in_pieces = softmax_size or not torch.is_grad_enabled()
             length = self.hp.sequence_length if in_pieces else len(tokens)
+            later = next_targets(targets, len(target_weights) - has_prefix)
+            later = later.split(length)
+            prefixes = [None] * len(later)
+            if has_prefix:
+                prefixes = self.prefix_of[targets.flatten()][:, None].split(length)
             pieces = [self.sample_softmax_classes(
-                          t, self.embed.num_embeddings, softmax_size, self.gate_row)
-                      for t in next_targets(targets, len(mtp_weights)).split(length)]
-        return self.body(x0, values, ngram, tokens, pieces, mtp_weights, is_doc_start, rotary,
+                          t, self.embed.num_embeddings, softmax_size, self.gate_row, prefix)
+                      for t, prefix in zip(later, prefixes, strict=True)]
+        return self.body(x0, values, ngram, tokens, pieces, target_weights, is_doc_start, rotary,
                          schedule.attention_scale, masks,
                          targets=None if targets is None else targets.flatten())
 
     def body(self, x0: Tensor, values: tuple[Tensor, ...], ngram: Tensor, tokens: Tensor,
-             pieces: list | None, mtp_weights: Tensor | None, is_doc_start: Tensor, rotary: dict,
+             pieces: list | None, target_weights: Tensor | None, is_doc_start: Tensor, rotary: dict,
              scale: Tensor, masks: dict, targets: Tensor | None):
         """The part of forward() after the lookups: the blocks, the pointer, the head, the loss; on
         CUDA it is one compiled graph. x0, ngram and each of values: (N, D). tokens, targets, and
-        is_doc_start: (N,). pieces: of sample_softmax_classes; mtp_weights: (K,). rotary and masks:
-        by kind of attention. scale: 0-dim."""
+        is_doc_start: (N,). pieces: of sample_softmax_classes; target_weights: (K,). rotary and
+        masks: by kind of attention. scale: 0-dim."""
         h0 = x = x0 + self.input_embedding.ngram_lambda * ngram
         outputs = []
         for block, layer in zip(self.blocks, self.hp.layers, strict=True):
@@ -943,7 +1044,7 @@ class GPT(nn.Module):
         length = len(pieces[0].targets)
         inputs = (t.split(length) for t in (state, p_copy, p_sink))
         for piece, *inputs_of_piece in zip(pieces, *inputs, strict=True):
-            piece_objective, piece_loss = self.head(piece, mtp_weights, *inputs_of_piece)
+            piece_objective, piece_loss = self.head(piece, target_weights, *inputs_of_piece)
             objective = objective + piece_objective
             loss = loss + piece_loss
         return objective, loss / len(x0)
@@ -984,7 +1085,7 @@ class Piece(NamedTuple):
 
 
 def sample_softmax_classes(targets: Tensor, vocab_size: int, softmax_size: int,
-                           gate_row: int | None = None) -> Piece:
+                           gate_row: int | None = None, prefixes: Tensor | None = None) -> Piece:
     """The vocabulary entries of a sampled softmax (arXiv 1412.2007, modded-nanogpt pull request
     360; without a correction for the sampling probability): all targets (N, K) of a piece and the
     pointer's gate, filled up to softmax_size with other entries.
@@ -993,14 +1094,17 @@ def sample_softmax_classes(targets: Tensor, vocab_size: int, softmax_size: int,
     targets. So the choice needs neither a random state nor communication, and a resumed run or
     another number of ranks makes the same one.
 
+    prefixes, (N, 1), become further targets, but only where they are among the entries anyway.
+
     A target that does not fit becomes -1. The softmax is over the whole vocabulary if softmax_size
     is 0 or not below vocab_size, or if N > 4 * softmax_size, when too many targets would not fit.
     """
+    all_targets = targets if prefixes is None else torch.cat([targets, prefixes], dim=1)
     entry = torch.arange(vocab_size, device=targets.device)
     gate = None if gate_row is None else slice(gate_row, gate_row + 1)
     is_sampled = 0 < softmax_size < vocab_size and len(targets) <= 4 * softmax_size
     if not is_sampled:
-        return Piece(None, targets, None if gate is None else entry[gate])
+        return Piece(None, all_targets, None if gate is None else entry[gate])
     order = (entry + targets.sum()) * 20_011 % vocab_size  # a permutation: 20,011 is prime
     is_target = torch.zeros(vocab_size + 1, dtype=torch.int64, device=targets.device)
     is_target[targets] = 1  # target -1 sets the extra element at the end
@@ -1009,7 +1113,7 @@ def sample_softmax_classes(targets: Tensor, vocab_size: int, softmax_size: int,
     # The gate comes first, then the targets.
     class_ids = (order - vocab_size * is_target[:-1]).argsort()[:softmax_size]
     index_of = torch.full_like(is_target, -1).scatter(0, class_ids, entry[:softmax_size])
-    return Piece(class_ids, index_of[targets], None if gate is None else index_of[gate])
+    return Piece(class_ids, index_of[all_targets], None if gate is None else index_of[gate])
 
 
 class CappedCrossEntropy(torch.autograd.Function):
@@ -1027,13 +1131,13 @@ class CappedCrossEntropy(torch.autograd.Function):
     freed (arXiv 2410.10989). As the softcap bounds the logits, the softmax needs no search for
     their maximum."""
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, mtp_weights: Tensor,
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, target_weights: Tensor,
                 p_copy: Tensor, p_sink: Tensor, gate: Tensor | None, softcap_args: tuple):
-        """x (N, D), weight (V, D), targets (N, K) (-1: ignored), mtp_weights (K,) (record
+        """x (N, D), weight (V, D), targets (N, K) (-1: ignored), target_weights (K,) (record
         2025-12-22); p_copy of the next token, p_sink: (N, 1) float32; gate: c, (1,), or None.
 
-        Returns (sum_k mtp_weights[k] CE_k, CE_0), summed over the tokens, in nats. Only the first
-        is differentiable."""
+        Returns (sum_k target_weights[k] CE_k, CE_0), summed over the tokens, in nats. Only the
+        first is differentiable."""
         max_logit, _, scale = softcap_args
         logits = softcap(F.linear(x, weight), *softcap_args)
         shifted_logits = logits - max_logit  # <= 0
@@ -1055,7 +1159,7 @@ class CappedCrossEntropy(torch.autograd.Function):
         losses = (losses * is_valid).sum(0)  # (K,)
         if any(ctx.needs_input_grad):
             class_index = torch.arange(len(weight), dtype=torch.int32, device=x.device)
-            weights = is_valid * mtp_weights  # (N, K)
+            weights = is_valid * target_weights  # (N, K)
             # d (-log p) / d logits = (1 + returned) softmax
             #     - (from_softmax / p) one_hot(y) - (copied + returned) one_hot(c)
             copied = alpha * p_copy / p
@@ -1063,7 +1167,7 @@ class CappedCrossEntropy(torch.autograd.Function):
             of_targets = torch.cat([weights[:, :1] * from_softmax / p, weights[:, 1:]], dim=-1)
             of_softmax = weights.sum(-1, keepdim=True) + weights[:, :1] * returned
             grad = of_softmax / sum_exp * exp
-            for k in range(len(mtp_weights)):
+            for k in range(len(target_weights)):
                 is_target = class_index == targets[:, k:k + 1].int()
                 grad = grad - of_targets[:, k:k + 1] * is_target
             if gate is not None:
@@ -1075,7 +1179,7 @@ class CappedCrossEntropy(torch.autograd.Function):
             ctx.save_for_backward(grad @ weight, grad.mT @ x, grad_p, grad_p * p_softmax)
         loss_next_token = losses[0].clone()
         ctx.mark_non_differentiable(loss_next_token)
-        return (losses * mtp_weights).sum(), loss_next_token
+        return (losses * target_weights).sum(), loss_next_token
 
     @staticmethod
     def backward(ctx, grad_objective: Tensor, _):
@@ -1109,7 +1213,7 @@ class Head(nn.Module):
         """Softcapped logits of Readout's (N, D): (N, V) float32."""
         return softcap(self.linear(state), *self.softcap_args)
 
-    def forward(self, piece: Piece, mtp_weights: Tensor, state: Tensor, p_copy: Tensor,
+    def forward(self, piece: Piece, target_weights: Tensor, state: Tensor, p_copy: Tensor,
                 p_sink: Tensor) -> tuple[Tensor, Tensor]:
         """CappedCrossEntropy's pair for a piece of N tokens. state: Readout's (N, D); p_copy,
         p_sink: point()'s (N,)."""
@@ -1119,7 +1223,7 @@ class Head(nn.Module):
         if piece.class_ids is not None:
             weight = weight[piece.class_ids]
         return CappedCrossEntropy.apply(
-            state, weight.to(state.dtype), piece.targets, mtp_weights, p_copy[:, None],
+            state, weight.to(state.dtype), piece.targets, target_weights, p_copy[:, None],
             p_sink[:, None], piece.gate, self.softcap_args)
 
 
@@ -1150,8 +1254,9 @@ def optimizer_groups(hp: Hyperparameters, dtype: torch.dtype) -> list[Group]:
     value_decay = 5 * hp.adam_decay * hp.value_lr
     ngram_decay = 5 * hp.adam_decay * hp.ngram_lr
     head_decay = 150 * hp.adam_decay * hp.head_lr
-    # What several groups share. Muon's usual factor for a matrix's shape is absent; instead, the
-    # MLP's groups have 2 and 4 times the learning rate. Adam's second moment decays fast or slowly.
+    # Muon's factor for a matrix's shape; the MLP's output matrix has twice that.
+    mlp_lr = (hp.mlp_dim / hp.model_dim) ** 0.5 * hp.muon_lr
+    # What several groups share. Adam's second moment decays fast or slowly.
     muon = dict(rule="muon", betas=(hp.muon_beta2,), decay=muon_decay, comm_dtype=dtype)
     table = dict(betas=(0.75, 0.95), comm_dtype=dtype)
     fast = dict(rule="adam", betas=(0.9, 0.95), decay=0.0, comm_dtype=fp32)
@@ -1162,8 +1267,8 @@ def optimizer_groups(hp: Hyperparameters, dtype: torch.dtype) -> list[Group]:
     attn = block + r"attention\."
     return [
         Group("attention", attn + r"(qk|v|proj)\.weight", lr=hp.muon_lr, **muon),
-        Group("mlp_in", block + r"mlp\.fc\.weight", lr=2 * hp.muon_lr, **muon),
-        Group("mlp_out", block + r"mlp\.proj\.weight", lr=4 * hp.muon_lr, **muon),
+        Group("mlp_in", block + r"mlp\.fc\.weight", lr=mlp_lr, **muon),
+        Group("mlp_out", block + r"mlp\.proj\.weight", lr=2 * mlp_lr, **muon),
         Group("resid", block + "resid_lambdas", lr=lr, **fast),
         Group("branch", ".*(branch_lambdas|ngram_lambda|xsa_lambdas)", lr=lr / 5, **fast),
         Group("scalars", ".*(v|proj|skip|smear)_lambda", lr=lr, **slow),
@@ -2665,7 +2770,7 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
     """
     require(hp.track in TRACKS, f"--track {hp.track} is not one of {', '.join(TRACKS)}")
     at_least_one = {"num_steps", "batch_size", "sequence_length", "micro_batch", "val_length",
-                    "num_heads", "model_dim", "adam_every", "log_every"}
+                    "num_heads", "model_dim", "mlp_dim", "adam_every", "log_every"}
     for name, value in dataclasses.asdict(hp).items():
         if isinstance(value, (int, float)) and name != "logit_shift":
             minimum = 1 if name in at_least_one else 0
@@ -2713,6 +2818,9 @@ def check_tables(layers: tuple[Layer, ...], stages: tuple[Stage, ...]) -> None:
         row = f"layer {i} of LAYERS"
         require(layer.attention in ("short", "long", "paired", None),
                 f"{row}: attention {layer.attention!r} must be 'short', 'long', 'paired' or None")
+        require(not layer.narrow_qk or layer.attention in ("short", "paired"),
+                f"{row}: narrow_qk needs short or paired attention; long layers shift the half of "
+                "the keys that it takes away")
         if layer.value_table is not None:
             require(layer.attention is not None, f"{row}: value_table needs attention")
             require(layer.value_table in range(num_tables),
@@ -2726,6 +2834,7 @@ def check_tables(layers: tuple[Layer, ...], stages: tuple[Stage, ...]) -> None:
         require(stage.batch_multiplier >= 1, f"{row}: batch_multiplier must be at least 1")
         require(len(stage.mtp_weights) == len(stage.mtp_weights_end),
                 f"{row}: mtp_weights and mtp_weights_end must have the same length")
+        require(len(stage.prefix_weights) == 2, f"{row}: prefix_weights must have two numbers")
         if i:
             before = stages[i - 1]
             require(stage.until > before.until, f"{row}: until must exceed that of stage {i - 1}")
