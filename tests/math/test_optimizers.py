@@ -352,8 +352,17 @@ def first_moments(optimizer, model):
     return moments
 
 
+def assert_values(model, expected, when):
+    """The model's parameters are those of the reference optimizer, up to rounding."""
+    for name, p in model.named_parameters():
+        value = expected.values[name]
+        error = (p.double() - value).norm() / (value.norm() + 1e-6)
+        assert error < 1e-4, (when, name, error)
+
+
 def test_eight_steps_of_the_recipe_agree_with_the_reference(recipe, recipe_model):
-    """All groups, tied and untied, with learning rates and momentum of four stages."""
+    """All groups, tied and untied, with learning rates and momentum of four stages, and averages
+    that begin before the untying."""
     model = recipe_model
     optimizer = Optimizer(model, recipe, torch.float32)
     expected = reference.ReferenceOptimizer(model)
@@ -373,10 +382,15 @@ def test_eight_steps_of_the_recipe_agree_with_the_reference(recipe, recipe_model
         add_grads(model, grads)
         optimizer.step(schedule)
         expected.step(grads, schedule.lr_scale, schedule.momentum)
-        for name, p in model.named_parameters():
-            value = expected.values[name]
-            error = (p.double() - value).norm() / (value.norm() + 1e-6)
-            assert error < 1e-4, (step, name, error)
+        if step in (5, 9, 13):
+            expected.update_averages(weight=4 / 5)  # the time constant is half of 10 steps
+        assert_values(model, expected, step)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.use_averages()
+    expected.use_averages()
+    assert_values(model, expected, "averages")
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, weights[name])}
+    assert changed == {name for name in weights if reference.average_kind(name)}
     for name, moment in first_moments(optimizer, model).items():
         torch.testing.assert_close(moment.double(), expected.moments[name][0], atol=1e-5, rtol=1e-3)
     assert not torch.equal(model.embed.weight, model.head.linear.weight[0])
@@ -518,6 +532,74 @@ def test_sparse_tables_are_updated_like_dense_ones(hp):
         expected = dense.get_parameter(name)
         assert (p - expected).norm() <= 1e-4 * expected.norm() + 1e-6, name
     assert all(table.weight.any() for table in sparse.ngram.tables)
+
+
+# --- Averages of late weights ---------------------------------------------------------------------
+
+
+def averaged_optimizer(model, hp, weight=0.1, updates=3, drift=0.05):
+    """An Optimizer with averages of weights that drift away, and the last weights by name."""
+    optimizer = Optimizer(model, hp, torch.float32)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for _ in range(updates):
+            for p in model.parameters():
+                p.add_(drift * torch.randn_like(p))
+            optimizer.update_averages(weight)
+    return optimizer, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_averages_of_constant_weights_are_these_weights(recipe, recipe_model):
+    optimizer, weights = averaged_optimizer(recipe_model, recipe, drift=0.0)
+    optimizer.use_averages()
+    for name, p in recipe_model.named_parameters():
+        torch.testing.assert_close(p, weights[name], atol=0, rtol=1e-6)
+
+
+def test_averages_are_blended_half_and_half_and_keep_the_norm_of_each_bucket(recipe, recipe_model):
+    """Tables and small parameters are not averaged. The average begins as a copy."""
+    optimizer, weights = averaged_optimizer(recipe_model, recipe, weight=0.25)
+    name_of = {id(p): name for name, p in recipe_model.named_parameters()}
+    averages = {}
+    norms = []
+    for bucket in optimizer.buckets:
+        norms.append(bucket.values.norm().item())
+        if "average" in bucket.state:
+            views = bucket.views(bucket.state["average"])
+            averages |= {name_of[id(p)]: v for p, v in zip(bucket.params, views, strict=True)}
+    assert set(averages) == {name for name in weights if reference.average_kind(name)}
+    optimizer.use_averages()
+    for bucket, norm in zip(optimizer.buckets, norms, strict=True):
+        assert bucket.values.norm().item() == pytest.approx(norm, rel=1e-6)
+    for name, p in recipe_model.named_parameters():
+        if name not in averages:
+            assert torch.equal(p, weights[name]), name
+            continue
+        blend = (weights[name] + averages[name]) / 2
+        assert not torch.allclose(p, weights[name], atol=1e-4)
+        torch.testing.assert_close(p / p.norm(), blend / blend.norm(), atol=1e-6, rtol=1e-5)
+
+
+def test_averages_are_used_once(recipe, recipe_model):
+    """And weights without averages, or after a reset, stay what they are."""
+    optimizer, _ = averaged_optimizer(recipe_model, recipe)
+    optimizer.use_averages()
+    weights = {name: p.detach().clone() for name, p in recipe_model.named_parameters()}
+    optimizer.use_averages()
+    Optimizer(recipe_model, recipe, torch.float32).use_averages()
+    reset, _ = averaged_optimizer(recipe_model, recipe, drift=0.0)
+    reset.load_state_dict(None)
+    reset.use_averages()
+    for name, p in recipe_model.named_parameters():
+        assert torch.equal(p, weights[name]), name
+
+
+def test_without_a_tail_there_are_no_averages(recipe, recipe_model):
+    hp = replace(recipe, average_tail=0.0)
+    optimizer = Optimizer(recipe_model, hp, torch.float32)
+    assert not any("average" in bucket.state for bucket in optimizer.buckets)
+    for step in range(hp.num_steps):
+        assert Schedule(step, hp, CPU).average_weight == 0
 
 
 # --- Buckets --------------------------------------------------------------------------------------

@@ -32,6 +32,19 @@ ADAM_SETTINGS = {  # learning rate, beta1, beta2, factor of the decay
     r".*mudd\..*": (0.008 * 0.25, 0.9, 0.99, 0)}
 
 
+# Tensors that are averaged, and that keep their norm as a whole.
+AVERAGE_KINDS = (r"head\.linear\.weight", r"embed\.weight", r".*attention\.qk\.weight",
+                 r".*attention\.(v|proj)\.weight", r".*mlp\.(fc|proj)\.weight")
+
+
+def average_kind(name):
+    """The one of AVERAGE_KINDS that matches a parameter's name, or None."""
+    for kind in AVERAGE_KINDS:
+        if re.fullmatch(kind, name):
+            return kind
+    return None
+
+
 def polar_express(matrix):
     """The matrix with its singular values mapped by the five polynomials, one after the other."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -84,6 +97,7 @@ class ReferenceOptimizer:
     def __init__(self, model):
         self.values = {name: p.detach().double().clone() for name, p in model.named_parameters()}
         self.moments = {}
+        self.averages = {}
         self.grad_sums = {}
         self.steps = 0
 
@@ -92,6 +106,8 @@ class ReferenceOptimizer:
         self.values["embed.weight"] = self.values["head.linear.weight"][0].clone()
         head_moments = self.moments["head.linear.weight"]
         self.moments["embed.weight"] = [moment[0].clone() for moment in head_moments]
+        if self.averages:
+            self.averages["embed.weight"] = self.averages["head.linear.weight"][0].clone()
 
     def step(self, grads, lr_scale, momentum):
         """grads: by name, of the loss summed over the tokens of a step and divided by 8. lr_scale:
@@ -107,6 +123,26 @@ class ReferenceOptimizer:
             for name, grad in self.grad_sums.items():
                 self.adam(name, grad, self.steps // 2, lr_scale)
             self.grad_sums = {}
+
+    def update_averages(self, weight):
+        """Every fourth step of the tail; weight: 4 / tau. The first time the averages are
+        copies."""
+        for name in self.values:
+            if average_kind(name):
+                old = self.averages.get(name, self.values[name])
+                self.averages[name] = (1 - weight) * old + weight * self.values[name]
+
+    def use_averages(self):
+        """Half average, half last value, with the norm that all values of a kind had together."""
+        blends = {name: (self.values[name] + average) / 2
+                  for name, average in self.averages.items()}
+        for kind in AVERAGE_KINDS:
+            names = [name for name in blends if average_kind(name) == kind]
+            before = sum(self.values[name].square().sum() for name in names) ** 0.5
+            after = sum(blends[name].square().sum() for name in names) ** 0.5
+            for name in names:
+                self.values[name] = blends[name] * before / after
+        self.averages = {}
 
     def muon(self, name, grad, lr_scale, momentum):
         lr = MUON_LR * muon_lr_factor(name) * lr_scale

@@ -165,12 +165,14 @@ def train_some(hp, rank=0, world_size=1, comm_dtype=torch.float32, save_at=None)
         (loss_sum,) = runtime.sum(loss)
         losses.append(loss_sum / world_size)
     loader.close()
+    state = optimizer.state_dict()
+    optimizer.use_averages()
     final = train_gpt.Schedule(hp.num_steps, hp, CPU)
     return {
         "gradients": gradients,
         "losses": losses,
         "val_loss": train_gpt.validate(model, stream, final, hp, runtime),
-        "optimizer": optimizer.state_dict(),
+        "optimizer": state,
         "model": {name: p.detach() for name, p in model.named_parameters()}}
 
 
@@ -216,13 +218,14 @@ def test_any_number_of_ranks_is_one(setup, monkeypatch, tables, world_size, batc
     if tables == "recipe":
         weights = alone["model"]
         assert not torch.equal(weights["embed.weight"], weights["head.linear.weight"][0])
+        assert alone["optimizer"]["num_averages"] == 1  # after 4 steps
 
 
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
 def test_another_number_of_ranks_resumes(setup, monkeypatch, before, after):
     """From a checkpoint in the middle of the second stage, before the untying, that another number
-    of ranks has saved."""
-    hp = dataclasses.replace(setup("recipe", 2), num_steps=12)  # stages begin at steps 0, 3, 6, ...
+    of ranks has saved. The averages of the weights are updated after 4 and 8 steps."""
+    hp = dataclasses.replace(setup("recipe", 2), num_steps=12, average_tail=1.0)
     hp.folder.mkdir(parents=True)
     alone = train_some(hp)
     with monkeypatch.context() as patch:

@@ -245,6 +245,8 @@ class Hyperparameters:
     momentum_cooldown: float = setting(50 / 1405, "fraction of the steps in which it falls")
     cooldown: float = setting(0.6, "fraction of the schedule in which learning rates decay")
     lr_floor: float = setting(0.15, "learning rates' factor at the end of the schedule")
+    average_tail: float = setting(
+        0.25, "fraction of the steps, at the end, over which weights are averaged; 0: no averages")
     # run
     val_every: int = setting(125, "steps between validations; 0: only at the end")
     val_tokens: int = setting(
@@ -297,7 +299,8 @@ PRESETS = {
         attention_scale=0.125, final_window=256, pointer_window=0, logit_cap=30.0,
         logit_shift=0.0, head_lr=0.012, value_lr=2.4, ngram_lr=1.5, ngram_rule="lazy_adam",
         adam_every=1, adam_decay=0.0, muon_lr=0.045, muon_decay=0.0, muon_beta2=0.95,
-        momentum_warmup=50 / 170, momentum_cooldown=0.0, cooldown=0.5, lr_floor=0.0, val_every=85),
+        momentum_warmup=50 / 170, momentum_cooldown=0.0, cooldown=0.5, lr_floor=0.0,
+        average_tail=0.0, val_every=85),
 }
 
 
@@ -358,6 +361,20 @@ def muon_momentum(step: int, hp: Hyperparameters) -> float:
     return (1 - fraction) * hp.momentum_start + fraction * hp.momentum_end
 
 
+def average_weight(step: int, hp: Hyperparameters) -> float:
+    """The weight of the current weights in the averages that are updated after a step; 0 for steps
+    that do not update them.
+
+    Every fourth step does in the tail of the run, counted back from the last one. The time constant
+    is half of the tail. Published: 150 steps and a tail of 298 of 1,194 (record 2026-08-30)."""
+    every = 4
+    tail_steps = round(hp.average_tail * hp.num_steps)
+    steps_left = hp.num_steps - (step + 1)
+    if steps_left >= tail_steps or steps_left % every:
+        return 0.0
+    return min(every / (tail_steps / 2), 1.0)
+
+
 def short_window(window: int) -> int:
     """Positions before its own that a query sees in short and paired layers: half the window,
     rounded down to a multiple of 128, but at least 128 or the whole window. A paired layer has two
@@ -395,6 +412,7 @@ class Schedule:
         previous = hp.stages[stage_index(max(step - 1, 0), hp)]
         self.lr_scale = lr_scale(step, hp)
         self.momentum = muon_momentum(step, hp)
+        self.average_weight = average_weight(step, hp)
         self.tied = stage.tied
         self.unties = previous.tied and not stage.tied  # the embedding becomes a copy of the head
         self.softmax_size = stage.softmax_size
@@ -1135,6 +1153,7 @@ class Group(NamedTuple):
     betas: tuple[float, ...]   # decay of the moments per update
     decay: float               # cautious weight decay; see compute_update
     comm_dtype: torch.dtype    # dtype of gradients and updates between ranks; Muon computes in it
+    averaged: bool = False     # ends as a blend with its average; see Optimizer.use_averages
 
 
 def optimizer_groups(hp: Hyperparameters, dtype: torch.dtype) -> list[Group]:
@@ -1152,7 +1171,9 @@ def optimizer_groups(hp: Hyperparameters, dtype: torch.dtype) -> list[Group]:
     head_decay = 150 * hp.adam_decay * hp.head_lr
     # What several groups share. Muon's usual factor for a matrix's shape is absent; instead, the
     # MLP's groups have 2 and 4 times the learning rate. Adam's second moment decays fast or slowly.
-    muon = dict(rule="muon", betas=(hp.muon_beta2,), decay=muon_decay, comm_dtype=dtype)
+    averaged = hp.average_tail > 0
+    muon = dict(rule="muon", betas=(hp.muon_beta2,), decay=muon_decay, comm_dtype=dtype,
+                averaged=averaged)
     table = dict(betas=(0.75, 0.95), comm_dtype=dtype)
     fast = dict(rule="adam", betas=(0.9, 0.95), decay=0.0, comm_dtype=fp32)
     slow = dict(rule="adam", betas=(0.9, 0.99), decay=0.0, comm_dtype=fp32)
@@ -1175,7 +1196,7 @@ def optimizer_groups(hp: Hyperparameters, dtype: torch.dtype) -> list[Group]:
         Group("values", r"value_embed\.weight", "adam", hp.value_lr, decay=value_decay, **table),
         Group("ngrams", r"ngram\..*", hp.ngram_rule, hp.ngram_lr, decay=ngram_decay, **table),
         Group("head", r"(head\.linear|embed)\.weight", "adam", hp.head_lr, betas=(0.5, 0.95),
-              decay=head_decay, comm_dtype=dtype),
+              decay=head_decay, comm_dtype=dtype, averaged=averaged),
     ]
 
 
@@ -1285,7 +1306,8 @@ class Optimizer:
                  world_size: int = 1):
         """dtype: of the activations. Raises UserError if a parameter is in no group or in two."""
         self.adam_every = hp.adam_every
-        self.num_updates = 0  # calls of step()
+        self.num_updates = 0   # calls of step()
+        self.num_averages = 0  # calls of update_averages() since the last use_averages()
         self.update_fns = dict.fromkeys(RULES, compute_update)  # compile_model compiles them
         is_sparse = {id(module.weight) for module in model.modules()
                      if isinstance(module, nn.Embedding) and module.sparse}
@@ -1299,7 +1321,7 @@ class Optimizer:
                 layout = name          # a table has a bucket of its own
             else:
                 layout = "small"       # all else is concatenated
-            key = (group.rule, group.betas, group.decay, group.comm_dtype, layout)
+            key = (group.rule, group.betas, group.decay, group.comm_dtype, group.averaged, layout)
             bucket_members.setdefault(key, []).append((p, group))
 
         def position_of_first_group(members):
@@ -1349,15 +1371,51 @@ class Optimizer:
             bucket.wait()
             if update is not None:
                 bucket.values.add_(update, alpha=-schedule.lr_scale)
+        if schedule.average_weight:
+            self.update_averages(schedule.average_weight)
+
+    def update_averages(self, weight: float) -> None:
+        """Move the exponential moving averages of the weights by `weight` towards the weights; the
+        first time, copy them. Each rank has the averages of its rows, in float32."""
+        for bucket in self.buckets:
+            if bucket.group.averaged:
+                local = bucket.values[bucket.shard]
+                bucket.state["average"].lerp_(local, weight if self.num_averages else 1.0)
+        self.num_averages += 1
+
+    def use_averages(self) -> None:
+        """Replace the weights by the mean of the weights and their averages, which are less noisy,
+        but lag behind. Each bucket (head, embedding, matrices of one shape) is then scaled back to
+        its Frobenius norm, because averaging makes it smaller. Without averages, or when they were
+        used already, this does nothing. Collective.
+
+        Averages and norms: record 2026-08-30. A blend of equal parts: pull request 380."""
+        if not self.num_averages:
+            return
+        self.num_averages = 0
+        averaged = [bucket for bucket in self.buckets if bucket.group.averaged]
+        for bucket in averaged:
+            local = bucket.values[bucket.shard]
+            blend = torch.lerp(local, bucket.state["average"], 0.5)
+            squares = torch.stack([local.square().sum(), blend.square().sum()])
+            squares_of_ranks = bucket.all_gather(squares[None])  # (W, 2)
+            bucket.wait()
+            before, after = squares_of_ranks.sum(0)
+            local.copy_(blend * (before / after.clamp(min=1e-30)).sqrt())
+            bucket.all_gather_values()
+        for bucket in averaged:
+            bucket.wait()
 
     def state_dict(self) -> dict:
         """The state of all ranks, which any number of ranks can load. Collective."""
-        return {"num_updates": self.num_updates, "buckets": [b.full_state() for b in self.buckets]}
+        return {"num_updates": self.num_updates, "num_averages": self.num_averages,
+                "buckets": [bucket.full_state() for bucket in self.buckets]}
 
     def load_state_dict(self, state: dict | None) -> None:
         """Load this rank's rows of a state_dict; None: reset. Raises ValueError for other shapes.
         """
         self.num_updates = state["num_updates"] if state else 0
+        self.num_averages = state["num_averages"] if state else 0
         for i, bucket in enumerate(self.buckets):
             bucket.load(state["buckets"][i] if state else None)
 
@@ -1501,6 +1559,8 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
             if schedule.unties:
                 optimizer.untie()
             is_last = step == hp.num_steps
+            if is_last:
+                optimizer.use_averages()
             # Checkpoints don't hold the gradients that Adam sums up between its updates.
             # (save_every is a multiple of adam_every.)
             can_save = is_last or step % hp.adam_every == 0
@@ -1842,8 +1902,9 @@ class Bucket:
     """Parameters stored in one contiguous tensor that is sharded by rows over the ranks.
 
     A row is one matrix (Muon), one row of an embedding table, or one number. All members share
-    rule, betas, decay and comm_dtype; their learning rates may differ. grad_buffer is what the
-    reduce-scatter sends; it is None if the parameter's own gradient can be sent, or is sparse."""
+    rule, betas, decay, comm_dtype and averaged; their learning rates may differ. grad_buffer is
+    what the reduce-scatter sends; it is None if the parameter's own gradient can be sent, or is
+    sparse. state has this rank's rows of all that a checkpoint holds besides the values."""
     def __init__(self, params: list[nn.Parameter], groups: list[Group], sparse: bool, rank: int = 0,
                  world_size: int = 1):
         self.group = groups[0]
@@ -1878,6 +1939,9 @@ class Bucket:
             self.state[name] = torch.zeros_like(local, dtype=torch.float32)
         for name in rule.row_state:
             self.state[name] = torch.zeros_like(local[..., :1], dtype=torch.float32)
+        self.rule_state = list(self.state.values())
+        if self.group.averaged:
+            self.state["average"] = torch.zeros_like(local, dtype=torch.float32)
         self.lr = torch.tensor(groups[0].lr, device=local.device)
         if any(group.lr != groups[0].lr for group in groups):  # one learning rate per row
             lr_of_rows = [torch.full((n,), g.lr) for n, g in zip(rows, groups, strict=True)]
@@ -1918,13 +1982,12 @@ class Bucket:
 
     def local_grad_and_state(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         """This rank's rows of gradient, values and state; for sparse gradients, the active rows."""
-        state = list(self.state.values())
         if self.sparse:
             self.active_rows = self.grad.indices()[0]
-            active_state = [full[self.active_rows] for full in state]
+            active_state = [full[self.active_rows] for full in self.rule_state]
             return self.grad.values(), self.values[self.active_rows], active_state
         self.wait()
-        return self.grad, self.values[self.shard], state
+        return self.grad, self.values[self.shard], self.rule_state
 
     def all_gather(self, local: Tensor) -> Tensor:
         """Start to gather all ranks' rows; the result is complete after wait(). Collective."""
@@ -1934,6 +1997,12 @@ class Bucket:
         full = local.new_empty(self.world_size * len(local), *local.shape[1:])
         self.pending.append((_all_gather(full, local, async_op=True), local))
         return full
+
+    def all_gather_values(self) -> None:
+        """Start to gather all ranks' rows of the values, in place. Collective."""
+        if self.world_size > 1:
+            local = self.values[self.shard]
+            self.pending.append((_all_gather(self.values, local, async_op=True), local))
 
     def wait(self) -> None:
         """Wait for the collectives that were started."""
@@ -1950,12 +2019,11 @@ class Bucket:
         if self.sparse:
             update = update.to(self.values.dtype)
             self.values.index_add_(0, self.active_rows, update, alpha=-lr_scale)
-            for full, active in zip(self.state.values(), state, strict=True):
+            for full, active in zip(self.rule_state, state, strict=True):
                 full[self.active_rows] = active
             return None
-        local = self.values[self.shard].add_(update, alpha=-lr_scale)
-        if self.world_size > 1:
-            self.pending.append((_all_gather(self.values, local, async_op=True), local))
+        self.values[self.shard].add_(update, alpha=-lr_scale)
+        self.all_gather_values()
         return None
 
     def full_state(self) -> dict[str, Tensor]:
@@ -2252,6 +2320,8 @@ def warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperpara
             training_step(model, optimizer, batch, schedule)
         with torch.no_grad():
             model(text, text.clone(), schedule)  # a clone: the compiler would see one tensor twice
+    optimizer.update_averages(1.0)
+    optimizer.use_averages()
     model.load_state_dict(weights)
     optimizer.load_state_dict(None)
 
@@ -2671,6 +2741,7 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
             minimum = 1 if name in at_least_one else 0
             is_valid = minimum <= value < math.inf  # NaN is not
             require(is_valid, f"--{name} {value} must be at least {minimum}")
+    require(hp.average_tail <= 1, f"--average_tail {hp.average_tail} must be at most 1")
     require(0 < hp.cooldown <= 1, f"--cooldown {hp.cooldown} must be more than 0 and at most 1")
     require(hp.extension_steps < hp.num_steps, f"--extension {hp.extension} leaves no other steps")
     require(0 < hp.logit_cap <= 80, f"--logit_cap {hp.logit_cap} must be above 0 and at most 80")
