@@ -14,6 +14,7 @@ from train_gpt import (
     Schedule,
     average_weight,
     lr_scale,
+    muon_momenta,
     muon_momentum,
     parse_arguments,
     rotary_frequencies,
@@ -154,6 +155,17 @@ def test_learning_rates_of_a_run_with_one_stage():
     (1405, 0.85)])
 def test_momentum_rises_over_300_steps_and_falls_over_the_last_50(step, expected):
     assert muon_momentum(step, FINEWEB) == pytest.approx(expected, abs=1e-12)
+
+
+def test_muon_has_a_fast_and_a_slow_momentum_after_two_fifths_of_the_run():
+    """Published: 0.85 and 0.4385 of the fast one, from step 514 of 1,194 on (43%) or 1,000 of
+    3,250 (31%). Before, there is one momentum. The look-ahead always is the scheduled one."""
+    for step in range(1405):
+        nesterov, fast, fast_weight = muon_momenta(step, FINEWEB)
+        assert nesterov == muon_momentum(step, FINEWEB)
+        assert (fast, fast_weight) == ((nesterov, 1.0) if step < 562 else (0.85, 0.4385)), step
+    laptop = parse_arguments(["--track=laptop"])
+    assert all(muon_momenta(step, laptop).fast_weight == 1 for step in range(laptop.num_steps))
 
 
 def test_averages_of_weights_are_updated_in_every_fourth_step_of_the_tail():

@@ -109,14 +109,14 @@ class ReferenceOptimizer:
         if self.averages:
             self.averages["embed.weight"] = self.averages["head.linear.weight"][0].clone()
 
-    def step(self, grads, lr_scale, momentum):
+    def step(self, grads, lr_scale, momentum, fast_decay, fast_weight):
         """grads: by name, of the loss summed over the tokens of a step and divided by 8. lr_scale:
-        the schedule's factor of all learning rates. Adam updates in every second step with the
-        summed gradients."""
+        the schedule's factor of all learning rates. momentum, fast_decay and fast_weight: Muon's.
+        Adam updates in every second step with the summed gradients."""
         self.steps += 1
         for name, grad in grads.items():
             if muon_lr_factor(name):
-                self.muon(name, grad.double(), lr_scale, momentum)
+                self.muon(name, grad.double(), lr_scale, momentum, fast_decay, fast_weight)
             else:
                 self.grad_sums[name] = self.grad_sums.get(name, 0) + grad.double()
         if self.steps % 2 == 0:
@@ -144,17 +144,19 @@ class ReferenceOptimizer:
                 self.values[name] = blends[name] * before / after
         self.averages = {}
 
-    def muon(self, name, grad, lr_scale, momentum):
+    def muon(self, name, grad, lr_scale, momentum, fast_decay, fast_weight):
         lr = MUON_LR * muon_lr_factor(name) * lr_scale
         decay = MUON_LR * lr_scale * MUON_DECAY
         if name not in self.moments:
             second_moments = torch.zeros(grad.shape[:2], dtype=torch.double)
-            self.moments[name] = [torch.zeros_like(grad), second_moments]
-        buffers, second_moments = self.moments[name]
+            self.moments[name] = [torch.zeros_like(grad), torch.zeros_like(grad), second_moments]
+        fast, slow, second_moments = self.moments[name]
         parts = self.values[name]
         for i in range(len(parts)):
-            buffers[i] = momentum * buffers[i] + (1 - momentum) * grad[i]
-            update = polar_express((1 - momentum) * grad[i] + momentum * buffers[i])
+            fast[i] = fast_decay * fast[i] + (1 - fast_decay) * grad[i]
+            slow[i] = 0.98 * slow[i] + 0.02 * grad[i]
+            mean = fast_weight * fast[i] + (1 - fast_weight) * slow[i]
+            update = polar_express((1 - momentum) * grad[i] + momentum * mean)
             update, second_moments[i] = normalize_rows(update, second_moments[i])
             shrinks = update * parts[i] >= 0
             parts[i] = parts[i] - lr * (update + decay * shrinks * parts[i])

@@ -243,6 +243,8 @@ class Hyperparameters:
     momentum_end: float = setting(0.95, "Muon momentum in between")
     momentum_warmup: float = setting(300 / 1405, "fraction of the steps in which momentum rises")
     momentum_cooldown: float = setting(50 / 1405, "fraction of the steps in which it falls")
+    two_momenta_from: float = setting(
+        0.4, "fraction of the steps after which Muon has a fast and a slow momentum; 1: never")
     cooldown: float = setting(0.6, "fraction of the schedule in which learning rates decay")
     lr_floor: float = setting(0.15, "learning rates' factor at the end of the schedule")
     average_tail: float = setting(
@@ -299,8 +301,8 @@ PRESETS = {
         attention_scale=0.125, final_window=256, pointer_window=0, logit_cap=30.0,
         logit_shift=0.0, head_lr=0.012, value_lr=2.4, ngram_lr=1.5, ngram_rule="lazy_adam",
         adam_every=1, adam_decay=0.0, muon_lr=0.045, muon_decay=0.0, muon_beta2=0.95,
-        momentum_warmup=50 / 170, momentum_cooldown=0.0, cooldown=0.5, lr_floor=0.0,
-        average_tail=0.0, val_every=85),
+        momentum_warmup=50 / 170, momentum_cooldown=0.0, two_momenta_from=1.0, cooldown=0.5,
+        lr_floor=0.0, average_tail=0.0, val_every=85),
 }
 
 
@@ -361,6 +363,23 @@ def muon_momentum(step: int, hp: Hyperparameters) -> float:
     return (1 - fraction) * hp.momentum_start + fraction * hp.momentum_end
 
 
+class Momenta(NamedTuple):
+    """Muon's momenta at a step; see muon_direction. Floats or 0-dim tensors."""
+    nesterov: float     # weight of the momentum in the direction; the rest is the gradient's
+    fast: float         # decay of the fast momentum
+    fast_weight: float  # weight of the fast momentum; the rest is the slow one's
+
+
+def muon_momenta(step: int, hp: Hyperparameters) -> Momenta:
+    """One momentum at first, then a fast and a slow one (pull request 340, arXiv 2608.22994). The
+    decay of the slow one is always 0.98; the gradients in their mean are 30 steps old on average.
+    """
+    momentum = muon_momentum(step, hp)
+    if step < hp.two_momenta_from * hp.num_steps:
+        return Momenta(nesterov=momentum, fast=momentum, fast_weight=1.0)
+    return Momenta(nesterov=momentum, fast=0.85, fast_weight=0.4385)
+
+
 def average_weight(step: int, hp: Hyperparameters) -> float:
     """The weight of the current weights in the averages that are updated after a step; 0 for steps
     that do not update them.
@@ -411,7 +430,7 @@ class Schedule:
         stage = hp.stages[index]
         previous = hp.stages[stage_index(max(step - 1, 0), hp)]
         self.lr_scale = lr_scale(step, hp)
-        self.momentum = muon_momentum(step, hp)
+        self.momenta = muon_momenta(step, hp)
         self.average_weight = average_weight(step, hp)
         self.tied = stage.tied
         self.unties = previous.tied and not stage.tied  # the embedding becomes a copy of the head
@@ -1222,17 +1241,20 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return (x.mT if is_wide else x).view(matrices.shape)
 
 
-def muon_direction(group: Group, grad: Tensor, momentum_buffer: Tensor, second_moment: Tensor,
-                   momentum: Tensor, _: Tensor) -> Tensor:
+def muon_direction(group: Group, grad: Tensor, fast_momentum: Tensor, slow_momentum: Tensor,
+                   second_moment: Tensor, momenta: Momenta, _: Tensor) -> Tensor:
     """Muon (record 2024-10-14) for grad (matrices, rows, columns): Nesterov momentum,
-    orthogonalized.
+    orthogonalized. The momentum is a weighted mean of two moving averages of the gradient; see
+    muon_momenta.
 
     NorMuon (arXiv 2510.05491, record 2025-10-24): then each row is divided by its root mean square
     over time, from second_moment (matrices, rows, 1), and each matrix is scaled back to its norm.
     """
     grad = grad.float()
-    momentum_buffer.add_((1 - momentum) * (grad - momentum_buffer))
-    direction = grad + momentum * (momentum_buffer - grad)
+    fast_momentum.add_((1 - momenta.fast) * (grad - fast_momentum))
+    slow_momentum.add_((1 - 0.98) * (grad - slow_momentum))
+    momentum = momenta.fast_weight * fast_momentum + (1 - momenta.fast_weight) * slow_momentum
+    direction = grad + momenta.nesterov * (momentum - grad)
     direction = orthogonalize(direction.to(group.comm_dtype)).float()
     second_moment.lerp_(direction.square().mean(-1, keepdim=True), 1 - group.betas[0])
     normalized = direction * second_moment.clamp(min=1e-10).rsqrt()
@@ -1241,7 +1263,7 @@ def muon_direction(group: Group, grad: Tensor, momentum_buffer: Tensor, second_m
     return normalized * (norm_before / norm_after.clamp(min=1e-10))
 
 
-def adam_direction(group: Group, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, _: Tensor,
+def adam_direction(group: Group, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, _: Momenta,
                    bias1: Tensor, bias2: Tensor) -> Tensor:
     """Adam (arXiv 1412.6980) in float32. bias1, bias2: 1 - beta^t. With the rule lazy_adam, rows
     without a gradient are skipped, their moments included."""
@@ -1257,8 +1279,8 @@ def adam_direction(group: Group, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tens
 
 
 class Rule(NamedTuple):
-    """An update rule. direction(group, grad, *state, momentum, *bias_corrections) updates the state
-    in place and returns the direction to step against. momentum is Muon's, bias_corrections are 1 -
+    """An update rule. direction(group, grad, *state, momenta, *bias_corrections) updates the state
+    in place and returns the direction to step against. momenta are Muon's, bias_corrections are 1 -
     beta^t of each of the group's betas; all are 0-dim tensors. The state is float32."""
     direction: Callable
     state: tuple[str, ...]      # state tensors of the parameter's shape
@@ -1268,7 +1290,8 @@ class Rule(NamedTuple):
 
 
 RULES = {
-    "muon": Rule(muon_direction, ("momentum_buffer",), ("second_moment",), True, every_step=True),
+    "muon": Rule(muon_direction, ("fast_momentum", "slow_momentum"), ("second_moment",), True,
+                 every_step=True),
     "adam": Rule(adam_direction, ("exp_avg", "exp_avg_sq"), (), False, every_step=False),
     "lazy_adam": Rule(adam_direction, ("exp_avg", "exp_avg_sq"), (), False, every_step=False),
 }
@@ -1276,20 +1299,20 @@ RULES = {
 
 def compute_update(direction: Callable, group: Group, grad: Tensor, values: Tensor,
                    state: list[Tensor], lr: Tensor, lr_scale: Tensor,
-                   *direction_args: Tensor) -> Tensor:
+                   momenta: Momenta, *bias_corrections: Tensor) -> Tensor:
     """The update to subtract from values, in comm_dtype, before the schedule's factor lr_scale.
 
     grad, values, state: this rank's rows of a bucket, (matrices, rows, columns) for Muon, (rows,
-    columns) of a table, or (numbers,). lr: 0-dim or one number per row. lr_scale and
-    direction_args (momentum and bias corrections): 0-dim.
+    columns) of a table, or (numbers,). lr: 0-dim or one number per row. The other numbers: 0-dim.
 
     Cautious weight decay (arXiv 2510.12402, records 2025-11-10, 2025-12-18) decays a weight only
     where the update shrinks it anyway. The decay is multiplied by lr_scale here, and again when the
     update is applied, so it falls with the square of the schedule."""
-    update = direction(group, grad, *state, *direction_args)
+    update = direction(group, grad, *state, momenta, *bias_corrections)
     if group.decay:
         product = update * values
-        # Muon also decays a weight whose update is zero, as in modded-nanogpt.
+        # Muon also decays a weight whose update is zero, as in modded-nanogpt. (With two momenta,
+        # record 2026-08-30 decays where the slow momentum has the sign of the weight.)
         shrinks = product >= 0 if group.rule == "muon" else product > 0
         update = update + group.decay * lr_scale * values * shrinks
     return (lr * update).to(group.comm_dtype)
@@ -1355,16 +1378,18 @@ class Optimizer:
                and any(p.grad is not None for p in bucket.params)]
         for bucket in due:
             bucket.reduce_scatter_grads()
+        lr_scale = torch.tensor(schedule.lr_scale)
+        momenta = Momenta(*map(torch.tensor, schedule.momenta))
         updates = []
         for bucket in due:
             group = bucket.group
             rule = RULES[group.rule]
             grad, values, state = bucket.local_grad_and_state()
             t = self.num_updates // (1 if rule.every_step else self.adam_every)
-            bias_corrections = [1 - beta ** t for beta in group.betas]
-            numbers = [schedule.lr_scale, schedule.momentum, *bias_corrections]  # 0-dim tensors
+            bias_corrections = [torch.tensor(1 - beta ** t) for beta in group.betas]
             update = self.update_fns[group.rule](
-                rule.direction, group, grad, values, state, bucket.lr, *map(torch.tensor, numbers))
+                rule.direction, group, grad, values, state, bucket.lr, lr_scale, momenta,
+                *bias_corrections)
             # Starts the all-gather. Returns None if the bucket has subtracted the update itself.
             updates.append(bucket.start_update(update, state, schedule.lr_scale))
         for bucket, update in zip(due, updates, strict=True):
