@@ -720,10 +720,35 @@ def test_a_bucket_sends_all_gradients_once(rule, shapes, world_size, monkeypatch
         assert full_grad.data_ptr() == grads[0].data_ptr()
 
 
-def test_optimizer_state_can_be_loaded_by_any_number_of_ranks(recipe):
+@pytest.mark.parametrize("rule, shapes", MEMBERS)
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_rounded_values_have_exact_rows(rule, shapes, world_size, monkeypatch):
+    """Updates that are too small for bfloat16 add up. The parameters and what a rank sends are the
+    rounded exact values."""
+    monkeypatch.setattr(train_gpt, "_all_gather", lambda full, rows, **_: None)
+    torch.manual_seed(0)
+    values = [1 + torch.rand(shape) for shape in shapes]
+    groups = [make_group(rule)._replace(comm_dtype=torch.bfloat16)] * len(shapes)
+    for rank in range(world_size):
+        params = [torch.nn.Parameter(value.clone()) for value in values]
+        bucket = Bucket(params, groups, False, rank, world_size)
+        for p, value in zip(params, values, strict=True):
+            assert torch.equal(p, value.bfloat16())
+        initial = bucket.local.clone()
+        assert torch.equal(initial, bucket.values[bucket.shard].float())  # rounded, too
+        for _ in range(100):
+            bucket.start_update(torch.full_like(bucket.local, 1e-3), [], lr_scale=0.1)
+        torch.testing.assert_close(bucket.local, initial - 0.01, atol=1e-4, rtol=0)
+        rows = bucket.values[bucket.shard]
+        assert torch.equal(rows, bucket.local.bfloat16())
+        assert not torch.equal(rows, initial.bfloat16())
+
+
+@pytest.mark.parametrize("comm_dtype", [torch.float32, torch.bfloat16])
+def test_optimizer_state_can_be_loaded_by_any_number_of_ranks(recipe, comm_dtype):
     """Each of 8 ranks loads its rows of what one rank saved; together they have all rows once."""
     model = build_model(recipe, CPU, torch.float32, flex=False)
-    optimizer = Optimizer(model, recipe, torch.float32)
+    optimizer = Optimizer(model, recipe, comm_dtype)
     for step in range(2):
         add_grads(model, random_grads(model, tied=True, seed=step))
         optimizer.step(Schedule(step, recipe, CPU))
@@ -733,7 +758,7 @@ def test_optimizer_state_can_be_loaded_by_any_number_of_ranks(recipe):
     ranks = []
     for rank in range(8):
         same_model = build_model(recipe, CPU, torch.float32, flex=False)
-        ranks.append(Optimizer(same_model, recipe, torch.float32, rank, 8))
+        ranks.append(Optimizer(same_model, recipe, comm_dtype, rank, 8))
         ranks[-1].load_state_dict(state)
         assert ranks[-1].num_updates == 2
     for i, full_state in enumerate(state["buckets"]):
@@ -744,8 +769,9 @@ def test_optimizer_state_can_be_loaded_by_any_number_of_ranks(recipe):
 
     optimizer.load_state_dict(None)  # resets it
     assert optimizer.num_updates == 0
-    for full_state in optimizer.state_dict()["buckets"]:
-        assert not any(value.any() for value in full_state.values())
+    for bucket in optimizer.buckets:
+        assert torch.equal(bucket.local, bucket.values.float())
+        assert not any(value.any() for value in bucket.state.values() if value is not bucket.local)
 
 
 def test_optimizer_state_of_another_shape_is_refused(recipe, hp):

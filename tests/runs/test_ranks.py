@@ -242,16 +242,21 @@ def test_another_number_of_ranks_resumes(setup, monkeypatch, before, after):
         assert_alike(result["optimizer"], alone["optimizer"])
 
 
-def test_rounded_updates_reach_all_ranks(setup, monkeypatch):
-    """Float32 weights whose gradients and updates are sent in bfloat16 stay equal on all ranks."""
+def test_rounded_weights_reach_all_ranks(setup, monkeypatch):
+    """Weights in bfloat16, of which each rank has its rows in float32, are equal on all ranks, and
+    the losses are close to those of one rank and to those in float32."""
     hp = setup("recipe", 2)
+    exact = train_some(hp)
     alone = train_some(hp, comm_dtype=torch.bfloat16)
     with monkeypatch.context() as patch:
         ranks = ThreadRanks(2, patch)
         results = ranks.run(lambda rank: train_some(hp, rank, 2, torch.bfloat16))
     assert_ranks_are_equal(results)
-    assert results[0]["losses"] == pytest.approx(alone["losses"], abs=0.02)
-    assert results[0]["val_loss"] == pytest.approx(alone["val_loss"], abs=0.02)
+    assert results[0]["model"]["blocks.0.mlp.fc.weight"].dtype == torch.bfloat16
+    assert results[0]["model"]["head.linear.weight"].dtype == torch.bfloat16
+    for other in (alone, exact):
+        assert results[0]["losses"] == pytest.approx(other["losses"], abs=0.02)
+        assert results[0]["val_loss"] == pytest.approx(other["val_loss"], abs=0.02)
 
 
 @pytest.mark.parametrize("cores, processes, threads", [(6, 1, 6), (6, 2, 3), (64, 1, 8), (2, 4, 1)])

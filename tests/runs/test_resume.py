@@ -89,13 +89,15 @@ def test_averages_of_the_weights_are_used_once(recipe_home, monkeypatch):
         assert torch.equal(value, saved["model"][name]), name
 
 
-def test_laptop_run_resumes_exactly(home):
-    """With the warm-up, which comes before the checkpoint is loaded, in the first run's log."""
-    whole = home.run("--save_every=3", "--val_every=2")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_laptop_run_resumes_exactly(home, dtype):
+    """With the warm-up, which comes before the checkpoint is loaded, in the first run's log. In
+    bfloat16 with the exact values of the weights, from which the averages are made."""
+    whole = home.run("--save_every=3", "--val_every=2", f"--dtype={dtype}", "--average_tail=1")
     assert whole.code == 0, whole.err
     last = checkpoint(home, 6)
     last = last.rename(last.with_suffix(".whole"))
-    rest = home.run("--save_every=3", "--val_every=2", "--resume", checkpoint(home, 3))
+    rest = home.run("--save_every=3", "--resume", checkpoint(home, 3), flags_before=[])
     assert rest.code == 0, rest.err
     found = metric_lines(rest.out)
     assert len(found) == 5  # three training losses, two validations

@@ -738,7 +738,7 @@ class InputEmbedding(nn.Module):
         self.ngram_lambda = nn.Parameter(torch.tensor(0.05))  # layer 0's n-grams: GPT.body
 
     def forward(self, embed: Tensor, is_doc_start: Tensor, dtype: torch.dtype) -> Tensor:
-        """embed: (N, D) float32, the tokens' rows of the table. Returns x0, (N, D), in dtype."""
+        """embed: (N, D), the tokens' rows of the table. Returns x0, (N, D), in dtype."""
         embed = embed.to(dtype)
         previous = torch.where(is_doc_start[:, None], 0, embed.roll(1, 0))
         smear = self.smear_lambda * gate(self.smear_gate, embed[:, :GATE_DIMS])
@@ -989,7 +989,8 @@ class GPT(nn.Module):
 def build_model(hp: Hyperparameters, device: torch.device, dtype: torch.dtype, flex: bool,
                 sparse: bool = False) -> GPT:
     """The model with initial weights from hp.seed. Value and n-gram embeddings have the dtype of
-    the activations, all other weights are float32."""
+    the activations, all other weights are float32. Then Optimizer rounds matrices, head and token
+    embedding to the dtype of the activations, in which they are used; see Bucket."""
     torch.manual_seed(hp.seed)
     with device:
         model = GPT(hp, flex, sparse)
@@ -1171,7 +1172,7 @@ class Group(NamedTuple):
     lr: float                  # learning rate, before the schedule's factor
     betas: tuple[float, ...]   # decay of the moments per update
     decay: float               # cautious weight decay; see compute_update
-    comm_dtype: torch.dtype    # dtype of gradients and updates between ranks; Muon computes in it
+    comm_dtype: torch.dtype    # dtype of weights and gradients between ranks; Muon computes in it
     averaged: bool = False     # ends as a blend with its average; see Optimizer.use_averages
 
 
@@ -1300,7 +1301,7 @@ RULES = {
 def compute_update(direction: Callable, group: Group, grad: Tensor, values: Tensor,
                    state: list[Tensor], lr: Tensor, lr_scale: Tensor,
                    momenta: Momenta, *bias_corrections: Tensor) -> Tensor:
-    """The update to subtract from values, in comm_dtype, before the schedule's factor lr_scale.
+    """The update to subtract from values, in their dtype, before the schedule's factor lr_scale.
 
     grad, values, state: this rank's rows of a bucket, (matrices, rows, columns) for Muon, (rows,
     columns) of a table, or (numbers,). lr: 0-dim or one number per row. The other numbers: 0-dim.
@@ -1315,14 +1316,14 @@ def compute_update(direction: Callable, group: Group, grad: Tensor, values: Tens
         # record 2026-08-30 decays where the slow momentum has the sign of the weight.)
         shrinks = product >= 0 if group.rule == "muon" else product > 0
         update = update + group.decay * lr_scale * values * shrinks
-    return (lr * update).to(group.comm_dtype)
+    return (lr * update).to(values.dtype)
 
 
 class Optimizer:
     """Muon and Adam with optimizer state sharded over the ranks (ZeRO-1, arXiv 1910.02054).
 
     Parameters that are updated alike are concatenated into buckets. A bucket's gradients are
-    reduce-scattered, each rank updates its rows, and the results are all-gathered, while other
+    reduce-scattered, each rank updates its rows, and the new weights are all-gathered, while other
     buckets are computed. Adam updates in every adam_every-th step with the summed
     gradients (record 2025-09-30)."""
     def __init__(self, model: GPT, hp: Hyperparameters, dtype: torch.dtype, rank: int = 0,
@@ -1380,7 +1381,6 @@ class Optimizer:
             bucket.reduce_scatter_grads()
         lr_scale = torch.tensor(schedule.lr_scale)
         momenta = Momenta(*map(torch.tensor, schedule.momenta))
-        updates = []
         for bucket in due:
             group = bucket.group
             rule = RULES[group.rule]
@@ -1390,12 +1390,9 @@ class Optimizer:
             update = self.update_fns[group.rule](
                 rule.direction, group, grad, values, state, bucket.lr, lr_scale, momenta,
                 *bias_corrections)
-            # Starts the all-gather. Returns None if the bucket has subtracted the update itself.
-            updates.append(bucket.start_update(update, state, schedule.lr_scale))
-        for bucket, update in zip(due, updates, strict=True):
+            bucket.start_update(update, state, schedule.lr_scale)
+        for bucket in due:
             bucket.wait()
-            if update is not None:
-                bucket.values.add_(update, alpha=-schedule.lr_scale)
         if schedule.average_weight:
             self.update_averages(schedule.average_weight)
 
@@ -1404,8 +1401,7 @@ class Optimizer:
         first time, copy them. Each rank has the averages of its rows, in float32."""
         for bucket in self.buckets:
             if bucket.group.averaged:
-                local = bucket.values[bucket.shard]
-                bucket.state["average"].lerp_(local, weight if self.num_averages else 1.0)
+                bucket.state["average"].lerp_(bucket.local, weight if self.num_averages else 1.0)
         self.num_averages += 1
 
     def use_averages(self) -> None:
@@ -1420,13 +1416,12 @@ class Optimizer:
         self.num_averages = 0
         averaged = [bucket for bucket in self.buckets if bucket.group.averaged]
         for bucket in averaged:
-            local = bucket.values[bucket.shard]
-            blend = torch.lerp(local, bucket.state["average"], 0.5)
-            squares = torch.stack([local.square().sum(), blend.square().sum()])
+            blend = torch.lerp(bucket.local, bucket.state["average"], 0.5)
+            squares = torch.stack([bucket.local.square().sum(), blend.square().sum()])
             squares_of_ranks = bucket.all_gather(squares[None])  # (W, 2)
             bucket.wait()
             before, after = squares_of_ranks.sum(0)
-            local.copy_(blend * (before / after.clamp(min=1e-30)).sqrt())
+            bucket.local.copy_(blend * (before / after.clamp(min=1e-30)).sqrt())
             bucket.all_gather_values()
         for bucket in averaged:
             bucket.wait()
@@ -1924,12 +1919,18 @@ def group_of(name: str, groups: list[Group]) -> Group:
 
 
 class Bucket:
-    """Parameters stored in one contiguous tensor that is sharded by rows over the ranks.
+    """Parameters stored in one contiguous tensor, `values`, that is sharded by rows over the ranks.
 
     A row is one matrix (Muon), one row of an embedding table, or one number. All members share
     rule, betas, decay, comm_dtype and averaged; their learning rates may differ. grad_buffer is
     what the reduce-scatter sends; it is None if the parameter's own gradient can be sent, or is
-    sparse. state has this rank's rows of all that a checkpoint holds besides the values."""
+    sparse. state has this rank's rows of all that a checkpoint holds besides the values.
+
+    values have comm_dtype, and so have the gradients, also while micro-batches and Adam's steps add
+    up. Where the model was built with float32 parameters and comm_dtype is bfloat16, values are
+    rounded, and each rank has the exact float32 values of its rows, which it updates (record
+    2026-01-04). They begin as the rounded initial values. local is this rank's rows of the exact
+    values, or a view of its rows of values if these are not rounded."""
     def __init__(self, params: list[nn.Parameter], groups: list[Group], sparse: bool, rank: int = 0,
                  world_size: int = 1):
         self.group = groups[0]
@@ -1948,13 +1949,14 @@ class Bucket:
         rows_per_rank = math.ceil(self.num_rows / world_size)
         self.shard = slice(rank * rows_per_rank, (rank + 1) * rows_per_rank)  # this rank's rows
 
-        self.values = params[0].new_zeros(world_size * rows_per_rank, *row_shape)  # with padding
+        num_padded = world_size * rows_per_rank
+        dtype = self.group.comm_dtype
+        self.values = params[0].new_zeros(num_padded, *row_shape, dtype=dtype)
+        self.is_rounded = params[0].dtype != dtype
         for view, p in zip(self.views(self.values), params, strict=True):
             p.data = view.copy_(p.detach())
-        dtype = self.group.comm_dtype if world_size > 1 else self.values.dtype
-        self.same_dtype = dtype == self.values.dtype  # values can be sent as they are
-        no_copy = self.same_dtype and len(params) == 1 and len(self.values) == self.num_rows
-        self.grad_buffer = None if no_copy else torch.zeros_like(self.values, dtype=dtype)
+        no_copy = len(params) == 1 and num_padded == self.num_rows
+        self.grad_buffer = None if no_copy else torch.zeros_like(self.values)
         self.grad = None   # the sum over the ranks
         self.pending = []  # collectives that were started: (handle, the tensor that is sent)
 
@@ -1967,10 +1969,13 @@ class Bucket:
         self.rule_state = list(self.state.values())
         if self.group.averaged:
             self.state["average"] = torch.zeros_like(local, dtype=torch.float32)
+        self.local = local
+        if self.is_rounded:
+            self.local = self.state["exact_values"] = local.float()
         self.lr = torch.tensor(groups[0].lr, device=local.device)
         if any(group.lr != groups[0].lr for group in groups):  # one learning rate per row
             lr_of_rows = [torch.full((n,), g.lr) for n, g in zip(rows, groups, strict=True)]
-            padding = len(self.values) - self.num_rows
+            padding = num_padded - self.num_rows
             lr = F.pad(torch.cat(lr_of_rows), (0, padding)).to(local.device)
             self.lr = lr[self.shard].view(-1, *[1] * len(row_shape))
 
@@ -2010,9 +2015,9 @@ class Bucket:
         if self.sparse:
             self.active_rows = self.grad.indices()[0]
             active_state = [full[self.active_rows] for full in self.rule_state]
-            return self.grad.values(), self.values[self.active_rows], active_state
+            return self.grad.values(), self.local[self.active_rows], active_state
         self.wait()
-        return self.grad, self.values[self.shard], self.rule_state
+        return self.grad, self.local, self.rule_state
 
     def all_gather(self, local: Tensor) -> Tensor:
         """Start to gather all ranks' rows; the result is complete after wait(). Collective."""
@@ -2024,10 +2029,13 @@ class Bucket:
         return full
 
     def all_gather_values(self) -> None:
-        """Start to gather all ranks' rows of the values, in place. Collective."""
+        """Copy local to values, where it is rounded, and start to gather all ranks' rows.
+        Collective."""
+        rows = self.values[self.shard]
+        if self.is_rounded:
+            rows.copy_(self.local)
         if self.world_size > 1:
-            local = self.values[self.shard]
-            self.pending.append((_all_gather(self.values, local, async_op=True), local))
+            self.pending.append((_all_gather(self.values, rows, async_op=True), rows))
 
     def wait(self) -> None:
         """Wait for the collectives that were started."""
@@ -2035,21 +2043,16 @@ class Bucket:
             handle.wait()
         self.pending.clear()
 
-    def start_update(self, update: Tensor, state: list[Tensor], lr_scale: float) -> Tensor | None:
+    def start_update(self, update: Tensor, state: list[Tensor], lr_scale: float) -> None:
         """Subtract lr_scale * update from the rows of local_grad_and_state(), and start to gather
-        all ranks' values. If values are more precise than comm_dtype, gather the updates instead
-        and return them, for the caller to subtract after wait(). Collective."""
-        if not self.same_dtype:
-            return self.all_gather(update)
+        all ranks' values. state: that of these rows. Collective."""
         if self.sparse:
-            update = update.to(self.values.dtype)
-            self.values.index_add_(0, self.active_rows, update, alpha=-lr_scale)
+            self.local.index_add_(0, self.active_rows, update, alpha=-lr_scale)
             for full, active in zip(self.rule_state, state, strict=True):
                 full[self.active_rows] = active
-            return None
-        self.values[self.shard].add_(update, alpha=-lr_scale)
+        else:
+            self.local.add_(update, alpha=-lr_scale)
         self.all_gather_values()
-        return None
 
     def full_state(self) -> dict[str, Tensor]:
         """All ranks' rows of the state, without padding. Collective."""
@@ -2058,11 +2061,13 @@ class Bucket:
         return full
 
     def load(self, full_state: dict[str, Tensor] | None) -> None:
-        """Load this rank's rows of a full_state; None: zeros. Raises ValueError for other shapes.
-        """
+        """Load this rank's rows of a full_state; None: zeros. Exact values that it does not have
+        are the values, which must be loaded before. Raises ValueError for other shapes."""
         for name, local in self.state.items():
             local.zero_()
-            if full_state:
+            if name == "exact_values" and name not in (full_state or {}):
+                local.copy_(self.values[self.shard])
+            elif full_state:
                 expected = (self.num_rows, *local.shape[1:])
                 if full_state[name].shape != expected:
                     raise ValueError(f"the optimizer state {name} has the shape "
