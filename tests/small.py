@@ -33,7 +33,8 @@ TINY = [
 # The full recipe (fineweb's LAYERS and STAGES) on the laptop track's bytes, with a width of 32. Its
 # stages begin at steps 0, 4, 8, 11 and 12, with batches of 2, 4, 6, 6 and 6 sequences; the
 # embedding is untied at step 8. The sampled softmax has 106, 149 and 256 of 384 entries in the
-# first stages.
+# first stages. Averages of the weights are updated after 6, 10 and 14 steps.
+# Muon has two momenta from step 6 on.
 RECIPE = [
     "--track=laptop", "--device=cpu", "--dtype=float32", "--compile=off", "--num_steps=14",
     "--extension=0.142857", "--batch_size=2", "--micro_batch=2", "--sequence_length=256",
@@ -43,7 +44,8 @@ RECIPE = [
     "--logit_cap=23", "--logit_shift=5", "--logit_scale=7.5", "--head_lr=0.008", "--value_lr=0.6",
     "--ngram_lr=0.6", "--adam_every=2", "--adam_decay=0.005", "--muon_lr=0.023", "--muon_decay=1.2",
     "--muon_beta2=0.9", "--momentum_warmup=0.285714", "--momentum_cooldown=0.214286",
-    "--cooldown=0.6", "--lr_floor=0.15", "--val_every=4", "--log_every=1"]
+    "--two_momenta_from=0.4", "--cooldown=0.6", "--lr_floor=0.15", "--average_tail=0.7",
+    "--val_every=4", "--log_every=1"]
 SHORTER = 8         # divides the recipe's windows, which become 48 to 208 tokens, and documents
 FEWER_CLASSES = 96  # divides the size of its sampled softmax
 

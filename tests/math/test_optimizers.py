@@ -14,6 +14,7 @@ from train_gpt import (
     Bucket,
     Group,
     Hyperparameters,
+    Momenta,
     Optimizer,
     Schedule,
     UserError,
@@ -37,9 +38,26 @@ def make_group(rule, betas=(0.8, 0.95), decay=0.0, lr=0.1):
 MUON = make_group("muon", betas=(0.95,))
 
 
+def momenta(nesterov=0.9, fast=None, fast_weight=1.0):
+    """Momenta as tensors; by default one momentum."""
+    fast = nesterov if fast is None else fast
+    return Momenta(torch.tensor(nesterov), torch.tensor(fast), torch.tensor(fast_weight))
+
+
+def muon_state(*shape):
+    """Muon's state tensors for (matrices, rows, columns)."""
+    return torch.zeros(shape), torch.zeros(shape), torch.zeros(*shape[:2], 1)
+
+
+def muon(grad, state, *numbers):
+    """muon_direction; numbers: those of momenta(). The last argument, a bias correction, is
+    Adam's."""
+    return muon_direction(MUON, grad, *state, momenta(*numbers), torch.tensor(0.0))
+
+
 def adam_numbers(t, betas=(0.8, 0.95)):
-    """The last arguments of adam_direction at its t-th update: momentum, bias corrections."""
-    return [torch.tensor(0.9), *(torch.tensor(1 - beta ** t) for beta in betas)]
+    """The last arguments of adam_direction at its t-th update: momenta, bias corrections."""
+    return [momenta(), *(torch.tensor(1 - beta ** t) for beta in betas)]
 
 
 # --- Orthogonalization ----------------------------------------------------------------------------
@@ -84,9 +102,17 @@ def test_orthogonalize_maps_zero_to_zero():
 # --- Muon -----------------------------------------------------------------------------------------
 
 
-def test_muon_orthogonalizes_a_nesterov_average_of_the_gradients(monkeypatch):
-    """The buffer is an average with weights (1 - m) m^age, and (1 - m) grad + m buffer is
-    orthogonalized, also if the momentum m changes from step to step."""
+def average_of(grads, decays):
+    """The moving average of gradients with weights (1 - m) m^age, if each m is its step's."""
+    average = 0
+    for s, grad in enumerate(grads):
+        average = average + (1 - decays[s]) * math.prod(decays[s + 1:]) * grad
+    return average
+
+
+@pytest.fixture
+def orthogonalized(monkeypatch):
+    """What was orthogonalized. The result is all ones."""
     inputs = []
 
     def record_input(x):
@@ -94,18 +120,49 @@ def test_muon_orthogonalizes_a_nesterov_average_of_the_gradients(monkeypatch):
         return torch.ones_like(x)
 
     monkeypatch.setattr(train_gpt, "orthogonalize", record_input)
+    return inputs
+
+
+def test_muon_orthogonalizes_a_nesterov_average_of_the_gradients(orthogonalized):
+    """(1 - n) grad + n momentum, where the momentum is a mean of two moving averages, also if their
+    decays change from step to step. The slow one always decays by 0.98."""
     torch.manual_seed(0)
     grads = torch.randn(5, 2, 6, 4)
-    momenta = (0.85, 0.86, 0.87, 0.95, 0.9)
-    buffer, second_moment = torch.zeros(2, 6, 4), torch.zeros(2, 6, 1)
-    for t, momentum in enumerate(momenta):
-        muon_direction(MUON, grads[t], buffer, second_moment, torch.tensor(momentum),
-                       torch.tensor(0.0))
-        average = 0
-        for s in range(t + 1):
-            average = average + (1 - momenta[s]) * math.prod(momenta[s + 1:t + 1]) * grads[s]
-        torch.testing.assert_close(buffer, average)
-        torch.testing.assert_close(inputs[-1], (1 - momentum) * grads[t] + momentum * average)
+    numbers = [(0.85, 0.85, 1.0), (0.86, 0.86, 1.0), (0.87, 0.87, 1.0), (0.95, 0.85, 0.4),
+               (0.9, 0.84, 0.3)]
+    state = fast, slow, _ = muon_state(2, 6, 4)
+    for t, (nesterov, decay, weight) in enumerate(numbers):
+        muon(grads[t], state, nesterov, decay, weight)
+        expected_fast = average_of(grads[:t + 1], [decay for _, decay, _ in numbers[:t + 1]])
+        expected_slow = average_of(grads[:t + 1], [0.98] * (t + 1))
+        torch.testing.assert_close(fast, expected_fast)
+        torch.testing.assert_close(slow, expected_slow)
+        momentum = weight * expected_fast + (1 - weight) * expected_slow
+        torch.testing.assert_close(
+            orthogonalized[-1], (1 - nesterov) * grads[t] + nesterov * momentum)
+
+
+def test_the_slow_momentum_has_no_effect_before_the_second_part(orthogonalized):
+    """With weight 1 of the fast one, not even on the last bit."""
+    torch.manual_seed(0)
+    grads = torch.randn(3, 2, 6, 4)
+    with_slow, without_slow = muon_state(2, 6, 4), muon_state(2, 6, 4)
+    with_slow[1].normal_()
+    for grad in grads:
+        muon(grad, with_slow)
+        muon(grad, without_slow)
+        assert torch.equal(*orthogonalized[-2:])
+
+
+def test_a_constant_gradient_has_the_same_direction_with_two_momenta():
+    torch.manual_seed(0)
+    grad = torch.randn(2, 24, 8)
+    state = muon_state(2, 24, 8)
+    directions = []
+    for fast_weight in (1.0, 1.0, 0.4385, 0.4385):
+        directions.append(muon(grad, state, 0.95, 0.85, fast_weight))
+    for direction in directions[1:]:
+        torch.testing.assert_close(direction, directions[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 24), (2, 48, 16)])
@@ -113,19 +170,18 @@ def test_normuon_normalizes_rows_and_keeps_the_norm_of_each_matrix(shape, monkey
     """Four steps with directions whose rows differ by a factor of 100 agree with the reference."""
     torch.manual_seed(0)
     directions = torch.randn(4, *shape) * torch.logspace(0, -2, shape[1])[:, None]
-    buffer, second_moment = torch.zeros(shape), torch.zeros(*shape[:2], 1)
+    state = muon_state(*shape)
     expected_second_moment = torch.zeros(shape[:2], dtype=torch.double)
     for direction in directions:
         monkeypatch.setattr(train_gpt, "orthogonalize", lambda x, direction=direction: direction)
-        result = muon_direction(MUON, torch.randn(shape), buffer, second_moment, torch.tensor(0.9),
-                                torch.tensor(0.0))
+        result = muon(torch.randn(shape), state)
         for i in range(shape[0]):
             expected, expected_second_moment[i] = reference.normalize_rows(
                 direction[i].double(), expected_second_moment[i], MUON.betas[0])
             torch.testing.assert_close(result[i].double(), expected, atol=1e-5, rtol=1e-4)
             assert result[i].norm().item() == pytest.approx(direction[i].norm().item(), rel=1e-5)
         torch.testing.assert_close(
-            second_moment[..., 0].double(), expected_second_moment, atol=0, rtol=1e-5)
+            state[2][..., 0].double(), expected_second_moment, atol=0, rtol=1e-5)
     row_norms = result.norm(dim=-1)
     assert row_norms.max() < 3 * row_norms.min()
 
@@ -137,9 +193,7 @@ def test_normuon_does_not_enlarge_tiny_rows_more_than_published(monkeypatch):
     direction = torch.ones(1, 4, 8)
     direction[0, 1] = 1e-7
     monkeypatch.setattr(train_gpt, "orthogonalize", lambda x: direction)
-    state = torch.zeros(1, 4, 8), torch.zeros(1, 4, 1)
-    result = muon_direction(MUON, torch.randn(1, 4, 8), *state, torch.tensor(0.9),
-                            torch.tensor(0.0))
+    result = muon(torch.randn(1, 4, 8), muon_state(1, 4, 8))
     expected, _ = reference.normalize_rows(
         direction[0].double(), torch.zeros(4, dtype=torch.double), MUON.betas[0])
     torch.testing.assert_close(result[0].double(), expected, atol=1e-6, rtol=1e-4)
@@ -148,10 +202,7 @@ def test_normuon_does_not_enlarge_tiny_rows_more_than_published(monkeypatch):
 
 
 def test_muon_does_not_move_a_matrix_without_gradient():
-    state = torch.zeros(1, 8, 4), torch.zeros(1, 8, 1)
-    direction = muon_direction(MUON, torch.zeros(1, 8, 4), *state, torch.tensor(0.9),
-                               torch.tensor(0.0))
-    assert not direction.any()
+    assert not muon(torch.zeros(1, 8, 4), muon_state(1, 8, 4)).any()
 
 
 # --- Adam and weight decay ------------------------------------------------------------------------
@@ -217,7 +268,7 @@ def test_weight_decay_is_cautious_and_falls_with_the_square_of_the_schedule(
     direction[3:6] = 0
     update = lr_scale * compute_update(
         lambda *_: direction, make_group(rule, decay=decay), None, values, [],
-        torch.tensor(lr), torch.tensor(lr_scale))
+        torch.tensor(lr), torch.tensor(lr_scale), momenta())
     for value, step, result in zip(values, direction, update, strict=True):
         shrinks = step * value > 0 or (rule == "muon" and step * value == 0)
         decayed = lr * lr_scale * decay * lr_scale * value if shrinks else 0.0
@@ -354,8 +405,17 @@ def first_moments(optimizer, model):
     return moments
 
 
+def assert_values(model, expected, when):
+    """The model's parameters are those of the reference optimizer, up to rounding."""
+    for name, p in model.named_parameters():
+        value = expected.values[name]
+        error = (p.double() - value).norm() / (value.norm() + 1e-6)
+        assert error < 1e-4, (when, name, error)
+
+
 def test_eight_steps_of_the_recipe_agree_with_the_reference(recipe, recipe_model):
-    """All groups, tied and untied, with learning rates and momentum of four stages."""
+    """All groups, tied and untied, with learning rates and momentum of four stages, two momenta
+    from step 8 on, and averages that begin before the untying."""
     model = recipe_model
     optimizer = Optimizer(model, recipe, torch.float32)
     expected = reference.ReferenceOptimizer(model)
@@ -374,11 +434,17 @@ def test_eight_steps_of_the_recipe_agree_with_the_reference(recipe, recipe_model
         grads = random_grads(model, schedule.tied, seed=step)
         add_grads(model, grads)
         optimizer.step(schedule)
-        expected.step(grads, schedule.lr_scale, schedule.momentum)
-        for name, p in model.named_parameters():
-            value = expected.values[name]
-            error = (p.double() - value).norm() / (value.norm() + 1e-6)
-            assert error < 1e-4, (step, name, error)
+        expected.step(grads, schedule.lr_scale, *schedule.momenta)
+        if step in (5, 9, 13):
+            expected.update_averages(weight=4 / 5)  # the time constant is half of 10 steps
+        assert_values(model, expected, step)
+        assert (schedule.momenta.fast_weight < 1) == (step >= 8)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.use_averages()
+    expected.use_averages()
+    assert_values(model, expected, "averages")
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, weights[name])}
+    assert changed == {name for name in weights if reference.average_kind(name)}
     for name, moment in first_moments(optimizer, model).items():
         torch.testing.assert_close(moment.double(), expected.moments[name][0], atol=1e-5, rtol=1e-3)
     assert not torch.equal(model.embed.weight, model.head.linear.weight[0])
@@ -522,6 +588,74 @@ def test_sparse_tables_are_updated_like_dense_ones(hp):
     assert all(table.weight.any() for table in sparse.ngram.tables)
 
 
+# --- Averages of late weights ---------------------------------------------------------------------
+
+
+def averaged_optimizer(model, hp, weight=0.1, updates=3, drift=0.05):
+    """An Optimizer with averages of weights that drift away, and the last weights by name."""
+    optimizer = Optimizer(model, hp, torch.float32)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for _ in range(updates):
+            for p in model.parameters():
+                p.add_(drift * torch.randn_like(p))
+            optimizer.update_averages(weight)
+    return optimizer, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_averages_of_constant_weights_are_these_weights(recipe, recipe_model):
+    optimizer, weights = averaged_optimizer(recipe_model, recipe, drift=0.0)
+    optimizer.use_averages()
+    for name, p in recipe_model.named_parameters():
+        torch.testing.assert_close(p, weights[name], atol=0, rtol=1e-6)
+
+
+def test_averages_are_blended_half_and_half_and_keep_the_norm_of_each_bucket(recipe, recipe_model):
+    """Tables and small parameters are not averaged. The average begins as a copy."""
+    optimizer, weights = averaged_optimizer(recipe_model, recipe, weight=0.25)
+    name_of = {id(p): name for name, p in recipe_model.named_parameters()}
+    averages = {}
+    norms = []
+    for bucket in optimizer.buckets:
+        norms.append(bucket.values.norm().item())
+        if "average" in bucket.state:
+            views = bucket.views(bucket.state["average"])
+            averages |= {name_of[id(p)]: v for p, v in zip(bucket.params, views, strict=True)}
+    assert set(averages) == {name for name in weights if reference.average_kind(name)}
+    optimizer.use_averages()
+    for bucket, norm in zip(optimizer.buckets, norms, strict=True):
+        assert bucket.values.norm().item() == pytest.approx(norm, rel=1e-6)
+    for name, p in recipe_model.named_parameters():
+        if name not in averages:
+            assert torch.equal(p, weights[name]), name
+            continue
+        blend = (weights[name] + averages[name]) / 2
+        assert not torch.allclose(p, weights[name], atol=1e-4)
+        torch.testing.assert_close(p / p.norm(), blend / blend.norm(), atol=1e-6, rtol=1e-5)
+
+
+def test_averages_are_used_once(recipe, recipe_model):
+    """And weights without averages, or after a reset, stay what they are."""
+    optimizer, _ = averaged_optimizer(recipe_model, recipe)
+    optimizer.use_averages()
+    weights = {name: p.detach().clone() for name, p in recipe_model.named_parameters()}
+    optimizer.use_averages()
+    Optimizer(recipe_model, recipe, torch.float32).use_averages()
+    reset, _ = averaged_optimizer(recipe_model, recipe, drift=0.0)
+    reset.load_state_dict(None)
+    reset.use_averages()
+    for name, p in recipe_model.named_parameters():
+        assert torch.equal(p, weights[name]), name
+
+
+def test_without_a_tail_there_are_no_averages(recipe, recipe_model):
+    hp = replace(recipe, average_tail=0.0)
+    optimizer = Optimizer(recipe_model, hp, torch.float32)
+    assert not any("average" in bucket.state for bucket in optimizer.buckets)
+    for step in range(hp.num_steps):
+        assert Schedule(step, hp, CPU).average_weight == 0
+
+
 # --- Buckets --------------------------------------------------------------------------------------
 
 MEMBERS = [  # rule, shapes of the parameters
@@ -588,10 +722,35 @@ def test_a_bucket_sends_all_gradients_once(rule, shapes, world_size, monkeypatch
         assert full_grad.data_ptr() == grads[0].data_ptr()
 
 
-def test_optimizer_state_can_be_loaded_by_any_number_of_ranks(recipe):
+@pytest.mark.parametrize("rule, shapes", MEMBERS)
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_rounded_values_have_exact_rows(rule, shapes, world_size, monkeypatch):
+    """Updates that are too small for bfloat16 add up. The parameters and what a rank sends are the
+    rounded exact values."""
+    monkeypatch.setattr(train_gpt, "_all_gather", lambda full, rows, **_: None)
+    torch.manual_seed(0)
+    values = [1 + torch.rand(shape) for shape in shapes]
+    groups = [make_group(rule)._replace(comm_dtype=torch.bfloat16)] * len(shapes)
+    for rank in range(world_size):
+        params = [torch.nn.Parameter(value.clone()) for value in values]
+        bucket = Bucket(params, groups, False, rank, world_size)
+        for p, value in zip(params, values, strict=True):
+            assert torch.equal(p, value.bfloat16())
+        initial = bucket.local.clone()
+        assert torch.equal(initial, bucket.values[bucket.shard].float())  # rounded, too
+        for _ in range(100):
+            bucket.start_update(torch.full_like(bucket.local, 1e-3), [], lr_scale=0.1)
+        torch.testing.assert_close(bucket.local, initial - 0.01, atol=1e-4, rtol=0)
+        rows = bucket.values[bucket.shard]
+        assert torch.equal(rows, bucket.local.bfloat16())
+        assert not torch.equal(rows, initial.bfloat16())
+
+
+@pytest.mark.parametrize("comm_dtype", [torch.float32, torch.bfloat16])
+def test_optimizer_state_can_be_loaded_by_any_number_of_ranks(recipe, comm_dtype):
     """Each of 8 ranks loads its rows of what one rank saved; together they have all rows once."""
     model = build_model(recipe, CPU, torch.float32, flex=False)
-    optimizer = Optimizer(model, recipe, torch.float32)
+    optimizer = Optimizer(model, recipe, comm_dtype)
     for step in range(2):
         add_grads(model, random_grads(model, tied=True, seed=step))
         optimizer.step(Schedule(step, recipe, CPU))
@@ -601,7 +760,7 @@ def test_optimizer_state_can_be_loaded_by_any_number_of_ranks(recipe):
     ranks = []
     for rank in range(8):
         same_model = build_model(recipe, CPU, torch.float32, flex=False)
-        ranks.append(Optimizer(same_model, recipe, torch.float32, rank, 8))
+        ranks.append(Optimizer(same_model, recipe, comm_dtype, rank, 8))
         ranks[-1].load_state_dict(state)
         assert ranks[-1].num_updates == 2
     for i, full_state in enumerate(state["buckets"]):
@@ -612,8 +771,9 @@ def test_optimizer_state_can_be_loaded_by_any_number_of_ranks(recipe):
 
     optimizer.load_state_dict(None)  # resets it
     assert optimizer.num_updates == 0
-    for full_state in optimizer.state_dict()["buckets"]:
-        assert not any(value.any() for value in full_state.values())
+    for bucket in optimizer.buckets:
+        assert torch.equal(bucket.local, bucket.values.float())
+        assert not any(value.any() for value in bucket.state.values() if value is not bucket.local)
 
 
 def test_optimizer_state_of_another_shape_is_refused(recipe, hp):

@@ -12,7 +12,9 @@ from train_gpt import (
     STAGES,
     Hyperparameters,
     Schedule,
+    average_weight,
     lr_scale,
+    muon_momenta,
     muon_momentum,
     parse_arguments,
     rotary_frequencies,
@@ -153,6 +155,39 @@ def test_learning_rates_of_a_run_with_one_stage():
     (1405, 0.85)])
 def test_momentum_rises_over_300_steps_and_falls_over_the_last_50(step, expected):
     assert muon_momentum(step, FINEWEB) == pytest.approx(expected, abs=1e-12)
+
+
+def test_muon_has_a_fast_and_a_slow_momentum_after_two_fifths_of_the_run():
+    """Published: 0.85 and 0.4385 of the fast one, from step 514 of 1,194 on (43%) or 1,000 of
+    3,250 (31%). Before, there is one momentum. The look-ahead always is the scheduled one."""
+    for step in range(1405):
+        nesterov, fast, fast_weight = muon_momenta(step, FINEWEB)
+        assert nesterov == muon_momentum(step, FINEWEB)
+        assert (fast, fast_weight) == ((nesterov, 1.0) if step < 562 else (0.85, 0.4385)), step
+    laptop = parse_arguments(["--track=laptop"])
+    assert all(muon_momenta(step, laptop).fast_weight == 1 for step in range(laptop.num_steps))
+
+
+def test_averages_of_weights_are_updated_in_every_fourth_step_of_the_tail():
+    """In the last 351 steps, a quarter of the run, the last step included; the time constant is
+    half of that. Published: the last 298 of 1,194 steps, 150 steps."""
+    weights = [average_weight(step, FINEWEB) for step in range(1405)]
+    updates = [step for step, weight in enumerate(weights) if weight]
+    assert updates == list(range(1056, 1405, 4))
+    assert {weights[step] for step in updates} == {4 / (351 / 2)}
+    published = replace(FINEWEB, num_steps=1194, average_tail=298 / 1194)
+    assert average_weight(1193, published) == pytest.approx(4 / 150, rel=0.01)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 9])
+def test_averages_of_weights_of_short_runs(num_steps):
+    """The last step always updates them, and no weight exceeds 1."""
+    hp = replace(FINEWEB, num_steps=num_steps, average_tail=1.0)
+    weights = [average_weight(step, hp) for step in range(num_steps)]
+    assert 0 < weights[-1] <= 1
+    assert sum(weight > 0 for weight in weights) == math.ceil(num_steps / 4)
+    without = replace(hp, average_tail=0.0)
+    assert not any(average_weight(step, without) for step in range(num_steps))
 
 
 def test_momentum_without_warmup_and_cooldown_is_constant():

@@ -55,11 +55,11 @@ def count_two_steps(monkeypatch, step):
 
 
 @pytest.mark.parametrize("step, tied", [(0, True), (1000, False)])
-def test_each_gradient_and_each_update_is_sent_once_in_bfloat16(monkeypatch, step, tied):
+def test_each_gradient_and_each_new_weight_is_sent_once_in_bfloat16(monkeypatch, step, tied):
     """Muon's matrices in every step, everything else in every second. Only matrices are padded: 12
     of wide Q and K to 16, 20 of V and the output to 24, 22 of the MLPs to 24."""
     without_adam, with_adam, model = count_two_steps(monkeypatch, step)
-    sent_twice = 2 * 2 * (1 - 1 / WORLD_SIZE)  # gradient and update, 2 bytes each
+    sent_twice = 2 * 2 * (1 - 1 / WORLD_SIZE)  # gradient and weight, 2 bytes each
     matrices = 0
     everything = 0
     for name, p in model.named_parameters():

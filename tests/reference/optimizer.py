@@ -32,6 +32,19 @@ ADAM_SETTINGS = {  # learning rate, beta1, beta2, factor of the decay
     r".*mudd\..*": (0.008 * 0.25, 0.9, 0.99, 0)}
 
 
+# Tensors that are averaged, and that keep their norm as a whole.
+AVERAGE_KINDS = (r"head\.linear\.weight", r"embed\.weight", r".*attention\.qk\.weight",
+                 r".*attention\.(v|proj)\.weight", r".*mlp\.(fc|proj)\.weight")
+
+
+def average_kind(name):
+    """The one of AVERAGE_KINDS that matches a parameter's name, or None."""
+    for kind in AVERAGE_KINDS:
+        if re.fullmatch(kind, name):
+            return kind
+    return None
+
+
 def polar_express(matrix):
     """The matrix with its singular values mapped by the five polynomials, one after the other."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -85,6 +98,7 @@ class ReferenceOptimizer:
     def __init__(self, model):
         self.values = {name: p.detach().double().clone() for name, p in model.named_parameters()}
         self.moments = {}
+        self.averages = {}
         self.grad_sums = {}
         self.steps = 0
 
@@ -93,15 +107,17 @@ class ReferenceOptimizer:
         self.values["embed.weight"] = self.values["head.linear.weight"][0].clone()
         head_moments = self.moments["head.linear.weight"]
         self.moments["embed.weight"] = [moment[0].clone() for moment in head_moments]
+        if self.averages:
+            self.averages["embed.weight"] = self.averages["head.linear.weight"][0].clone()
 
-    def step(self, grads, lr_scale, momentum):
+    def step(self, grads, lr_scale, momentum, fast_decay, fast_weight):
         """grads: by name, of the loss summed over the tokens of a step and divided by 8. lr_scale:
-        the schedule's factor of all learning rates. Adam updates in every second step with the
-        summed gradients."""
+        the schedule's factor of all learning rates. momentum, fast_decay and fast_weight: Muon's.
+        Adam updates in every second step with the summed gradients."""
         self.steps += 1
         for name, grad in grads.items():
             if muon_lr_factor(name):
-                self.muon(name, grad.double(), lr_scale, momentum)
+                self.muon(name, grad.double(), lr_scale, momentum, fast_decay, fast_weight)
             else:
                 self.grad_sums[name] = self.grad_sums.get(name, 0) + grad.double()
         if self.steps % 2 == 0:
@@ -109,17 +125,39 @@ class ReferenceOptimizer:
                 self.adam(name, grad, self.steps // 2, lr_scale)
             self.grad_sums = {}
 
-    def muon(self, name, grad, lr_scale, momentum):
+    def update_averages(self, weight):
+        """Every fourth step of the tail; weight: 4 / tau. The first time the averages are
+        copies."""
+        for name in self.values:
+            if average_kind(name):
+                old = self.averages.get(name, self.values[name])
+                self.averages[name] = (1 - weight) * old + weight * self.values[name]
+
+    def use_averages(self):
+        """Half average, half last value, with the norm that all values of a kind had together."""
+        blends = {name: (self.values[name] + average) / 2
+                  for name, average in self.averages.items()}
+        for kind in AVERAGE_KINDS:
+            names = [name for name in blends if average_kind(name) == kind]
+            before = sum(self.values[name].square().sum() for name in names) ** 0.5
+            after = sum(blends[name].square().sum() for name in names) ** 0.5
+            for name in names:
+                self.values[name] = blends[name] * before / after
+        self.averages = {}
+
+    def muon(self, name, grad, lr_scale, momentum, fast_decay, fast_weight):
         lr = MUON_LR * muon_lr_factor(name) * lr_scale
         decay = MUON_LR * lr_scale * MUON_DECAY
         if name not in self.moments:
             second_moments = torch.zeros(grad.shape[:2], dtype=torch.double)
-            self.moments[name] = [torch.zeros_like(grad), second_moments]
-        buffers, second_moments = self.moments[name]
+            self.moments[name] = [torch.zeros_like(grad), torch.zeros_like(grad), second_moments]
+        fast, slow, second_moments = self.moments[name]
         parts = self.values[name]
         for i in range(len(parts)):
-            buffers[i] = momentum * buffers[i] + (1 - momentum) * grad[i]
-            update = polar_express((1 - momentum) * grad[i] + momentum * buffers[i])
+            fast[i] = fast_decay * fast[i] + (1 - fast_decay) * grad[i]
+            slow[i] = 0.98 * slow[i] + 0.02 * grad[i]
+            mean = fast_weight * fast[i] + (1 - fast_weight) * slow[i]
+            update = polar_express((1 - momentum) * grad[i] + momentum * mean)
             update, second_moments[i] = normalize_rows(update, second_moments[i])
             shrinks = update * parts[i] >= 0
             parts[i] = parts[i] - lr * (update + decay * shrinks * parts[i])

@@ -139,10 +139,11 @@ def test_compiled_updates_are_those_of_the_uncompiled_function():
             state += [torch.zeros(*shape[:-1], 1, device=CUDA) for _ in row_names]
             updates = []
             for t, grad in enumerate(grads, 1):
-                lr_scale, momentum = torch.tensor(0.5), torch.tensor(0.9)
+                lr_scale = torch.tensor(0.5)
+                momenta = train_gpt.Momenta(*map(torch.tensor, (0.95, 0.85, 0.4385)))
                 corrections = [torch.tensor(1 - beta ** t) for beta in betas]
                 updates.append(compute_update(direction, group, grad, values, state, lr, lr_scale,
-                                              momentum, *corrections))
+                                              momenta, *corrections))
             results.append([*updates, *state])
         for a, b in zip(*results, strict=True):
             assert distance(a, b) <= tolerance, rule

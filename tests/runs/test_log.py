@@ -283,8 +283,10 @@ def test_target_is_logged(home, monkeypatch):
     assert re.search(r"\b3\b", line)
 
 
-@pytest.mark.parametrize("settings, model", [("hp", "tiny_model"), ("recipe", "recipe_model")])
-def test_warm_up_leaves_nothing(request, tmp_path, monkeypatch, settings, model):
+@pytest.mark.parametrize("settings, model, comm_dtype", [
+    ("hp", "tiny_model", torch.float32), ("recipe", "recipe_model", torch.float32),
+    ("hp", "tiny_model", torch.bfloat16)])
+def test_warm_up_leaves_nothing(request, tmp_path, monkeypatch, settings, model, comm_dtype):
     """Weights, optimizer and random state are what they were, bit for bit, although it trained."""
     hp = request.getfixturevalue(settings)
     model = request.getfixturevalue(model)
@@ -292,8 +294,10 @@ def test_warm_up_leaves_nothing(request, tmp_path, monkeypatch, settings, model)
     small.install(train_gpt, tmp_path, monkeypatch, recipe=settings == "recipe")
     track = train_gpt.TRACKS["laptop"]
     stream = TokenStream(track.train_files, track, 1)
-    optimizer = Optimizer(model, hp, torch.float32)
+    optimizer = Optimizer(model, hp, comm_dtype)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    states = [{name: value.clone() for name, value in bucket.state.items()}
+              for bucket in optimizer.buckets]
     random_state = torch.get_rng_state()
     updated = set()
 
@@ -308,8 +312,9 @@ def test_warm_up_leaves_nothing(request, tmp_path, monkeypatch, settings, model)
         assert torch.equal(p, weights[name]), name
         assert p.grad is None, name
     assert optimizer.num_updates == 0
-    for bucket in optimizer.buckets:
-        assert not any(state.any() for state in bucket.state.values())
+    for bucket, state in zip(optimizer.buckets, states, strict=True):
+        for name, value in bucket.state.items():
+            assert torch.equal(value, state[name]), (bucket.group.name, name)
     assert torch.equal(torch.get_rng_state(), random_state)
 
 

@@ -165,12 +165,14 @@ def train_some(hp, rank=0, world_size=1, comm_dtype=torch.float32, save_at=None)
         (loss_sum,) = runtime.sum(loss)
         losses.append(loss_sum / world_size)
     loader.close()
+    state = optimizer.state_dict()
+    optimizer.use_averages()
     final = train_gpt.Schedule(hp.num_steps, hp, CPU)
     return {
         "gradients": gradients,
         "losses": losses,
         "val_loss": train_gpt.validate(model, stream, final, hp, runtime),
-        "optimizer": optimizer.state_dict(),
+        "optimizer": state,
         "model": {name: p.detach() for name, p in model.named_parameters()}}
 
 
@@ -216,13 +218,14 @@ def test_any_number_of_ranks_is_one(setup, monkeypatch, tables, world_size, batc
     if tables == "recipe":
         weights = alone["model"]
         assert not torch.equal(weights["embed.weight"], weights["head.linear.weight"][0])
+        assert alone["optimizer"]["num_averages"] == 1  # after 4 steps
 
 
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
 def test_another_number_of_ranks_resumes(setup, monkeypatch, before, after):
     """From a checkpoint in the middle of the second stage, before the untying, that another number
-    of ranks has saved."""
-    hp = dataclasses.replace(setup("recipe", 2), num_steps=12)  # stages begin at steps 0, 3, 6, ...
+    of ranks has saved. The averages of the weights are updated after 4 and 8 steps."""
+    hp = dataclasses.replace(setup("recipe", 2), num_steps=12, average_tail=1.0)
     hp.folder.mkdir(parents=True)
     alone = train_some(hp)
     with monkeypatch.context() as patch:
@@ -239,16 +242,21 @@ def test_another_number_of_ranks_resumes(setup, monkeypatch, before, after):
         assert_alike(result["optimizer"], alone["optimizer"])
 
 
-def test_rounded_updates_reach_all_ranks(setup, monkeypatch):
-    """Float32 weights whose gradients and updates are sent in bfloat16 stay equal on all ranks."""
+def test_rounded_weights_reach_all_ranks(setup, monkeypatch):
+    """Weights in bfloat16, of which each rank has its rows in float32, are equal on all ranks, and
+    the losses are close to those of one rank and to those in float32."""
     hp = setup("recipe", 2)
+    exact = train_some(hp)
     alone = train_some(hp, comm_dtype=torch.bfloat16)
     with monkeypatch.context() as patch:
         ranks = ThreadRanks(2, patch)
         results = ranks.run(lambda rank: train_some(hp, rank, 2, torch.bfloat16))
     assert_ranks_are_equal(results)
-    assert results[0]["losses"] == pytest.approx(alone["losses"], abs=0.02)
-    assert results[0]["val_loss"] == pytest.approx(alone["val_loss"], abs=0.02)
+    assert results[0]["model"]["blocks.0.mlp.fc.weight"].dtype == torch.bfloat16
+    assert results[0]["model"]["head.linear.weight"].dtype == torch.bfloat16
+    for other in (alone, exact):
+        assert results[0]["losses"] == pytest.approx(other["losses"], abs=0.02)
+        assert results[0]["val_loss"] == pytest.approx(other["val_loss"], abs=0.02)
 
 
 @pytest.mark.parametrize("cores, processes, threads", [(6, 1, 6), (6, 2, 3), (64, 1, 8), (2, 4, 1)])

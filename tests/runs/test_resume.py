@@ -53,13 +53,51 @@ def test_run_of_all_stages_resumes_exactly(recipe_home, monkeypatch):
         checkpoint(recipe_home, 14).unlink()
 
 
-def test_laptop_run_resumes_exactly(home):
-    """With the warm-up, which comes before the checkpoint is loaded, in the first run's log."""
-    whole = home.run("--save_every=3", "--val_every=2")
+def test_averages_of_the_weights_are_used_once(recipe_home, monkeypatch):
+    """After the last step only, and not again when a run with a checkpoint of the final weights is
+    resumed. They count as training time."""
+    no_warm_up(monkeypatch)
+    validate_less(monkeypatch)
+    used = []
+    models = []
+    seconds = [0.0]
+    use_averages = train_gpt.Optimizer.use_averages
+    load_checkpoint = train_gpt.load_checkpoint
+
+    def slow_use_averages(self):
+        used.append((self.num_updates, self.num_averages))
+        seconds[0] += 1000
+        use_averages(self)
+
+    def noted_load(model, *args):
+        models.append(model)
+        return load_checkpoint(model, *args)
+
+    monkeypatch.setattr(train_gpt.Optimizer, "use_averages", slow_use_averages)
+    monkeypatch.setattr(train_gpt.Runtime, "seconds", lambda self: seconds[0])
+    monkeypatch.setattr(train_gpt, "load_checkpoint", noted_load)
+    whole = recipe_home.run("--save_every=14")
+    assert whole.code == 0, whole.err
+    assert used == [(14, 3)]
+    path = checkpoint(recipe_home, 14)
+    saved = torch.load(path, weights_only=True)
+    assert saved["progress"]["train_ms"] == 1_000_000
+
+    again = recipe_home.run("--resume", path, flags_before=[])
+    assert again.code == 0, again.err
+    for name, value in models[-1].state_dict().items():
+        assert torch.equal(value, saved["model"][name]), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_laptop_run_resumes_exactly(home, dtype):
+    """With the warm-up, which comes before the checkpoint is loaded, in the first run's log. In
+    bfloat16 with the exact values of the weights, from which the averages are made."""
+    whole = home.run("--save_every=3", "--val_every=2", f"--dtype={dtype}", "--average_tail=1")
     assert whole.code == 0, whole.err
     last = checkpoint(home, 6)
     last = last.rename(last.with_suffix(".whole"))
-    rest = home.run("--save_every=3", "--val_every=2", "--resume", checkpoint(home, 3))
+    rest = home.run("--save_every=3", "--resume", checkpoint(home, 3), flags_before=[])
     assert rest.code == 0, rest.err
     found = metric_lines(rest.out)
     assert len(found) == 5  # three training losses, two validations

@@ -261,8 +261,12 @@ class Hyperparameters:
     momentum_end: float = setting(0.95, "Muon momentum in between")
     momentum_warmup: float = setting(300 / 1405, "fraction of the steps in which momentum rises")
     momentum_cooldown: float = setting(50 / 1405, "fraction of the steps in which it falls")
+    two_momenta_from: float = setting(
+        0.4, "fraction of the steps after which Muon has a fast and a slow momentum; 1: never")
     cooldown: float = setting(0.6, "fraction of the schedule in which learning rates decay")
     lr_floor: float = setting(0.15, "learning rates' factor at the end of the schedule")
+    average_tail: float = setting(
+        0.25, "fraction of the steps, at the end, over which weights are averaged; 0: no averages")
     # run
     val_every: int = setting(125, "steps between validations; 0: only at the end")
     val_tokens: int = setting(
@@ -315,7 +319,8 @@ PRESETS = {
         attention_scale=0.125, final_window=256, pointer_window=0, logit_cap=30.0,
         logit_shift=0.0, head_lr=0.012, value_lr=2.4, ngram_lr=1.5, ngram_rule="lazy_adam",
         adam_every=1, adam_decay=0.0, muon_lr=0.045, muon_decay=0.0, muon_beta2=0.95,
-        momentum_warmup=50 / 170, momentum_cooldown=0.0, cooldown=0.5, lr_floor=0.0, val_every=85),
+        momentum_warmup=50 / 170, momentum_cooldown=0.0, two_momenta_from=1.0, cooldown=0.5,
+        lr_floor=0.0, average_tail=0.0, val_every=85),
 }
 
 
@@ -376,6 +381,37 @@ def muon_momentum(step: int, hp: Hyperparameters) -> float:
     return (1 - fraction) * hp.momentum_start + fraction * hp.momentum_end
 
 
+class Momenta(NamedTuple):
+    """Muon's momenta at a step; see muon_direction. Floats or 0-dim tensors."""
+    nesterov: float     # weight of the momentum in the direction; the rest is the gradient's
+    fast: float         # decay of the fast momentum
+    fast_weight: float  # weight of the fast momentum; the rest is the slow one's
+
+
+def muon_momenta(step: int, hp: Hyperparameters) -> Momenta:
+    """One momentum at first, then a fast and a slow one (pull request 340, arXiv 2608.22994). The
+    decay of the slow one is always 0.98; the gradients in their mean are 30 steps old on average.
+    """
+    momentum = muon_momentum(step, hp)
+    if step < hp.two_momenta_from * hp.num_steps:
+        return Momenta(nesterov=momentum, fast=momentum, fast_weight=1.0)
+    return Momenta(nesterov=momentum, fast=0.85, fast_weight=0.4385)
+
+
+def average_weight(step: int, hp: Hyperparameters) -> float:
+    """The weight of the current weights in the averages that are updated after a step; 0 for steps
+    that do not update them.
+
+    Every fourth step does in the tail of the run, counted back from the last one. The time constant
+    is half of the tail. Published: 150 steps and a tail of 298 of 1,194 (record 2026-08-30)."""
+    every = 4
+    tail_steps = round(hp.average_tail * hp.num_steps)
+    steps_left = hp.num_steps - (step + 1)
+    if steps_left >= tail_steps or steps_left % every:
+        return 0.0
+    return min(every / (tail_steps / 2), 1.0)
+
+
 def short_window(window: int) -> int:
     """Positions before its own that a query sees in short and paired layers: half the window,
     rounded down to a multiple of 128, but at least 128 or the whole window. A paired layer has two
@@ -412,7 +448,8 @@ class Schedule:
         stage = hp.stages[index]
         previous = hp.stages[stage_index(max(step - 1, 0), hp)]
         self.lr_scale = lr_scale(step, hp)
-        self.momentum = muon_momentum(step, hp)
+        self.momenta = muon_momenta(step, hp)
+        self.average_weight = average_weight(step, hp)
         self.tied = stage.tied
         self.unties = previous.tied and not stage.tied  # the embedding becomes a copy of the head
         self.softmax_size = stage.softmax_size
@@ -793,7 +830,7 @@ class InputEmbedding(nn.Module):
         self.ngram_lambda = nn.Parameter(torch.tensor(0.05))  # layer 0's n-grams: GPT.body
 
     def forward(self, embed: Tensor, is_doc_start: Tensor, dtype: torch.dtype) -> Tensor:
-        """embed: (N, D) float32, the tokens' rows of the table. Returns x0, (N, D), in dtype."""
+        """embed: (N, D), the tokens' rows of the table. Returns x0, (N, D), in dtype."""
         embed = embed.to(dtype)
         previous = torch.where(is_doc_start[:, None], 0, embed.roll(1, 0))
         smear = self.smear_lambda * gate(self.smear_gate, embed[:, :GATE_DIMS])
@@ -1053,7 +1090,8 @@ class GPT(nn.Module):
 def build_model(hp: Hyperparameters, device: torch.device, dtype: torch.dtype, flex: bool,
                 sparse: bool = False) -> GPT:
     """The model with initial weights from hp.seed. Value and n-gram embeddings have the dtype of
-    the activations, all other weights are float32."""
+    the activations, all other weights are float32. Then Optimizer rounds matrices, head and token
+    embedding to the dtype of the activations, in which they are used; see Bucket."""
     torch.manual_seed(hp.seed)
     with device:
         model = GPT(hp, flex, sparse)
@@ -1238,7 +1276,8 @@ class Group(NamedTuple):
     lr: float                  # learning rate, before the schedule's factor
     betas: tuple[float, ...]   # decay of the moments per update
     decay: float               # cautious weight decay; see compute_update
-    comm_dtype: torch.dtype    # dtype of gradients and updates between ranks; Muon computes in it
+    comm_dtype: torch.dtype    # dtype of weights and gradients between ranks; Muon computes in it
+    averaged: bool = False     # ends as a blend with its average; see Optimizer.use_averages
 
 
 def optimizer_groups(hp: Hyperparameters, dtype: torch.dtype) -> list[Group]:
@@ -1257,7 +1296,9 @@ def optimizer_groups(hp: Hyperparameters, dtype: torch.dtype) -> list[Group]:
     # Muon's factor for a matrix's shape; the MLP's output matrix has twice that.
     mlp_lr = (hp.mlp_dim / hp.model_dim) ** 0.5 * hp.muon_lr
     # What several groups share. Adam's second moment decays fast or slowly.
-    muon = dict(rule="muon", betas=(hp.muon_beta2,), decay=muon_decay, comm_dtype=dtype)
+    averaged = hp.average_tail > 0
+    muon = dict(rule="muon", betas=(hp.muon_beta2,), decay=muon_decay, comm_dtype=dtype,
+                averaged=averaged)
     table = dict(betas=(0.75, 0.95), comm_dtype=dtype)
     fast = dict(rule="adam", betas=(0.9, 0.95), decay=0.0, comm_dtype=fp32)
     slow = dict(rule="adam", betas=(0.9, 0.99), decay=0.0, comm_dtype=fp32)
@@ -1280,7 +1321,7 @@ def optimizer_groups(hp: Hyperparameters, dtype: torch.dtype) -> list[Group]:
         Group("values", r"value_embed\.weight", "adam", hp.value_lr, decay=value_decay, **table),
         Group("ngrams", r"ngram\..*", hp.ngram_rule, hp.ngram_lr, decay=ngram_decay, **table),
         Group("head", r"(head\.linear|embed)\.weight", "adam", hp.head_lr, betas=(0.5, 0.95),
-              decay=head_decay, comm_dtype=dtype),
+              decay=head_decay, comm_dtype=dtype, averaged=averaged),
     ]
 
 
@@ -1306,17 +1347,20 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return (x.mT if is_wide else x).view(matrices.shape)
 
 
-def muon_direction(group: Group, grad: Tensor, momentum_buffer: Tensor, second_moment: Tensor,
-                   momentum: Tensor, _: Tensor) -> Tensor:
+def muon_direction(group: Group, grad: Tensor, fast_momentum: Tensor, slow_momentum: Tensor,
+                   second_moment: Tensor, momenta: Momenta, _: Tensor) -> Tensor:
     """Muon (record 2024-10-14) for grad (matrices, rows, columns): Nesterov momentum,
-    orthogonalized.
+    orthogonalized. The momentum is a weighted mean of two moving averages of the gradient; see
+    muon_momenta.
 
     NorMuon (arXiv 2510.05491, record 2025-10-24): then each row is divided by its root mean square
     over time, from second_moment (matrices, rows, 1), and each matrix is scaled back to its norm.
     """
     grad = grad.float()
-    momentum_buffer.add_((1 - momentum) * (grad - momentum_buffer))
-    direction = grad + momentum * (momentum_buffer - grad)
+    fast_momentum.add_((1 - momenta.fast) * (grad - fast_momentum))
+    slow_momentum.add_((1 - 0.98) * (grad - slow_momentum))
+    momentum = momenta.fast_weight * fast_momentum + (1 - momenta.fast_weight) * slow_momentum
+    direction = grad + momenta.nesterov * (momentum - grad)
     direction = orthogonalize(direction.to(group.comm_dtype)).float()
     second_moment.lerp_(direction.square().mean(-1, keepdim=True), 1 - group.betas[0])
     normalized = direction * second_moment.clamp(min=1e-10).rsqrt()
@@ -1325,7 +1369,7 @@ def muon_direction(group: Group, grad: Tensor, momentum_buffer: Tensor, second_m
     return normalized * (norm_before / norm_after.clamp(min=1e-10))
 
 
-def adam_direction(group: Group, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, _: Tensor,
+def adam_direction(group: Group, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, _: Momenta,
                    bias1: Tensor, bias2: Tensor) -> Tensor:
     """Adam (arXiv 1412.6980) in float32. bias1, bias2: 1 - beta^t. With the rule lazy_adam, rows
     without a gradient are skipped, their moments included."""
@@ -1341,8 +1385,8 @@ def adam_direction(group: Group, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tens
 
 
 class Rule(NamedTuple):
-    """An update rule. direction(group, grad, *state, momentum, *bias_corrections) updates the state
-    in place and returns the direction to step against. momentum is Muon's, bias_corrections are 1 -
+    """An update rule. direction(group, grad, *state, momenta, *bias_corrections) updates the state
+    in place and returns the direction to step against. momenta are Muon's, bias_corrections are 1 -
     beta^t of each of the group's betas; all are 0-dim tensors. The state is float32."""
     direction: Callable
     state: tuple[str, ...]      # state tensors of the parameter's shape
@@ -1352,7 +1396,8 @@ class Rule(NamedTuple):
 
 
 RULES = {
-    "muon": Rule(muon_direction, ("momentum_buffer",), ("second_moment",), True, every_step=True),
+    "muon": Rule(muon_direction, ("fast_momentum", "slow_momentum"), ("second_moment",), True,
+                 every_step=True),
     "adam": Rule(adam_direction, ("exp_avg", "exp_avg_sq"), (), False, every_step=False),
     "lazy_adam": Rule(adam_direction, ("exp_avg", "exp_avg_sq"), (), False, every_step=False),
 }
@@ -1360,37 +1405,38 @@ RULES = {
 
 def compute_update(direction: Callable, group: Group, grad: Tensor, values: Tensor,
                    state: list[Tensor], lr: Tensor, lr_scale: Tensor,
-                   *direction_args: Tensor) -> Tensor:
-    """The update to subtract from values, in comm_dtype, before the schedule's factor lr_scale.
+                   momenta: Momenta, *bias_corrections: Tensor) -> Tensor:
+    """The update to subtract from values, in their dtype, before the schedule's factor lr_scale.
 
     grad, values, state: this rank's rows of a bucket, (matrices, rows, columns) for Muon, (rows,
-    columns) of a table, or (numbers,). lr: 0-dim or one number per row. lr_scale and
-    direction_args (momentum and bias corrections): 0-dim.
+    columns) of a table, or (numbers,). lr: 0-dim or one number per row. The other numbers: 0-dim.
 
     Cautious weight decay (arXiv 2510.12402, records 2025-11-10, 2025-12-18) decays a weight only
     where the update shrinks it anyway. The decay is multiplied by lr_scale here, and again when the
     update is applied, so it falls with the square of the schedule."""
-    update = direction(group, grad, *state, *direction_args)
+    update = direction(group, grad, *state, momenta, *bias_corrections)
     if group.decay:
         product = update * values
-        # Muon also decays a weight whose update is zero, as in modded-nanogpt.
+        # Muon also decays a weight whose update is zero, as in modded-nanogpt. (With two momenta,
+        # record 2026-08-30 decays where the slow momentum has the sign of the weight.)
         shrinks = product >= 0 if group.rule == "muon" else product > 0
         update = update + group.decay * lr_scale * values * shrinks
-    return (lr * update).to(group.comm_dtype)
+    return (lr * update).to(values.dtype)
 
 
 class Optimizer:
     """Muon and Adam with optimizer state sharded over the ranks (ZeRO-1, arXiv 1910.02054).
 
     Parameters that are updated alike are concatenated into buckets. A bucket's gradients are
-    reduce-scattered, each rank updates its rows, and the results are all-gathered, while other
+    reduce-scattered, each rank updates its rows, and the new weights are all-gathered, while other
     buckets are computed. Adam updates in every adam_every-th step with the summed
     gradients (record 2025-09-30)."""
     def __init__(self, model: GPT, hp: Hyperparameters, dtype: torch.dtype, rank: int = 0,
                  world_size: int = 1):
         """dtype: of the activations. Raises UserError if a parameter is in no group or in two."""
         self.adam_every = hp.adam_every
-        self.num_updates = 0  # calls of step()
+        self.num_updates = 0   # calls of step()
+        self.num_averages = 0  # calls of update_averages() since the last use_averages()
         self.update_fns = dict.fromkeys(RULES, compute_update)  # compile_model compiles them
         is_sparse = {id(module.weight) for module in model.modules()
                      if isinstance(module, nn.Embedding) and module.sparse}
@@ -1404,7 +1450,7 @@ class Optimizer:
                 layout = name          # a table has a bucket of its own
             else:
                 layout = "small"       # all else is concatenated
-            key = (group.rule, group.betas, group.decay, group.comm_dtype, layout)
+            key = (group.rule, group.betas, group.decay, group.comm_dtype, group.averaged, layout)
             bucket_members.setdefault(key, []).append((p, group))
 
         def position_of_first_group(members):
@@ -1438,31 +1484,63 @@ class Optimizer:
                and any(p.grad is not None for p in bucket.params)]
         for bucket in due:
             bucket.reduce_scatter_grads()
-        updates = []
+        lr_scale = torch.tensor(schedule.lr_scale)
+        momenta = Momenta(*map(torch.tensor, schedule.momenta))
         for bucket in due:
             group = bucket.group
             rule = RULES[group.rule]
             grad, values, state = bucket.local_grad_and_state()
             t = self.num_updates // (1 if rule.every_step else self.adam_every)
-            bias_corrections = [1 - beta ** t for beta in group.betas]
-            numbers = [schedule.lr_scale, schedule.momentum, *bias_corrections]  # 0-dim tensors
+            bias_corrections = [torch.tensor(1 - beta ** t) for beta in group.betas]
             update = self.update_fns[group.rule](
-                rule.direction, group, grad, values, state, bucket.lr, *map(torch.tensor, numbers))
-            # Starts the all-gather. Returns None if the bucket has subtracted the update itself.
-            updates.append(bucket.start_update(update, state, schedule.lr_scale))
-        for bucket, update in zip(due, updates, strict=True):
+                rule.direction, group, grad, values, state, bucket.lr, lr_scale, momenta,
+                *bias_corrections)
+            bucket.start_update(update, state, schedule.lr_scale)
+        for bucket in due:
             bucket.wait()
-            if update is not None:
-                bucket.values.add_(update, alpha=-schedule.lr_scale)
+        if schedule.average_weight:
+            self.update_averages(schedule.average_weight)
+
+    def update_averages(self, weight: float) -> None:
+        """Move the exponential moving averages of the weights by `weight` towards the weights; the
+        first time, copy them. Each rank has the averages of its rows, in float32."""
+        for bucket in self.buckets:
+            if bucket.group.averaged:
+                bucket.state["average"].lerp_(bucket.local, weight if self.num_averages else 1.0)
+        self.num_averages += 1
+
+    def use_averages(self) -> None:
+        """Replace the weights by the mean of the weights and their averages, which are less noisy,
+        but lag behind. Each bucket (head, embedding, matrices of one shape) is then scaled back to
+        its Frobenius norm, because averaging makes it smaller. Without averages, or when they were
+        used already, this does nothing. Collective.
+
+        Averages and norms: record 2026-08-30. A blend of equal parts: pull request 380."""
+        if not self.num_averages:
+            return
+        self.num_averages = 0
+        averaged = [bucket for bucket in self.buckets if bucket.group.averaged]
+        for bucket in averaged:
+            blend = torch.lerp(bucket.local, bucket.state["average"], 0.5)
+            squares = torch.stack([bucket.local.square().sum(), blend.square().sum()])
+            squares_of_ranks = bucket.all_gather(squares[None])  # (W, 2)
+            bucket.wait()
+            before, after = squares_of_ranks.sum(0)
+            bucket.local.copy_(blend * (before / after.clamp(min=1e-30)).sqrt())
+            bucket.all_gather_values()
+        for bucket in averaged:
+            bucket.wait()
 
     def state_dict(self) -> dict:
         """The state of all ranks, which any number of ranks can load. Collective."""
-        return {"num_updates": self.num_updates, "buckets": [b.full_state() for b in self.buckets]}
+        return {"num_updates": self.num_updates, "num_averages": self.num_averages,
+                "buckets": [bucket.full_state() for bucket in self.buckets]}
 
     def load_state_dict(self, state: dict | None) -> None:
         """Load this rank's rows of a state_dict; None: reset. Raises ValueError for other shapes.
         """
         self.num_updates = state["num_updates"] if state else 0
+        self.num_averages = state["num_averages"] if state else 0
         for i, bucket in enumerate(self.buckets):
             bucket.load(state["buckets"][i] if state else None)
 
@@ -1606,6 +1684,8 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
             if schedule.unties:
                 optimizer.untie()
             is_last = step == hp.num_steps
+            if is_last:
+                optimizer.use_averages()
             # Checkpoints don't hold the gradients that Adam sums up between its updates.
             # (save_every is a multiple of adam_every.)
             can_save = is_last or step % hp.adam_every == 0
@@ -1944,11 +2024,18 @@ def group_of(name: str, groups: list[Group]) -> Group:
 
 
 class Bucket:
-    """Parameters stored in one contiguous tensor that is sharded by rows over the ranks.
+    """Parameters stored in one contiguous tensor, `values`, that is sharded by rows over the ranks.
 
     A row is one matrix (Muon), one row of an embedding table, or one number. All members share
-    rule, betas, decay and comm_dtype; their learning rates may differ. grad_buffer is what the
-    reduce-scatter sends; it is None if the parameter's own gradient can be sent, or is sparse."""
+    rule, betas, decay, comm_dtype and averaged; their learning rates may differ. grad_buffer is
+    what the reduce-scatter sends; it is None if the parameter's own gradient can be sent, or is
+    sparse. state has this rank's rows of all that a checkpoint holds besides the values.
+
+    values have comm_dtype, and so have the gradients, also while micro-batches and Adam's steps add
+    up. Where the model was built with float32 parameters and comm_dtype is bfloat16, values are
+    rounded, and each rank has the exact float32 values of its rows, which it updates (record
+    2026-01-04). They begin as the rounded initial values. local is this rank's rows of the exact
+    values, or a view of its rows of values if these are not rounded."""
     def __init__(self, params: list[nn.Parameter], groups: list[Group], sparse: bool, rank: int = 0,
                  world_size: int = 1):
         self.group = groups[0]
@@ -1967,13 +2054,14 @@ class Bucket:
         rows_per_rank = math.ceil(self.num_rows / world_size)
         self.shard = slice(rank * rows_per_rank, (rank + 1) * rows_per_rank)  # this rank's rows
 
-        self.values = params[0].new_zeros(world_size * rows_per_rank, *row_shape)  # with padding
+        num_padded = world_size * rows_per_rank
+        dtype = self.group.comm_dtype
+        self.values = params[0].new_zeros(num_padded, *row_shape, dtype=dtype)
+        self.is_rounded = params[0].dtype != dtype
         for view, p in zip(self.views(self.values), params, strict=True):
             p.data = view.copy_(p.detach())
-        dtype = self.group.comm_dtype if world_size > 1 else self.values.dtype
-        self.same_dtype = dtype == self.values.dtype  # values can be sent as they are
-        no_copy = self.same_dtype and len(params) == 1 and len(self.values) == self.num_rows
-        self.grad_buffer = None if no_copy else torch.zeros_like(self.values, dtype=dtype)
+        no_copy = len(params) == 1 and num_padded == self.num_rows
+        self.grad_buffer = None if no_copy else torch.zeros_like(self.values)
         self.grad = None   # the sum over the ranks
         self.pending = []  # collectives that were started: (handle, the tensor that is sent)
 
@@ -1983,10 +2071,16 @@ class Bucket:
             self.state[name] = torch.zeros_like(local, dtype=torch.float32)
         for name in rule.row_state:
             self.state[name] = torch.zeros_like(local[..., :1], dtype=torch.float32)
+        self.rule_state = list(self.state.values())
+        if self.group.averaged:
+            self.state["average"] = torch.zeros_like(local, dtype=torch.float32)
+        self.local = local
+        if self.is_rounded:
+            self.local = self.state["exact_values"] = local.float()
         self.lr = torch.tensor(groups[0].lr, device=local.device)
         if any(group.lr != groups[0].lr for group in groups):  # one learning rate per row
             lr_of_rows = [torch.full((n,), g.lr) for n, g in zip(rows, groups, strict=True)]
-            padding = len(self.values) - self.num_rows
+            padding = num_padded - self.num_rows
             lr = F.pad(torch.cat(lr_of_rows), (0, padding)).to(local.device)
             self.lr = lr[self.shard].view(-1, *[1] * len(row_shape))
 
@@ -2023,13 +2117,12 @@ class Bucket:
 
     def local_grad_and_state(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         """This rank's rows of gradient, values and state; for sparse gradients, the active rows."""
-        state = list(self.state.values())
         if self.sparse:
             self.active_rows = self.grad.indices()[0]
-            active_state = [full[self.active_rows] for full in state]
-            return self.grad.values(), self.values[self.active_rows], active_state
+            active_state = [full[self.active_rows] for full in self.rule_state]
+            return self.grad.values(), self.local[self.active_rows], active_state
         self.wait()
-        return self.grad, self.values[self.shard], state
+        return self.grad, self.local, self.rule_state
 
     def all_gather(self, local: Tensor) -> Tensor:
         """Start to gather all ranks' rows; the result is complete after wait(). Collective."""
@@ -2040,28 +2133,31 @@ class Bucket:
         self.pending.append((_all_gather(full, local, async_op=True), local))
         return full
 
+    def all_gather_values(self) -> None:
+        """Copy local to values, where it is rounded, and start to gather all ranks' rows.
+        Collective."""
+        rows = self.values[self.shard]
+        if self.is_rounded:
+            rows.copy_(self.local)
+        if self.world_size > 1:
+            self.pending.append((_all_gather(self.values, rows, async_op=True), rows))
+
     def wait(self) -> None:
         """Wait for the collectives that were started."""
         for handle, _ in self.pending:
             handle.wait()
         self.pending.clear()
 
-    def start_update(self, update: Tensor, state: list[Tensor], lr_scale: float) -> Tensor | None:
+    def start_update(self, update: Tensor, state: list[Tensor], lr_scale: float) -> None:
         """Subtract lr_scale * update from the rows of local_grad_and_state(), and start to gather
-        all ranks' values. If values are more precise than comm_dtype, gather the updates instead
-        and return them, for the caller to subtract after wait(). Collective."""
-        if not self.same_dtype:
-            return self.all_gather(update)
+        all ranks' values. state: that of these rows. Collective."""
         if self.sparse:
-            update = update.to(self.values.dtype)
-            self.values.index_add_(0, self.active_rows, update, alpha=-lr_scale)
-            for full, active in zip(self.state.values(), state, strict=True):
+            self.local.index_add_(0, self.active_rows, update, alpha=-lr_scale)
+            for full, active in zip(self.rule_state, state, strict=True):
                 full[self.active_rows] = active
-            return None
-        local = self.values[self.shard].add_(update, alpha=-lr_scale)
-        if self.world_size > 1:
-            self.pending.append((_all_gather(self.values, local, async_op=True), local))
-        return None
+        else:
+            self.local.add_(update, alpha=-lr_scale)
+        self.all_gather_values()
 
     def full_state(self) -> dict[str, Tensor]:
         """All ranks' rows of the state, without padding. Collective."""
@@ -2070,11 +2166,13 @@ class Bucket:
         return full
 
     def load(self, full_state: dict[str, Tensor] | None) -> None:
-        """Load this rank's rows of a full_state; None: zeros. Raises ValueError for other shapes.
-        """
+        """Load this rank's rows of a full_state; None: zeros. Exact values that it does not have
+        are the values, which must be loaded before. Raises ValueError for other shapes."""
         for name, local in self.state.items():
             local.zero_()
-            if full_state:
+            if name == "exact_values" and name not in (full_state or {}):
+                local.copy_(self.values[self.shard])
+            elif full_state:
                 expected = (self.num_rows, *local.shape[1:])
                 if full_state[name].shape != expected:
                     raise ValueError(f"the optimizer state {name} has the shape "
@@ -2357,6 +2455,8 @@ def warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperpara
             training_step(model, optimizer, batch, schedule)
         with torch.no_grad():
             model(text, text.clone(), schedule)  # a clone: the compiler would see one tensor twice
+    optimizer.update_averages(1.0)
+    optimizer.use_averages()
     model.load_state_dict(weights)
     optimizer.load_state_dict(None)
 
@@ -2776,6 +2876,7 @@ def check_hyperparameters(hp: Hyperparameters, world_size: int) -> None:
             minimum = 1 if name in at_least_one else 0
             is_valid = minimum <= value < math.inf  # NaN is not
             require(is_valid, f"--{name} {value} must be at least {minimum}")
+    require(hp.average_tail <= 1, f"--average_tail {hp.average_tail} must be at most 1")
     require(0 < hp.cooldown <= 1, f"--cooldown {hp.cooldown} must be more than 0 and at most 1")
     require(hp.extension_steps < hp.num_steps, f"--extension {hp.extension} leaves no other steps")
     require(0 < hp.logit_cap <= 80, f"--logit_cap {hp.logit_cap} must be above 0 and at most 80")
