@@ -3,6 +3,7 @@ import, other ranks that do not exist, and what it says when it fails.
 """
 import dataclasses
 import importlib.util
+import shutil
 import sys
 import traceback
 import types
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from tools.simulate.model import DOCUMENT
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 VAL_TOKENS = 2**20  # tokens of a validation of the simulated run
 SCRIPT_FILES: set[str] = set()  # the paths of the scripts that were imported
 
@@ -21,7 +23,8 @@ SCRIPT_FILES: set[str] = set()  # the paths of the scripts that were imported
 def place(script: Path, track, tokens: int, folder: Path) -> Path:
     """Make a folder that looks like the repository to the script. Returns the script's copy.
 
-    It has run.sh, the script at its place, and random data for a run of this many tokens.
+    It has run.sh, the script at its place, the vocabulary if the track has one, and random data for
+    a run of this many tokens.
     """
     records = [path for path in script.parents if path.name == "records"]
     relative = script.relative_to(records[0].parent) if records else Path(script.name)
@@ -29,6 +32,10 @@ def place(script: Path, track, tokens: int, folder: Path) -> Path:
     copy.parent.mkdir(parents=True, exist_ok=True)
     copy.write_text(script.read_text())
     (folder / "run.sh").touch()
+    vocabulary = getattr(track, "vocabulary", "")  # older scripts know no tokens' texts
+    if vocabulary:
+        (folder / vocabulary).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / vocabulary, folder / vocabulary)
     random = np.random.RandomState(0)
     # Three times the tokens: a script may leave out the ends of documents.
     for pattern, count in ((track.train_files, 3 * tokens + 1), (track.val_files, VAL_TOKENS + 1)):
