@@ -22,7 +22,7 @@ from train_gpt import (
 def test_defaults_are_the_published_recipe():
     hp = parse_arguments(["--track", "fineweb"])
     published = dict(
-        num_steps=1405, batch_size=8, sequence_length=16_384, num_heads=6, model_dim=768, ngrams=2,
+        num_steps=1225, batch_size=8, sequence_length=16_384, num_heads=6, model_dim=768, ngrams=2,
         mlp_dim=2816, pointer_window=8192,
         ngram_rows=251_520, head_lr=0.008, value_lr=0.6, ngram_lr=0.6, ngram_rule="adam",
         scalar_lr=0.04, muon_lr=0.023, muon_decay=1.2, muon_beta2=0.9, adam_every=2,

@@ -1,7 +1,7 @@
 """The recipe's model in float64, computed token by token with loops.
 
 It is written from the specification of modded-nanogpt's script of 2026-05-24, with the differences
-that the README of records/candidates/2026-11-29_ParityRecipe declares, and uses nothing of
+that the README of records/candidates/2026-11-30_Pointer declares, and uses nothing of
 train_gpt.py. Layers are named by their number here, whereas train_gpt.py keeps them in a table.
 In all functions `p` is the dict of the model's parameters, from parameters().
 """

@@ -14,7 +14,7 @@ import train_gpt
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CUDA = torch.device("cuda")
 # First steps of the stages of the fineweb run; at the last one there is only a validation.
-STAGE_BEGINS = (0, 465, 930, 1293, 1395, 1405)
+STAGE_BEGINS = (0, *train_gpt.stage_ends(train_gpt.Hyperparameters()))
 
 
 def text(num_sequences, length):
@@ -54,9 +54,11 @@ def test_flex_attention_in_bfloat16_at_full_length_has_the_chunked_paths_gradien
     for kind, members in (("long", 1), ("short", 1), ("paired", 2)):
         layer = next(layer for layer in hp.layers if layer.attention == kind)
         max_window = train_gpt.Attention(hp, layer).max_window
-        shape = (4, members * N, H // members, d)
-        q, k, v, weight = torch.randn(shape, device=CUDA).bfloat16().unbind()
-        q = q / d ** 0.5
+        shape = (2, members * N, H // members)
+        e = d // 2 if layer.narrow_qk else d
+        q, k = torch.randn(*shape, e, device=CUDA).bfloat16().unbind()
+        v, weight = torch.randn(*shape, d, device=CUDA).bfloat16().unbind()
+        q = q / e ** 0.5
         for step in STAGE_BEGINS:
             schedule = train_gpt.Schedule(step, hp, CUDA)
             mask, first_key = mask_of(kind, schedule, True), mask_of(kind, schedule, False)
@@ -68,6 +70,37 @@ def test_flex_attention_in_bfloat16_at_full_length_has_the_chunked_paths_gradien
                 (q, k, v), torch.float32, weight)
             for name, a, b in zip(("y", "q", "k", "v"), fast, exact, strict=True):
                 assert distance(a, b) <= 2e-2, (name, kind, step)  # bfloat16 keeps 8 bits
+
+
+def test_the_pointer_in_bfloat16_at_full_length_has_the_chunked_paths_gradients():
+    """FlexAttention's two log-sum-exps, with rows that have no matching key and rows that have no
+    key at all."""
+    hp = train_gpt.Hyperparameters()
+    N = 3 * hp.sequence_length
+    tokens = text(3, hp.sequence_length) % 997  # so that most targets have occurred before
+    tokens[:, ::700] = 50_256
+    start = train_gpt.document_start(tokens, 50_256)
+    tokens = tokens.flatten()
+    targets = tokens.roll(-1)
+    first_keys, lists = train_gpt.mask_tensors(
+        start, {"pointer": torch.full((), 2048, device=CUDA)}, flex=True)
+    mask = train_gpt.block_mask(first_keys["pointer"], lists["pointer"], strict=True)
+    point = torch.compile(train_gpt.point, dynamic=False)
+    q, k = torch.randn(2, N, train_gpt.Pointer.DIM, device=CUDA).bfloat16().unbind()
+    q = 2 * q / train_gpt.Pointer.DIM ** 0.5
+    sink, weight = torch.randn(N, device=CUDA), torch.randn(2, N, device=CUDA)
+
+    def stacked(function, mask):
+        return lambda q, k, sink: torch.stack(
+            function(q, k, sink.float(), tokens, targets, mask, 2048))
+
+    fast = output_and_gradients(stacked(point, mask), (q, k, sink), torch.bfloat16, weight)
+    exact = output_and_gradients(
+        stacked(train_gpt.point, first_keys["pointer"]), (q, k, sink.bfloat16()), torch.float32,
+        weight)
+    for name, a, b in zip(("p", "q", "k", "sink"), fast, exact, strict=True):
+        assert a.isfinite().all(), name
+        assert distance(a, b) <= 3e-2, name
 
 
 def models(dtype):
@@ -97,7 +130,8 @@ def test_compiled_model_agrees_with_the_chunked_path_in_each_stage_and_compiles_
         for long, other in ((64, 64), (128, 100), (384, 128), (1000, 384), (1664, 768)):
             long_window = torch.full((), long, device=CUDA)
             other_window = torch.full((), other, device=CUDA)
-            schedule.windows = {"long": long_window, "short": other_window, "paired": other_window}
+            schedule.windows = {"long": long_window, "short": other_window, "paired": other_window,
+                                "pointer": long_window}
             gradients, losses = [], []
             for model in (flex, chunked):
                 model.zero_grad()
