@@ -40,15 +40,18 @@ PRICE = "its price"
 
 
 def fits_check(card: Card) -> str:
+    """The name of the check of memory."""
     return f"fits into {card.name}"
 
 
 def kernels_check(card: Card) -> str:
+    """The name of the check that all kernels compile."""
     major, minor = card.capability
     return f"kernels compile for sm_{major}{minor}"
 
 
 def attention_check(direction: str) -> str:
+    """The name of the check of FlexAttention's kernels; direction: forward or backward."""
     return f"FlexAttention {direction}"
 
 
@@ -429,6 +432,11 @@ def error_of(record: dict, card: Card, world_size: int, tokens: int) -> str:
     return f"± {100 * ERROR:.0f} %" if known else "error unknown"
 
 
+def is_bound_by_host(stage: Stage, host: HostTime) -> bool:
+    """Whether an H200's host needs longer for a step than the GPU."""
+    return host.on_h200 > stage.mean.total
+
+
 def predicted_step(stage: Stage, error: str, card: Card, host: HostTime | None) -> str:
     """The time of a stage's step, in words."""
     step = stage.mean
@@ -439,7 +447,7 @@ def predicted_step(stage: Stage, error: str, card: Card, host: HostTime | None) 
     if stage.corrected is not None:
         why += f", {stage.corrected:.0f} by the ratios of an H200"
     if host is not None:
-        bounds = " and bounds the step" if host.on_h200 > step.total else ""
+        bounds = " and bounds the step" if is_bound_by_host(stage, host) else ""
         why += f", an H200's host needs {host.on_h200:.0f}{bounds}"
     return f"{why}, MFU {utilization(step, card):.2f}"
 

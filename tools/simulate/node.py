@@ -71,6 +71,7 @@ CUOBJDUMP = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
 
 
 def cuobjdump(flag: str, cubin: bytes) -> str:
+    """What CUDA's cuobjdump prints about a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -242,6 +243,7 @@ def caller() -> str:
 
 
 def num_bytes(tensor: torch.Tensor) -> int:
+    """The size of a tensor's elements."""
     return tensor.numel() * tensor.element_size()
 
 
@@ -393,6 +395,7 @@ def noted(collective):
 # --- Inductor without a GPU -----------------------------------------------------------------------
 
 def short_hash(source: str) -> str:
+    """12 hexadecimal digits that tell kernels apart."""
     return hashlib.sha256(source.encode()).hexdigest()[:12]
 
 
