@@ -273,6 +273,7 @@ class Hyperparameters:
         0, "tokens per validation; 0: all of the track's. With fewer, the run is no result")
     log_every: int = setting(10, "steps between log lines with the training loss")
     save_every: int = setting(0, "steps between checkpoints; 0: only when a signal stops the run")
+    no_weights: bool = setting(False, "do not save the finished run's weights in <run_id>.pt")
     resume: str = setting("", "checkpoint to continue from, with its settings; or: latest")
     entry: str = setting("scratch", "folder below records/ for the log and the checkpoints")
     device: str = setting("auto", "auto: CUDA if there is a GPU", ("auto", "cuda", "cpu"))
@@ -1638,16 +1639,29 @@ def training_step(model: GPT, optimizer: Optimizer, batch: list, schedule: Sched
 
 @torch.no_grad()
 def validate(model: GPT, stream: "TokenStream", schedule: Schedule, hp: Hyperparameters,
-             runtime: "Runtime") -> float:
-    """The mean cross-entropy in nats over the validation tokens. Collective."""
-    num_sequences = hp.num_val_tokens // hp.val_length
+             runtime: "Runtime", sequences: range | None = None) -> float:
+    """The mean cross-entropy in nats over the validation tokens, or over other sequences of
+    val_length tokens of the stream. Collective."""
+    if sequences is None:
+        sequences = range(hp.num_val_tokens // hp.val_length)
     loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    for index in range(runtime.rank, num_sequences, runtime.world_size):
+    for index in sequences[runtime.rank::runtime.world_size]:
         tokens, targets = stream.sequence(index, hp.val_length)
         _, loss = model(tokens[None].to(runtime.device), targets[None].to(runtime.device), schedule)
         loss_sum += loss
     (total,) = runtime.sum(loss_sum)
-    return total / num_sequences
+    return total / len(sequences)
+
+
+def held_out_sequences(stream: "TokenStream", hp: Hyperparameters) -> range:
+    """The sequences after those of the validation, as many again or as many as there are. They are
+    read once, after the last validation, and nothing is decided by their loss. With --val_tokens
+    there are none."""
+    if hp.val_tokens:
+        return range(0)
+    first = hp.num_val_tokens // hp.val_length
+    whole = (len(stream) - 1) // hp.val_length
+    return range(first, min(2 * first, whole))
 
 
 def train(hp: Hyperparameters, runtime: "Runtime") -> int:
@@ -1704,6 +1718,12 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
                     if hp.num_val_tokens == track.val_tokens:
                         progress.note_target(val_loss, track.target)
                     progress.validated_step = step
+                    progress.val_loss = val_loss
+                    held_out = held_out_sequences(val_stream, hp)
+                    if is_last and held_out:
+                        progress.held_out_tokens = len(held_out) * hp.val_length
+                        progress.held_out_loss = validate(
+                            model, val_stream, schedule, hp, runtime, held_out)
                 if save_due:
                     save_checkpoint(progress, model, optimizer, hp, runtime, info)
                 started = runtime.seconds()
@@ -1728,7 +1748,7 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
                 log.info(f"all {len(train_stream):,} training tokens were used; "
                          f"epoch {loader.epoch(step + 1) + 1} begins")
     loader.close()
-    return finish(progress, stop, hp, runtime, info)
+    return finish(model, progress, stop, hp, runtime, info)
 
 
 # ==== You may stop reading here: this was the training. What follows is machinery. ================
@@ -2633,9 +2653,9 @@ def profiler(hp: Hyperparameters, runtime: Runtime, info: dict):
         on_trace_ready=lambda profile: profile.export_chrome_trace(path))
 
 
-def finish(progress: "Progress", stop: StopSignal, hp: Hyperparameters, runtime: Runtime,
-           info: dict) -> int:
-    """Log the last lines. Returns the exit code."""
+def finish(model: GPT, progress: "Progress", stop: StopSignal, hp: Hyperparameters,
+           runtime: Runtime, info: dict) -> int:
+    """Log the last lines, and save the weights. Returns the exit code."""
     if stop.agreed:
         command = [sys.executable]
         if runtime.world_size > 1:  # several nodes: see docs/nodes.md
@@ -2661,6 +2681,11 @@ def finish(progress: "Progress", stop: StopSignal, hp: Hyperparameters, runtime:
     tokens_per_second = 1000 * tokens_before(hp.num_steps, hp) / max(progress.train_ms, 1e-3)
     log.info(f"tokens_per_second:{tokens_per_second:.0f} "
              f"peak_memory_per_rank:{peak_bytes / 2 ** 20:.0f}MiB")
+    if progress.held_out_loss is not None:
+        log.info(f"held_out_loss:{progress.held_out_loss:.4f} of the "
+                 f"{progress.held_out_tokens:,} tokens after the validation's")
+    if not hp.no_weights:
+        save_weights(model, progress, hp, runtime, info)
     return 0
 
 
@@ -2675,6 +2700,9 @@ class Progress:
     validated_step: int = 0         # step of the last validation; there is none at step 0
     target_step: int | None = None  # when a validation first reached the target
     target_ms: float | None = None
+    val_loss: float | None = None   # of the last validation
+    held_out_loss: float | None = None  # of held_out_sequences, after the last step
+    held_out_tokens: int = 0
 
     def note_target(self, loss: float, target: float) -> None:
         """Note the first validation, at `step`, that reaches the target."""
@@ -2701,6 +2729,60 @@ def newest_checkpoint(folder: Path, track: str, seed: int | None = None) -> str:
     return ""
 
 
+def finite_weights(model: GPT, step: int) -> dict[str, Tensor]:
+    """The model's weights. Raises UserError if one is not finite."""
+    weights = model.state_dict()
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        raise UserError(f"the weights are not finite at step {step}, so they were not saved; use "
+                        "lower learning rates, or --resume from an earlier checkpoint")
+    return weights
+
+
+def save(state: dict, path: Path) -> None:
+    """Write a file and log its name and size, or a warning if it can't be written."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)  # atomic: no reader ever sees half a file
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
+        temporary.unlink(missing_ok=True)
+        reason = " ".join(str(error).split())[:200]
+        log.warning(f"warning: can't write {path}: {reason}")
+    else:
+        log.info(f"saved {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def save_weights(model: GPT, progress: Progress, hp: Hyperparameters, runtime: Runtime,
+                 info: dict) -> None:
+    """Save the finished run's weights, without optimizer state, for tools.sample and tools.export.
+    Raises UserError, on all ranks, if a weight is not finite.
+
+    Each weight keeps its dtype, so the file gives the same logits as the run. Rows of the n-gram
+    tables that are zero, because no n-gram of the training text led to them, are left out."""
+    weights = finite_weights(model, progress.step)
+    if runtime.rank:
+        return
+    for name, weight in weights.items():
+        weights[name] = weight.cpu()
+        if name.startswith("ngram."):
+            rows = weights[name].any(-1).nonzero()[:, 0]
+            weights[name] = {"rows": rows, "values": weights[name][rows]}
+    save({"info": info, "hyperparameters": dataclasses.asdict(hp),
+          "progress": dataclasses.asdict(progress), "model": weights},
+         hp.folder / f"{info['run_id']}.pt")
+
+
+def load_weights(model: GPT, saved: dict) -> None:
+    """Load the weights of save_weights or save_checkpoint. Raises RuntimeError if they do not fit.
+    """
+    weights = dict(saved["model"])
+    for name, table in model.named_parameters():
+        if isinstance(weights.get(name), dict):
+            rows, values = weights[name]["rows"], weights[name]["values"]
+            weights[name] = torch.zeros_like(table, device="cpu").index_copy(0, rows, values)
+    model.load_state_dict(weights)
+
+
 def save_checkpoint(progress: Progress, model: GPT, optimizer: Optimizer, hp: Hyperparameters,
                     runtime: Runtime, info: dict) -> None:
     """Save all that the rest of the run depends on; log a warning if the file can't be written.
@@ -2709,33 +2791,20 @@ def save_checkpoint(progress: Progress, model: GPT, optimizer: Optimizer, hp: Hy
         "info": info,
         "hyperparameters": dataclasses.asdict(hp),
         "progress": dataclasses.asdict(progress),
-        "model": model.state_dict(),
+        "model": finite_weights(model, progress.step),
         "optimizer": optimizer.state_dict(),
     }
-    if not all(weight.isfinite().all() for weight in state["model"].values()):
-        raise UserError(f"the weights are not finite at step {progress.step}, so no checkpoint was "
-                        "saved; use lower learning rates, or --resume from an earlier checkpoint")
     if runtime.rank == 0:
-        path = checkpoint_path(progress, hp, info)
-        temporary = path.with_suffix(".tmp")
-        try:
-            torch.save(state, temporary)
-            os.replace(temporary, path)  # atomic: no reader ever sees half a checkpoint
-        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
-            temporary.unlink(missing_ok=True)
-            reason = " ".join(str(error).split())[:200]
-            log.warning(f"warning: can't write the checkpoint {path}: {reason}")
-        else:
-            log.info(f"saved {path}")
+        save(state, checkpoint_path(progress, hp, info))
     runtime.barrier()  # torchrun ends all ranks when one ends, so none may end before the save
 
 
 def open_checkpoint(path: str) -> dict:
-    """What save_checkpoint saved, memory-mapped on the CPU. Raises UserError if it can't be read.
-    """
+    """What save_checkpoint or save_weights saved, memory-mapped on the CPU. Raises UserError if it
+    can't be read."""
     try:  # weights_only: a file can't run code
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        is_complete = {"info", "hyperparameters", "progress", "model", "optimizer"} <= state.keys()
+        is_complete = {"info", "hyperparameters", "progress", "model"} <= state.keys()
     except OSError as error:
         raise UserError(f"can't read the checkpoint {path}: {error.strerror}") from None
     except Exception:  # a damaged file can raise almost anything
@@ -2836,6 +2905,9 @@ def parse_arguments(argv: list[str] | None = None) -> Hyperparameters:
         track = given.track or ("fineweb" if has_gpu else "laptop")
         parser.set_defaults(track=track, **of_track(PRESETS, track))
     else:
+        require("optimizer" in open_checkpoint(resume),
+                f"{resume} holds a finished run's weights, which can't be trained further; --resume "
+                "needs a checkpoint, <run_id>_step<N>.pt, which --save_every saves")
         parser.set_defaults(**settings_of_checkpoint(resume))
     args = vars(parser.parse_args(argv))
     return Hyperparameters(**{**args, "resume": resume})

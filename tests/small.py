@@ -28,7 +28,8 @@ TINY = [
     "--track=laptop", "--device=cpu", "--dtype=float32", "--compile=off", "--num_steps=6",
     "--batch_size=2", "--micro_batch=2", "--sequence_length=256", "--val_length=2048",
     "--num_heads=2", "--model_dim=32", "--mlp_dim=128", "--cooldown=0.5", "--val_every=3",
-    "--log_every=1", "--muon_lr=0.035", "--ngram_lr=1", "--ngrams=3", "--ngram_rows=1021"]
+    "--log_every=1", "--muon_lr=0.035", "--ngram_lr=1", "--ngrams=3", "--ngram_rows=1021",
+    "--no_weights"]
 
 # The full recipe (fineweb's LAYERS and STAGES) on the laptop track's bytes, with a width of 32. Its
 # stages begin at steps 0, 4, 8, 11 and 12, with batches of 2, 4, 6, 6 and 6 sequences; the
@@ -45,7 +46,7 @@ RECIPE = [
     "--ngram_lr=0.6", "--adam_every=2", "--adam_decay=0.005", "--muon_lr=0.023", "--muon_decay=1.2",
     "--muon_beta2=0.9", "--momentum_warmup=0.285714", "--momentum_cooldown=0.214286",
     "--two_momenta_from=0.4", "--cooldown=0.6", "--lr_floor=0.15", "--average_tail=0.7",
-    "--val_every=4", "--log_every=1"]
+    "--val_every=4", "--log_every=1", "--no_weights"]
 SHORTER = 8         # divides the recipe's windows, which become 48 to 208 tokens, and documents
 FEWER_CLASSES = 96  # divides the size of its sampled softmax
 

@@ -41,7 +41,8 @@ SAYS_NOTHING = {"this_pr", "pr", "baseline", "log", "logs", "run", "runs", "resu
 # Hyperparameters that change no result: runs that differ in these alone are comparable. dtype and
 # compile count through the environment's "activations" and "compiled", which say what was used.
 HARMLESS = {"seed", "entry", "resume", "resume_anyway", "keep", "val_every", "log_every",
-            "save_every", "profile", "prompt", "sample_tokens", "device", "compile", "dtype"}
+            "save_every", "no_weights", "profile", "prompt", "sample_tokens", "device", "compile",
+            "dtype"}
 # A value in a log's JSON object that has another type than this is ignored.
 FACT_TYPES = {"hyperparameters": dict, "target": (int, float), "script": str, "code_hash": str,
               "run_id": str}

@@ -603,7 +603,7 @@ def close(phases: list[dict]) -> None:
 
 def shortened(hp, num_steps: int) -> dict:
     """The settings that make hp a run of num_steps steps; only those that the script has."""
-    short = dict(num_steps=num_steps, val_every=4, log_every=2, save_every=0,
+    short = dict(num_steps=num_steps, val_every=4, log_every=2, save_every=0, no_weights=True,
                  extension=2 / num_steps, momentum_warmup=3 / num_steps)
     older = dict(cooldown_steps=3, warmup_steps=1, momentum_warmup_steps=3, extension_steps=2,
                  sample_tokens=2)
@@ -642,7 +642,8 @@ def run_script(request: dict) -> dict:
         copy = place(script, probe.TRACKS[hp.track], tokens, folder)
         os.chdir(folder)
         enter(CARDS[request["card"]], request["world_size"], request["rank"], request["compile"])
-        short_flags = [f"--{name}={value}" for name, value in short.items()]
+        short_flags = [f"--{name}" if value is True else f"--{name}={value}"
+                       for name, value in short.items()]
         code = run_copy(copy, [*request["flags"], *short_flags], phases)
         if code:
             error = sys.stderr.last_line()
