@@ -2906,8 +2906,8 @@ def parse_arguments(argv: list[str] | None = None) -> Hyperparameters:
         parser.set_defaults(track=track, **of_track(PRESETS, track))
     else:
         require("optimizer" in open_checkpoint(resume),
-                f"{resume} holds a finished run's weights, which can't be trained further; --resume "
-                "needs a checkpoint, <run_id>_step<N>.pt, which --save_every saves")
+                f"{resume} holds only the weights of a finished run; --resume needs a "
+                "checkpoint, <run_id>_step<N>.pt, which --save_every saves")
         parser.set_defaults(**settings_of_checkpoint(resume))
     args = vars(parser.parse_args(argv))
     return Hyperparameters(**{**args, "resume": resume})
