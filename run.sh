@@ -12,7 +12,7 @@ Sets up what is missing (Python packages, data), then trains, tests or runs a to
   ./run.sh my_idea.py [flags]      the same with an edited copy of train_gpt.py
   ./run.sh --record published/2024-06-06_AdamW [flags]       train with the script of a record
   ./run.sh test [--all] [pytest arguments]                   run the tests
-  ./run.sh compare|fair_play|simulate|sample [arguments]     run a tool (--help explains it)
+  ./run.sh compare|fair_play|simulate|sample|export [arguments]   run a tool (--help explains it)
 
 Environment variables:
   NPROC=2          number of processes (default: one per GPU; without GPUs, one)
@@ -129,7 +129,7 @@ CDPATH='' cd -P -- "$(dirname -- "$self")" # -P: a link's target can go up from 
 
 command=start
 case ${1:-} in
-    test | compare | fair_play | simulate | sample)
+    test | compare | fair_play | simulate | sample | export)
         command=$1
         shift
         ;;
@@ -149,7 +149,7 @@ case ${1:-} in
         ;;
     "" | -*) ;;
     *)
-        die "'$1' is not a command; expected test, compare, fair_play, simulate, sample," \
+        die "'$1' is not a command; expected test, compare, fair_play, simulate, sample, export," \
             "a script that ends in .py, or flags"
         ;;
 esac

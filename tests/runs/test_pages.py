@@ -42,7 +42,7 @@ def test_flags_of_train_gpt_exist(page):
     """What follows `./run.sh` or `train_gpt.py` are flags of today's script or run.sh's own words.
     Commands of frozen entries (--record) have the flags of their scripts."""
     flags = {f"--{name}" for name in train_gpt.Hyperparameters.__dataclass_fields__} | {"--help"}
-    tools = {"test", "compare", "fair_play", "simulate", "sample"}
+    tools = {"test", "compare", "fair_play", "simulate", "sample", "export"}
     for words in commands_of(page):
         starts = [i for i, word in enumerate(words) if word in ("./run.sh", "train_gpt.py")]
         if not starts or "--record" in words or (ROOT / "records" in page.parents):

@@ -52,7 +52,8 @@ def ab(args) -> int:
               f"{' '.join(args.args)}", flush=True)
         started = time.monotonic()
         with stop_signals_as_ctrl_c():
-            code, log = run_script([str(scripts[side]), *args.args, f"--seed={seed}"])
+            code, log = run_script([
+                str(scripts[side]), *args.args, f"--seed={seed}", *without_weights(scripts[side])])
         if code or not log:
             no_log = "" if log else " and named no log"
             raise UserError(f"{scripts[side]} ended with exit code {code}{no_log}; correct it and "
@@ -72,6 +73,12 @@ def ab(args) -> int:
 def digest(data: bytes) -> str:
     """The first 12 hexadecimal digits of the SHA-256 of some bytes."""
     return hashlib.sha256(data).hexdigest()[:12]
+
+
+def without_weights(script: Path) -> list[str]:
+    """The flag by which a run leaves no weights, of which many runs could fill the disk. Older
+    scripts neither have it nor keep weights."""
+    return ["--no_weights"] if b"no_weights" in script.read_bytes() else []
 
 
 def is_complete(path: str) -> bool:

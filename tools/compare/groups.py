@@ -54,6 +54,11 @@ class Group:
         return ", ".join(sorted(versions)) or None
 
     @property
+    def held_out_losses(self) -> list[float]:
+        """Losses of the complete runs on the held-out slice, as far as their logs have one."""
+        return [run.held_out_loss for run in self.runs if run.held_out_loss is not None]
+
+    @property
     def losses(self) -> list[float]:
         """Final validation losses of the complete runs, in nats."""
         return [run.val_loss for run in self.runs]

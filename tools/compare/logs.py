@@ -27,6 +27,7 @@ STEP = re.compile(rb"step:(\d{1,15})/(\d{1,15})\s+(\S.*)")  # a longer number is
 LLM_C = re.compile(rb"s:(\d{1,15}) (tel|trl):(\S+)")  # llm.c: validation and training loss
 FIELD = re.compile(rb"([\w/]+):(\S+)")
 DURATION = re.compile(rb"(\d+(?:\.\d+)?)(ms|s)$")
+HELD_OUT = re.compile(rb"held_out_loss:(\d{1,9}\.\d{1,9}) ")
 RESUMED = re.compile(rb"resumed from .* at step (\d{1,15})(?:$|; other runs)")
 # Lines of our logs, when a run starts or is resumed: where it runs; what changed at the resume.
 MACHINE = re.compile(rb"track .+?, .*?(\d+ x .+?), log:? ")
@@ -66,6 +67,7 @@ class Run:
     changes: list = field(default_factory=list)   # of machine, settings, ... when it was resumed
     restart_step: int = 0             # where the training time began again from zero
     step_avg_ms: float | None = None  # of the last validation
+    held_out_loss: float | None = None            # on text that no decision rests on, in nats
     train_hash: str = ""              # hash of the training losses
 
     @property
@@ -254,7 +256,10 @@ class Metrics:
 
     def feed_other(self, line: bytes) -> None:
         """Reads a line that is no metric line: it may say that the run was resumed."""
-        if found := MACHINE.match(line):
+        found = HELD_OUT.match(line)
+        if found and self.runs:
+            self.runs[-1].held_out_loss = float(found[1])
+        elif found := MACHINE.match(line):
             self.machine = found[1].decode(errors="replace")
         elif found := RESUMED.match(line):
             self.resumed_at = int(found[1])

@@ -48,6 +48,8 @@ def row_of(group: Group, label: str, target: float | None, claim: bool = False) 
         "target": target,
         "val_loss_mean": finite(mean(group.losses)),
         "val_loss_sd": finite(deviation(group.losses)),
+        "held_out_loss_mean": finite(mean(group.held_out_losses)),
+        "held_out_loss_sd": finite(deviation(group.held_out_losses)),
         "p_value": None if run.partial else finite(t_test_below(group.losses, target)),
         "train_time_ms_mean": finite(mean(group.times)),
         "train_time_ms_sd": finite(deviation(group.times)),
@@ -75,6 +77,8 @@ def cells_of(row: dict) -> dict[str, str]:
         "runs": f"{row['runs']}{incomplete}",
         "steps": text("steps", "{}"),
         "val loss": text("val_loss_mean", "{:.4f}") + text("val_loss_sd", " ± {:.4f}"),
+        "held-out loss": (text("held_out_loss_mean", "{:.4f}")
+                          + text("held_out_loss_sd", " ± {:.4f}")),
         "target": text("target", "{:g}"),
         "p": text("p_value", "{:.2g}"),
         "training time": seconds(row["train_time_ms_mean"]) + time_sd,
