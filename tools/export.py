@@ -154,7 +154,7 @@ def card_of(trained: Trained) -> str:
     commit = info.get("git_commit") or "unknown"
     rows = {
         "track": hp.track,
-        "validation loss": f"{loss('val_loss')} nats per token",
+        "validation loss": f"{loss('validation_loss')} nats per token",
         "loss on a held-out slice": f"{loss('held_out_loss')} ({held_out_tokens:,} tokens after "
                                     "the validation's, read once)",
         "steps": f"{step:,} of {hp.num_steps:,}",
@@ -174,7 +174,7 @@ library_name: transformers
 pipeline_tag: text-generation
 tags: [gpt2, speedrun]
 ---
-# {hp.track}, {loss('val_loss')} after {step:,} steps
+# {hp.track}, {loss('validation_loss')} after {step:,} steps
 
 A language model of a speedrun of GPT-2 training. Its ideas come from
 [modded-nanogpt](https://github.com/KellerJordan/modded-nanogpt).

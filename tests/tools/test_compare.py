@@ -157,6 +157,21 @@ def test_runs_that_validated_on_a_part_of_the_tokens_are_no_claim(tmp_path, caps
     assert row["reached"] == 0 and row["p_value"] is None and not row["claim"]
 
 
+def test_the_held_out_loss_is_shown_and_judges_nothing(tmp_path, capsys):
+    """The line is none of the validations, and one in the embedded source is none at all."""
+    held_out = [1.25, 1.27]
+    code = f"{CODE}held_out_loss:9.9999 of no tokens\n"
+    bodies = [f"{metrics(loss)}held_out_loss:{other:.4f} of the 2,048 tokens\n"
+              for loss, other in zip(LOSSES, held_out, strict=False)]
+    new = write(tmp_path / "new", [log(code=code, body=body) for body in bodies])
+    assert main("table", "--json", new) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["held_out_loss_mean"] == pytest.approx(1.26) and row["runs"] == 2
+    assert row["val_loss_mean"] == pytest.approx(sum(LOSSES[:2]) / 2)
+    assert main("table", "--all", new) == 0
+    assert "1.2600" in capsys.readouterr().out
+
+
 def test_verify_names_a_log_without_a_step(capsys, sides):
     write(Path(sides[1]), [log(body="run failed\n")], name="failed.txt")
     assert main("verify", sides[1], "--baseline", sides[0]) == 0

@@ -35,7 +35,7 @@ def write_weights(flags):
             "code_hash": sample.script_hash(train_gpt.__file__), "activations": hp.dtype,
             "device": "a CPU", "device_count": 1, "torch": "2", "data_fingerprint": "0123-4567",
             "git_commit": "fedcba", "git_dirty": False}
-    progress = train_gpt.Progress(step=hp.num_steps, val_loss=3.2791)
+    progress = train_gpt.Progress(step=hp.num_steps, validation_loss=3.2791)
     train_gpt.save_weights(model, progress, hp, train_gpt.Runtime(0, 1, CPU), info)
     return train_gpt.ROOT / "records/scratch" / f"{info['run_id']}.pt", model
 

@@ -1717,7 +1717,7 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
                     if hp.num_val_tokens == track.val_tokens:
                         progress.note_target(val_loss, track.target)
                     progress.validated_step = step
-                    progress.val_loss = val_loss
+                    progress.validation_loss = val_loss
                     held_out = held_out_sequences(val_stream, hp)
                     if is_last and held_out:
                         progress.held_out_tokens = len(held_out) * hp.val_length
@@ -2699,7 +2699,7 @@ class Progress:
     validated_step: int = 0         # step of the last validation; there is none at step 0
     target_step: int | None = None  # when a validation first reached the target
     target_ms: float | None = None
-    val_loss: float | None = None   # of the last validation
+    validation_loss: float | None = None  # the last one
     held_out_loss: float | None = None  # of held_out_sequences, after the last step
     held_out_tokens: int = 0
 
