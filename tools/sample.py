@@ -44,7 +44,8 @@ class Trained(NamedTuple):
 
     def description(self) -> str:
         """The run, the step and the losses, in one line."""
-        losses = [f"{name} {self.progress[name]:.4f}" for name in ("validation_loss", "held_out_loss")
+        losses = [f"{name.replace('_', ' ')} {self.progress[name]:.4f}"
+                  for name in ("validation_loss", "held_out_loss")
                   if self.progress.get(name) is not None]
         step = f"step {self.progress['step']} of {self.model.hp.num_steps}"
         return ", ".join([f"run {self.info['run_id']}", step, *losses])
