@@ -144,19 +144,21 @@ def card_of(trained: Trained) -> str:
     def loss(name):
         return "not computed" if progress.get(name) is None else f"{progress[name]:.4f}"
 
-    status = (f"Measured by this one run on {info['device_count']} x {info['device']}, torch "
-              f"{info['torch']}, {info['activations']}. One run shows no spread.")
+    status = (f"Measured by this one run on {info['world_size']} x {info['device']}, "
+              f"{info['threads']} threads, torch {info['torch']}, {info['activations']}. One run "
+              "shows no spread.")
     if hp.val_tokens:
         status += f" The loss is over {hp.val_tokens:,} tokens only, so it is no result."
     if step < hp.num_steps:
         status += " The run was not finished."
-    held_out_tokens = progress.get("held_out_tokens") or 0
+    held_out = loss("held_out_loss")
+    if progress.get("held_out_tokens"):
+        held_out += f" ({progress['held_out_tokens']:,} tokens after the validation's, read once)"
     commit = info.get("git_commit") or "unknown"
     rows = {
         "track": hp.track,
         "validation loss": f"{loss('validation_loss')} nats per token",
-        "loss on a held-out slice": f"{loss('held_out_loss')} ({held_out_tokens:,} tokens after "
-                                    "the validation's, read once)",
+        "loss on a held-out slice": held_out,
         "steps": f"{step:,} of {hp.num_steps:,}",
         "training tokens": f"{trained.script.tokens_before(step, hp):,}",
         "training time": f"{progress['train_ms'] / 1000:.1f} s",

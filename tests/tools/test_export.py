@@ -33,8 +33,8 @@ def write_weights(flags):
     model = away_from_zero(train_gpt.build_model(hp, CPU, dtype, flex=False))
     info = {"run_id": f"{hp.track}-20300101-000000-abcdef", "script": "train_gpt.py",
             "code_hash": sample.script_hash(train_gpt.__file__), "activations": hp.dtype,
-            "device": "a CPU", "device_count": 1, "torch": "2", "data_fingerprint": "0123-4567",
-            "git_commit": "fedcba", "git_dirty": False}
+            "device": "a CPU", "world_size": 1, "threads": 1, "torch": "2",
+            "data_fingerprint": "0123-4567", "git_commit": "fedcba", "git_dirty": False}
     progress = train_gpt.Progress(step=hp.num_steps, validation_loss=3.2791)
     train_gpt.save_weights(model, progress, hp, train_gpt.Runtime(0, 1, CPU), info)
     return train_gpt.ROOT / "records/scratch" / f"{info['run_id']}.pt", model
