@@ -34,8 +34,6 @@ class SpeedrunForCausalLM(PreTrainedModel, GenerationMixin):
         dtype = getattr(torch, config.activations)
         with torch.random.fork_rng():  # build_model sets the seed
             self.model = build_model(hp, torch.get_default_device(), dtype, flex=False)
-        # from_pretrained gives all weights one dtype, but some have that of the activations.
-        self.dtypes = {name: p.dtype for name, p in self.named_parameters()}
         self.post_init()
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
@@ -44,9 +42,6 @@ class SpeedrunForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask (B, T): 0 for padding, anywhere in the row; the logits there mean nothing.
         Returns logits (B, T, V), float32. labels (B, T): the input_ids, -100 where no loss is
         wanted; they are shifted here."""
-        for name, p in self.named_parameters():
-            if p.dtype != self.dtypes[name]:
-                p.data = p.data.to(self.dtypes[name])
         order = None
         if attention_mask is not None and not attention_mask.all():
             # Padding moves to the end of its row. No token sees it there, as the mask is causal.
