@@ -54,7 +54,10 @@ class Trained(NamedTuple):
 def script_hash(path: str | Path) -> str:
     """The hash of a script as train_gpt.run_info computes it; "" if there is no such file."""
     path = Path(path)
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else ""
+    if not path.is_file():
+        return ""
+    source = path.read_text("utf-8", errors="replace")  # whatever its line ends
+    return hashlib.sha256(source.encode()).hexdigest()[:12]
 
 
 def load_script(path: str | Path) -> ModuleType:
