@@ -40,8 +40,8 @@ class SpeedrunForCausalLM(PreTrainedModel, GenerationMixin):
                 labels: torch.Tensor | None = None, **kwargs) -> CausalLMOutput:
         """input_ids (B, T); a document begins at each end-of-text token, and each row begins one.
         attention_mask (B, T): 0 for padding, anywhere in the row; the logits there mean nothing.
-        Returns logits (B, T, V), float32. labels (B, T): the input_ids, -100 where no loss is
-        wanted; they are shifted here."""
+        Returns logits (B, T, V), float32: logarithms of probabilities. labels (B, T): the
+        input_ids, -100 where no loss is wanted; they are shifted here."""
         order = None
         if attention_mask is not None and not attention_mask.all():
             # Padding moves to the end of its row. No token sees it there, as the mask is causal.
