@@ -222,8 +222,8 @@ def write_folder(trained: Trained, folder: Path) -> None:
     (folder / "README.md").write_text(card_of(trained), encoding="utf-8")
     shutil.copy(trained.script.__file__, folder / "train_gpt.py")
     shutil.copy(Path(__file__).with_name("modeling_speedrun.py"), folder)
-    weights = {f"model.{name}": weight.cpu().contiguous()
-               for name, weight in trained.model.state_dict().items()}
+    tensors = {**trained.model.state_dict(), **dict(trained.model.named_buffers())}
+    weights = {f"model.{name}": tensor.cpu().contiguous() for name, tensor in tensors.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -3,12 +3,18 @@
 tools/export.py copies this file into the folders that it writes. There it is loaded by
 AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True).
 """
+import sys
+
 import torch
 import torch.nn.functional as F
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from .train_gpt import Hyperparameters, Schedule, build_model
+
+# The script makes tables of the vocabulary file. Here they are read with the weights, so the
+# model can be built with any vocabulary of that size.
+sys.modules[build_model.__module__].read_vocabulary = lambda track: (b"",) * track.vocab_size
 
 
 class SpeedrunConfig(PretrainedConfig):
@@ -34,6 +40,8 @@ class SpeedrunForCausalLM(PreTrainedModel, GenerationMixin):
         dtype = getattr(torch, config.activations)
         with torch.random.fork_rng():  # build_model sets the seed
             self.model = build_model(hp, torch.get_default_device(), dtype, flex=False)
+        for module in self.modules():
+            module._non_persistent_buffers_set.clear()  # tools/export.py saves all buffers
         self.post_init()
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,

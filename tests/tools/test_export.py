@@ -44,6 +44,7 @@ def write_weights(flags):
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
     (tmp_path / "records/scratch").mkdir(parents=True)
+    (tmp_path / "data").symlink_to(small.REPOSITORY / "data")
     return tmp_path
 
 
