@@ -22,8 +22,9 @@ modded-nanogpt's records/; other ideas are cited by their arXiv number.
 records/scratch/<run_id>.txt: this source, the environment, the losses.
 
 Shapes in comments: S sequences of T tokens; N = S T tokens in all; D model width; H heads of width
-d; V vocabulary entries; K prediction targets of a token (the next one, the one after, ...); W
-ranks. A function that is called "collective" must be called by all ranks.
+d; V vocabulary entries; K prediction targets of a token (the next one, the one after, ..., in some
+stages the next one's prefix); W ranks. A function that is called "collective" must be called by all
+ranks.
 """
 import argparse
 import base64
@@ -62,7 +63,7 @@ from typing import NamedTuple
 if __name__ == "__main__":
     # Until training begins, Ctrl-C ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings bury our own line
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings hide our error line
 try:
     import numpy as np
     import torch
@@ -139,13 +140,17 @@ TRACKS = {
 class Layer(NamedTuple):
     """The architecture of one layer. Layers are counted from 0."""
     attention: str | None         # "short" or "long" window, "paired" heads; None: only an MLP
-    narrow_qk: bool               # queries and keys have only the half of dimensions that rotates
-    value_table: int | None       # which table of value embeddings its attention adds
+    # A wide head's queries and keys have d dimensions, of which half are rotated by the position. A
+    # narrow head's have d / 2, all rotated. Long layers are wide, because their key offset needs
+    # the half that is not rotated.
+    narrow_qk: bool
+    value_table: int | None       # which table of value embeddings (of the token) is added to V
     skip_from: int | None         # earlier layer whose output is added to this layer's input
     attn_input_layer: int | None  # earlier layer whose output attention reads; None: its own input
     xsa: bool                     # learn to remove the token's own value from attention's output
-    mudd: bool                    # tokens predict the block's coefficients; else learned scalars
-    head_skip_init: float | None  # initial weight of the layer's output in the head; None: unused
+    mudd: bool                    # each token predicts the weights with which the block adds up its
+                                  # terms; else they are learned numbers
+    head_skip_init: float | None  # initial weight of the layer's output in Readout; None: not added
 
 
 LAYERS = {
@@ -155,17 +160,17 @@ LAYERS = {
         # 2026-04-29. MUDD (multiway dynamic dense connections) and head_skip_init: 2026-04-22.
         # Narrow queries and keys: pull request 360 of 2026-08-31.
         #     attention  narrow  value_table  skip_from  attn_input  xsa    mudd   head_skip_init
-        Layer("paired",  True,   None,        None,      None,       False, False, None),
-        Layer("short",   True,   0,           None,      None,       True,  False, None),
-        Layer("paired",  True,   1,           None,      None,       False, False, None),
-        Layer("long",    False,  None,        None,      None,       True,  False, 0.0),
-        Layer("short",   True,   None,        None,      None,       True,  False, None),
-        Layer("paired",  True,   None,        None,      None,       False, False, None),
-        Layer(None,      False,  None,        3,         None,       False, False, None),
-        Layer("short",   True,   None,        None,      None,       True,  False, -0.5),
-        Layer("short",   True,   2,           None,      7,          True,  False, None),
-        Layer("paired",  True,   3,           None,      7,          False, False, 0.0),
-        Layer("long",    False,  4,           None,      7,          True,  True,  None)),
+        Layer("paired",  True,   None,        None,      None,       False, False, None),  # 0
+        Layer("short",   True,   0,           None,      None,       True,  False, None),  # 1
+        Layer("paired",  True,   1,           None,      None,       False, False, None),  # 2
+        Layer("long",    False,  None,        None,      None,       True,  False, 0.0),  # 3
+        Layer("short",   True,   None,        None,      None,       True,  False, None),  # 4
+        Layer("paired",  True,   None,        None,      None,       False, False, None),  # 5
+        Layer(None,      False,  None,        3,         None,       False, False, None),  # 6
+        Layer("short",   True,   None,        None,      None,       True,  False, -0.5),  # 7
+        Layer("short",   True,   2,           None,      7,          True,  False, None),  # 8
+        Layer("paired",  True,   3,           None,      7,          False, False, 0.0),  # 9
+        Layer("long",    False,  4,           None,      7,          True,  True,  None)),  # 10
     "laptop": (
         Layer("long",    False,  0,           None,      None,       False, False, None),
         Layer("paired",  False,  0,           None,      None,       False, False, None)),
@@ -174,18 +179,20 @@ LAYERS = {
 
 class Stage(NamedTuple):
     """The settings of one part of the run."""
-    until: float           # its end, as a fraction of the scheduled steps; inf: the extension,
-                           # which are the steps after the schedule, with learning rates at lr_floor
+    until: float           # its end, as a fraction of the steps before the extension; inf: the
+                           # extension, the last steps, which keep the lowest learning rate
     batch_multiplier: int  # a step trains on batch_multiplier * batch_size sequences
-    window: int            # tokens before its own that a query sees in a long layer
-    max_doc_len: int       # documents are cut to this many tokens; 0: not cut. If any stage has it,
-                           # all sequences begin with a document; else the text is cut anywhere
+    window: int            # in a long layer, a token sees this many tokens before it
+    max_doc_len: int       # documents are cut to this many tokens; 0: not cut. If any stage cuts
+                           # documents, all sequences of the run begin with a document; else the
+                           # text is cut into sequences anywhere
     lr_multiplier: float   # of all learning rates, before they decay to lr_floor
     # Multi-token prediction: weights of the losses of the next token, the one after, ..., at the
     # beginning and at the end of the stage, with linear interpolation between.
     mtp_weights: tuple[float, ...]
     mtp_weights_end: tuple[float, ...]
-    # The same for the loss of the next token's prefix (see prefix_table), at its begin and its end.
+    # Weights of the loss of one more target, the next token's prefix (see prefix_table), at the
+    # beginning and at the end of the stage.
     prefix_weights: tuple[float, float]
     tied: bool             # embedding and head are one matrix
     softmax_size: int      # vocabulary entries in the sampled softmax; 0: all of them
@@ -196,21 +203,25 @@ STAGES = {
         # Windows: record 2025-09-03. Batches and learning rates: 2025-11-29, 2025-12-22. Documents:
         # 2026-02-10. Multi-token prediction, untying: 2025-12-22. Prefixes: pull request 337 of
         # 2026-07-13. Extension: 2025-09-21. Sampled softmax: pull request 360 of 2026-08-31.
-        #     until     batch  window  max_doc  lr    mtp_weights, at the end        prefix_weights
-        #     tied   softmax_size
-        Stage(1 / 3,    1,     384,    896,     1.0,  (1, 0.5, 0.25), (1, 0.5, 0),   (0.25, 0.25),
-              True,  10_240),
-        Stage(2 / 3,    2,     896,    2048,    1.52, (1, 0.5),       (1, 0),        (0.25, 0),
-              True,  14_336),
-        Stage(0.927,    3,     1408,   2048,    1.73, (1,),           (1,),          (0, 0),
-              False, 24_576),
-        Stage(1.0,      3,     1408,   2048,    1.73, (1,),           (1,),          (0, 0),
-              False, 0),
-        Stage(math.inf, 3,     1664,   2048,    1.73, (1,),           (1,),          (0, 0),
-              False, 0)),
+        Stage(until=1 / 3, batch_multiplier=1, window=384, max_doc_len=896, lr_multiplier=1.0,
+              mtp_weights=(1, 0.5, 0.25), mtp_weights_end=(1, 0.5, 0), prefix_weights=(0.25, 0.25),
+              tied=True, softmax_size=10_240),
+        Stage(until=2 / 3, batch_multiplier=2, window=896, max_doc_len=2048, lr_multiplier=1.52,
+              mtp_weights=(1, 0.5), mtp_weights_end=(1, 0), prefix_weights=(0.25, 0),
+              tied=True, softmax_size=14_336),
+        Stage(until=0.927, batch_multiplier=3, window=1408, max_doc_len=2048, lr_multiplier=1.73,
+              mtp_weights=(1,), mtp_weights_end=(1,), prefix_weights=(0, 0),
+              tied=False, softmax_size=24_576),
+        Stage(until=1.0, batch_multiplier=3, window=1408, max_doc_len=2048, lr_multiplier=1.73,
+              mtp_weights=(1,), mtp_weights_end=(1,), prefix_weights=(0, 0),
+              tied=False, softmax_size=0),
+        Stage(until=math.inf, batch_multiplier=3, window=1664, max_doc_len=2048, lr_multiplier=1.73,
+              mtp_weights=(1,), mtp_weights_end=(1,), prefix_weights=(0, 0),
+              tied=False, softmax_size=0)),
     "laptop": (
-        Stage(1.0,      1,     256,    0,       1.0,  (1,),           (1,),          (0, 0),
-              False, 0),),
+        Stage(until=1.0, batch_multiplier=1, window=256, max_doc_len=0, lr_multiplier=1.0,
+              mtp_weights=(1,), mtp_weights_end=(1,), prefix_weights=(0, 0),
+              tied=False, softmax_size=0),),
 }
 
 
@@ -241,7 +252,8 @@ class Hyperparameters:
     attention_scale: float = setting(0.085, "softmax scale of attention in the first stage")
     narrow_scale: float = setting(0.13, "the same for layers with narrow queries and keys")
     final_window: int = setting(2560, "window of the long layers in the last validation, in tokens")
-    pointer_window: int = setting(8192, "tokens back to which the pointer points; 0: no pointer")
+    pointer_window: int = setting(
+        8192, "tokens back from which the pointer (see Pointer) can copy; 0: no pointer")
     logit_cap: float = setting(23.0, "softcap: logits z become cap * sigmoid((z + shift) / scale)")
     logit_shift: float = setting(5.0, "softcap: shift")
     logit_scale: float = setting(7.5, "softcap: scale")
@@ -259,6 +271,7 @@ class Hyperparameters:
     muon_beta2: float = setting(0.9, "decay of NorMuon's second moment per step")
     momentum_start: float = setting(0.85, "Muon momentum at the first and the last step")
     momentum_end: float = setting(0.95, "Muon momentum in between")
+    # modded-nanogpt: 300 and 50 steps of 1,405
     momentum_warmup: float = setting(300 / 1405, "fraction of the steps in which momentum rises")
     momentum_cooldown: float = setting(50 / 1405, "fraction of the steps in which it falls")
     two_momenta_from: float = setting(
@@ -369,7 +382,7 @@ def lr_scale(step: int, hp: Hyperparameters) -> float:
     return decay * multiplier + (1 - decay) * hp.lr_floor
 
 
-def muon_momentum(step: int, hp: Hyperparameters) -> float:
+def momentum_schedule(step: int, hp: Hyperparameters) -> float:
     """Muon's momentum: rises from momentum_start to momentum_end, stays, and falls back at the end
     (record 2025-09-30)."""
     warmup_steps = round(hp.momentum_warmup * hp.num_steps)
@@ -384,27 +397,30 @@ def muon_momentum(step: int, hp: Hyperparameters) -> float:
 
 class Momenta(NamedTuple):
     """Muon's momenta at a step; see muon_direction. Floats or 0-dim tensors."""
-    nesterov: float     # weight of the momentum in the direction; the rest is the gradient's
+    nesterov: float     # share of the momentum in what Muon orthogonalizes; gradient: the rest
     fast: float         # decay of the fast momentum
     fast_weight: float  # weight of the fast momentum; the rest is the slow one's
 
 
+SLOW_DECAY = 0.98  # of Muon's slow momentum
+
+
 def muon_momenta(step: int, hp: Hyperparameters) -> Momenta:
-    """One momentum at first, then a fast and a slow one (pull request 340, arXiv 2608.22994). The
-    decay of the slow one is always 0.98; the gradients in their mean are 30 steps old on average.
-    """
-    momentum = muon_momentum(step, hp)
+    """Until two_momenta_from, one momentum, the scheduled one. Then two, a fast and a slow one
+    (pull request 340, arXiv 2608.22994): a gradient in their weighted mean is 30 steps old on
+    average. The scheduled momentum then only remains as Nesterov's share. The slow one is updated
+    from the first step, so that it is complete when it is needed."""
+    momentum = momentum_schedule(step, hp)
     if step < hp.two_momenta_from * hp.num_steps:
         return Momenta(nesterov=momentum, fast=momentum, fast_weight=1.0)
     return Momenta(nesterov=momentum, fast=0.85, fast_weight=0.4385)
 
 
 def average_weight(step: int, hp: Hyperparameters) -> float:
-    """The weight of the current weights in the averages that are updated after a step; 0 for steps
-    that do not update them.
-
-    Every fourth step does in the tail of the run, counted back from the last one. The time constant
-    is half of the tail. Published: 150 steps and a tail of 298 of 1,194 (record 2026-08-30)."""
+    """How far the averages of the parameters move towards the parameters after a step, from 0 (not
+    at all) to 1. They move in every fourth step of the last average_tail of the run, the last step
+    included, with a time constant of half that tail. Published: 150 steps and the last 298 of 1,194
+    (record 2026-08-30)."""
     every = 4
     tail_steps = round(hp.average_tail * hp.num_steps)
     steps_left = hp.num_steps - (step + 1)
@@ -511,7 +527,8 @@ def visible(query: Tensor, key: Tensor, first_key: Tensor, strict: bool = False)
     return (first_key <= key) & ((key < query) if strict else (key <= query))
 
 
-Mask = BlockMask | Tensor  # FlexAttention (compiled, CUDA) or first_visible_key's (N,) (otherwise)
+# BlockMask for FlexAttention (compiled, on CUDA); else first_visible_key's result, (N,).
+Mask = BlockMask | Tensor
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, max_window: int) -> Tensor:
@@ -528,30 +545,33 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, max_window: int) -> T
 
 def point(q: Tensor, k: Tensor, sink: Tensor, tokens: Tensor, targets: Tensor, mask: Mask,
           max_window: int) -> tuple[Tensor, Tensor]:
-    """A softmax over the visible earlier positions and a sink, each position voting for its own
-    token. Returns p_copy, the share of the votes for the target, and p_sink, the share of the sink,
+    """Attention weights of each position over the visible earlier ones and a sink. Returns p_copy,
+    the sum of the weights of positions whose token is the target, and p_sink, the sink's weight,
     (N,) float32 each.
 
-    q, k: (N, d); sink: the sink's scores, (N,); tokens, targets: (N,); mask: strict. p_copy is
-    computed for the targets alone, because the distribution of the votes would be (N, V)."""
+    q, k: (N, d); sink: the sink's scores, (N,); tokens, targets: (N,); mask: strict, because a
+    position's own token is no prediction. Only the target's p_copy is computed, because those of
+    all tokens would be (N, V)."""
     if isinstance(mask, BlockMask):
-        # Head 0 sums up all scores, head 1 those of positions that vote for the target. Only their
-        # log-sum-exps are needed, so the values are a dummy of the smallest width.
+        # Head 0 sees all positions, head 1 only those whose token is the target. We need each
+        # head's log-sum-exp, not its output, so the values are a dummy, as narrow as allowed.
         def score_mod(score, batch, head, query, key):
-            votes = (head == 0) | (tokens[key] == targets[query])
-            return torch.where(votes, score, -math.inf)
+            is_seen = (head == 0) | (tokens[key] == targets[query])
+            return torch.where(is_seen, score, -math.inf)
 
         two_q, two_k = (t.expand(1, 2, *t.shape) for t in (q, k))
         y, aux = flex_attention(two_q, two_k, two_k[..., :16], score_mod, mask, scale=1.0,
                                 return_aux=AuxRequest(lse=True))
-        # Inductor can't compile the backward pass of an output that has no gradient.
-        log_all, log_votes = aux.lse[0] + 0 * y[0, ..., 0]  # -inf where there is no such position
+        # Inductor can't compile the backward pass if the output is not used: so use it, times 0.
+        # The log-sum-exps are -inf where a head sees no position.
+        log_all, log_target = aux.lse[0] + 0 * y[0, ..., 0]
         log_total = torch.logaddexp(log_all, sink)
-        return (log_votes - log_total).exp(), (sink - log_total).exp()
-    chunks = Chunks(len(q), max_window)
+        return (log_target - log_total).exp(), (sink - log_total).exp()
+    chunks = Chunks(len(q), max_window)  # chunks of queries, each with the keys that it can see
     weights, p_sink = chunked_pointer_weights(q, k, sink, mask, chunks)
-    votes = chunks.of_keys(tokens[None, :, None]).mT == chunks.of_queries(targets[None, :, None])
-    p_copy = (weights * votes[0]).sum(dim=-1, keepdim=True)
+    token_of_key = chunks.of_keys(tokens[None, :, None]).mT
+    is_target = token_of_key == chunks.of_queries(targets[None, :, None])
+    p_copy = (weights * is_target[0]).sum(dim=-1, keepdim=True)
     return chunks.join(p_copy[None]).flatten(), chunks.join(p_sink[None]).flatten()
 
 
@@ -577,8 +597,9 @@ def read_vocabulary(track: Track) -> tuple[bytes, ...]:
 
 @functools.cache
 def prefix_table(vocabulary: tuple[bytes, ...]) -> list[int]:
-    """For each token, the longest token that is a proper prefix of it; -1 if there is none. Whoever
-    predicts the prefix has predicted a part of the token (modded-nanogpt pull request 337)."""
+    """For each token, the longest other token with which its text begins; -1 if there is none. It
+    is one more target in the first stages, easier than the token itself (modded-nanogpt pull
+    request 337)."""
     id_of = {token: i for i, token in enumerate(vocabulary)}
     prefix_of = []
     for token in vocabulary:
@@ -589,18 +610,21 @@ def prefix_table(vocabulary: tuple[bytes, ...]) -> list[int]:
 
 @functools.cache
 def token_classes(vocabulary: tuple[bytes, ...]) -> list[int]:
-    """For each token, the first one that differs from it only in case, accents, compatibility forms
-    of characters (Unicode NFKC) and white space (modded-nanogpt pull request 375)."""
+    """For each token, its class: the id of the first token with the same text, if case, accents,
+    compatibility forms of characters (Unicode NFKC) and white space at the ends are ignored. Tokens
+    without any text left (parts of a character, end-of-text) are alone in their class. NGramEmbed
+    uses them (modded-nanogpt pull request 375)."""
     first_of = {}
     classes = []
     for i, token in enumerate(vocabulary):
         try:
+            # NFKC unifies forms of characters, NFD separates letters and accents.
             text = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", token.decode()))
         except UnicodeDecodeError:  # a part of a character
             text = ""
         text = "".join(c for c in text if unicodedata.category(c) != "Mn")  # Mn: accents
         text = re.sub(r"[ \t\r\n]+", " ", text.lower())
-        text = text.strip() or text[:1]  # white space alone is one class
+        text = text.strip() or text[:1]  # white space alone stays one blank
         classes.append(first_of.setdefault(text, i) if text else i)
     return classes
 
@@ -652,12 +676,13 @@ class Mudd(nn.Module):
     initialization they are `init` for every token (MUDD, arXiv 2502.12170, record 2026-04-22).
 
     The parameters are float32. In modded-nanogpt these and the gates' are bfloat16, and the largest
-    biases never change, because an Adam update of 0.002 is rounded away."""
+    biases never change, because an Adam update of the learning rate, 0.002, is rounded away."""
     def __init__(self, model_dim: int, init: tuple[float, ...]):
         super().__init__()
         self.fc = nn.Parameter(torch.empty(64, model_dim).uniform_(-1, 1) / model_dim ** 0.5)
         self.proj = nn.Parameter(torch.zeros(len(init), 64))
-        # The factors 10 and 0.1 cancel. They make Adam's updates of coefficients 10 times smaller.
+        # Stored 10 times too large, and multiplied by 0.1 below: so Adam's steps, which do not
+        # depend on the scale, move a coefficient by a tenth of the learning rate.
         self.bias = nn.Parameter(10 * torch.tensor(init))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -678,10 +703,12 @@ def rotary_tables(frequencies: Tensor, N: int) -> Tensor:
 
 
 def paired_rotary_tables(frequencies: Tensor, N: int, H: int) -> Tensor:
-    """The same for paired heads, (2, N, H, d / 4): head h of token t rotates by 2 t + (h mod 2).
+    """The same for paired heads, (2, N, H, d / 4).
 
-    In the attention it stands at 2 t + (h >= H / 2). So if H / 2 is odd, a pair with an odd
-    h < H / 2 is rotated in reverse order. modded-nanogpt does so, whether or not it was meant."""
+    Head h of token t is rotated as position 2 t + (h mod 2), but stands at position
+    2 t + (h >= H / 2) in the attention. With 6 heads these differ for heads 1 and 4: their two
+    positions are rotated in swapped order. modded-nanogpt does so, too, whether or not on purpose.
+    """
     tables = rotary_tables(frequencies, 2 * N)
     return tables.view(2, N, 2, -1).repeat(1, 1, H // 2, 1)
 
@@ -701,11 +728,13 @@ class NGramEmbed(nn.Module):
     2026-01-19; longer ones: arXiv 2412.09871). Tables start at zero. sparse: their gradients are
     sparse tensors.
 
-    N-grams are told apart by the classes of their tokens only (see token_classes), so that fewer of
-    them share a row. Each row is multiplied by one of NUM_SIGNS fixed random vectors of signs,
-    also chosen by the n-gram: those that share a row then seldom have the same embedding
-    (modded-nanogpt pull requests 375 and 299)."""
-    MULTIPLIERS = (36_313, 27_191, 51_637, 14_251, 60_649, 22_109)  # the first two are the record's
+    Each token is first replaced by its class (see token_classes). So "The cat" and "the cat" are
+    one n-gram, on purpose, and fewer different n-grams fall into the same row by chance. Where that
+    still happens, signs help: the n-gram's hash also chooses one of NUM_SIGNS fixed random vectors
+    of +1 and -1 by which the row is multiplied, so n-grams in one row seldom read the same
+    embedding (modded-nanogpt pull requests 375 and 299)."""
+    # The first two are those of record 2026-01-19.
+    MULTIPLIERS = (36_313, 27_191, 51_637, 14_251, 60_649, 22_109)
     NUM_SIGNS = 8192
 
     def __init__(self, hp: Hyperparameters, sparse: bool):
@@ -716,7 +745,8 @@ class NGramEmbed(nn.Module):
         for table in self.tables:
             nn.init.zeros_(table.weight)
         classes = torch.tensor(token_classes(read_vocabulary(TRACKS[hp.track])))
-        generator = torch.Generator().manual_seed(0)  # the same signs whatever the run's seed
+        # Drawn on the CPU, with a seed of their own: the same signs in every run, on every device.
+        generator = torch.Generator().manual_seed(0)
         signs = torch.randint(2, (self.NUM_SIGNS, hp.model_dim), generator=generator, device="cpu")
         self.register_buffer("classes", classes, persistent=False)
         self.register_buffer("signs", (2.0 * signs - 1).to(classes.device), persistent=False)
@@ -724,11 +754,11 @@ class NGramEmbed(nn.Module):
     def forward(self, tokens: Tensor, position_in_document: Tensor) -> Tensor:
         """Both (N,). Returns (N, D). An n-gram that would begin before the document uses the last
         row."""
-        tokens = self.classes[tokens]
-        code = self.MULTIPLIERS[0] * tokens
+        classes = self.classes[tokens]
+        code = self.MULTIPLIERS[0] * classes
         total = None
         for distance, table in enumerate(self.tables, start=1):
-            code = code ^ (self.MULTIPLIERS[distance] * tokens.roll(distance))
+            code = code ^ (self.MULTIPLIERS[distance] * classes.roll(distance))
             last_row = table.num_embeddings - 1
             is_inside = position_in_document >= distance
             row = torch.where(is_inside, code % last_row, last_row)
@@ -753,6 +783,7 @@ class Attention(nn.Module):
         num_matrices = hp.num_heads // 2 if hp.num_heads % 2 == 0 else 1
         qk_dim = hp.model_dim // 2 if layer.narrow_qk else hp.model_dim  # of all heads
         self.qk = Linear(hp.model_dim, qk_dim // num_matrices, parts=2 * num_matrices)
+        # The scale begins at attention_scale, so that of narrow layers begins at narrow_scale.
         self.scale_factor = hp.narrow_scale / hp.attention_scale if layer.narrow_qk else 1.0
         self.v = Linear(hp.model_dim, hp.model_dim)
         self.proj = Linear(hp.model_dim, hp.model_dim)
@@ -775,7 +806,8 @@ class Attention(nn.Module):
         N, D = x.shape
         H, d = self.num_heads, D // self.num_heads
         weight = torch.cat([self.qk.matrix(), self.v.matrix()]).to(x.dtype)
-        q, k, v = F.linear(x, weight).tensor_split([(len(weight) - D) // 2, len(weight) - D], dim=1)
+        qk_dim = (len(weight) - D) // 2  # of all heads
+        q, k, v = F.linear(x, weight).split([qk_dim, qk_dim, D], dim=1)
         q, k, v = (t.view(N, H, -1) for t in (q, k, v))  # (N, H, e), (N, H, e), (N, H, d)
 
         v = self.v_lambda * v
@@ -796,8 +828,8 @@ class Attention(nn.Module):
             # positions, two per token.
             q, k, v = (t.reshape(2 * N, H // 2, -1) for t in (q, k, v))
         if self.kind == "long":
-            # Key offset (record 2025-12-14): the half of a key that is not rotated comes from the
-            # previous token of the document.
+            # Key offset (record 2025-12-14), for which heads must be wide: the half of a key that
+            # is not rotated comes from the previous token of the document.
             previous = torch.where(is_doc_start[:, None, None], k, k.roll(1, 0))
             k = torch.cat([k[..., :d // 2], previous[..., d // 2:]], dim=-1)
         y = attention(self.scale_factor * scale * q, k, v, mask, self.max_window)
@@ -829,7 +861,7 @@ class InputEmbedding(nn.Module):
         super().__init__()
         self.smear_gate = nn.Parameter(torch.zeros(1, GATE_DIMS))
         self.smear_lambda = nn.Parameter(torch.tensor(0.0))
-        self.ngram_lambda = nn.Parameter(torch.tensor(0.05))  # layer 0's n-grams: GPT.body
+        self.ngram_lambda = nn.Parameter(torch.tensor(0.05))  # GPT.body uses it, for layer 0
 
     def forward(self, embed: Tensor, is_doc_start: Tensor, dtype: torch.dtype) -> Tensor:
         """embed: (N, D), the tokens' rows of the table. Returns x0, (N, D), in dtype."""
@@ -855,6 +887,7 @@ class Block(nn.Module):
         branch = (1.0, 1.0, 0.0, 0.05)    # of attention, MLP, x0, n-grams
         self.resid_lambdas = self.branch_lambdas = self.mudd = None
         if layer.mudd:
+            # Value gates start at twice those of other layers, as in modded-nanogpt.
             to_v, to_x, value_gates = (0.0, 0.0, 0.0), (0.0, 0.0, 0.0), (2.0, 2.0)
             self.mudd = Mudd(hp.model_dim, (*to_v, *to_x, *value_gates, *resid, *branch))
         else:
@@ -916,10 +949,10 @@ class Pointer(nn.Module):
     """A pointer to earlier tokens of the document, which predicts that one of them comes next
     (pointer sentinel mixture, arXiv 1609.07843; in this form: modded-nanogpt pull request 379).
 
-    Each position points by one head of attention, without any encoding of positions, to the earlier
-    positions of its document, and each of them votes for its own token. A sink takes the votes of a
-    position that finds nothing to copy. How much the votes count is not decided here but by a logit
-    of the head, see CappedCrossEntropy."""
+    Each position attends with one head, without any encoding of positions, to the earlier positions
+    of its document, and predicts their tokens with the attention weights as probabilities. A sink
+    is one more thing to attend to, for when there is nothing to copy. How much this prediction
+    counts is decided by a logit of the head, the gate: see CappedCrossEntropy."""
     DIM = 128
 
     def __init__(self, hp: Hyperparameters):
@@ -947,10 +980,11 @@ class GPT(nn.Module):
         self.hp = hp
         self.flex = flex
         self.eot_token = TRACKS[hp.track].eot_token
-        # The head's row for the pointer's gate.
+        # The head's row whose logit decides how much the pointer counts; see CappedCrossEntropy.
         self.gate_row = TRACKS[hp.track].vocab_size if hp.pointer_window else None
         # One more than the vocabulary, for the pointer's gate. Multiples of 128: faster kernels.
         padded_vocab_size = 128 * math.ceil((TRACKS[hp.track].vocab_size + 1) / 128)
+        # The order of the modules decides their random initial weights.
         self.head = Head(hp, padded_vocab_size)
         self.readout = Readout(hp)
         self.pointer = Pointer(hp) if hp.pointer_window else None
@@ -967,7 +1001,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(hp, layer) for layer in hp.layers)
         # Attributes, so that compile_model can put compiled versions in their place.
         self.mask_tensors = mask_tensors
-        self.sample_softmax_classes = sample_softmax_classes
+        self.sample_vocabulary = sample_vocabulary
 
     def masks(self, start: Tensor, schedule: Schedule, flex_pointer: bool = True) -> dict:
         """The mask of each kind of attention, and the pointer's, from document_start's (N,). For
@@ -976,12 +1010,13 @@ class GPT(nn.Module):
         if self.pointer is not None:
             kinds["pointer"] = None
         windows = {kind: schedule.windows[kind] for kind in kinds}
+        # Of each kind: first_visible_key's result; for FlexAttention also lists of visible blocks.
         masks, lists = self.mask_tensors(start, windows, self.flex)
         for kind, lists_of_kind in lists.items():
             is_pointer = kind == "pointer"
             if flex_pointer or not is_pointer:
                 masks[kind] = block_mask(masks[kind], lists_of_kind, strict=is_pointer)
-        return {None: None, **masks}
+        return {None: None, **masks}  # None: layers without attention
 
     def forward(self, tokens: Tensor, targets: Tensor | None, schedule: Schedule):
         """tokens, targets: (S, T), targets one token later.
@@ -1015,19 +1050,19 @@ class GPT(nn.Module):
             if not torch.is_grad_enabled():  # a validation: the next token, the whole vocabulary
                 target_weights, softmax_size = torch.ones_like(target_weights[:1]), 0
                 has_prefix = False
-            # Logits are computed in pieces of a training sequence's length, because a sampled
-            # softmax has its own classes for each sequence, and because the logits of a validation
-            # sequence would not fit. Without either reason there is one piece.
+            # Logits are computed in pieces of a training sequence's length, because the entries of
+            # a sampled softmax are chosen for each sequence, whichever rank has it, and because the
+            # logits of a validation sequence would not fit. Without either reason there is one.
             in_pieces = softmax_size or not torch.is_grad_enabled()
             length = self.hp.sequence_length if in_pieces else len(tokens)
-            later = next_targets(targets, len(target_weights) - has_prefix)
-            later = later.split(length)
-            prefixes = [None] * len(later)
+            num_next = len(target_weights) - 1 if has_prefix else len(target_weights)
+            target_pieces = next_targets(targets, num_next).split(length)
+            prefixes = [None] * len(target_pieces)
             if has_prefix:
                 prefixes = self.prefix_of[targets.flatten()][:, None].split(length)
-            pieces = [self.sample_softmax_classes(
+            pieces = [self.sample_vocabulary(
                           t, self.embed.num_embeddings, softmax_size, self.gate_row, prefix)
-                      for t, prefix in zip(later, prefixes, strict=True)]
+                      for t, prefix in zip(target_pieces, prefixes, strict=True)]
         return self.body(x0, values, ngram, tokens, pieces, target_weights, is_doc_start, rotary,
                          schedule.attention_scale, masks,
                          targets=None if targets is None else targets.flatten())
@@ -1037,7 +1072,7 @@ class GPT(nn.Module):
              scale: Tensor, masks: dict, targets: Tensor | None):
         """The part of forward() after the lookups: the blocks, the pointer, the head, the loss; on
         CUDA it is one compiled graph. x0, ngram and each of values: (N, D). tokens, targets, and
-        is_doc_start: (N,). pieces: of sample_softmax_classes; target_weights: (K,). rotary and
+        is_doc_start: (N,). pieces: of sample_vocabulary; target_weights: (K,). rotary and
         masks: by kind of attention. scale: 0-dim."""
         h0 = x = x0 + self.input_embedding.ngram_lambda * ngram
         outputs = []
@@ -1081,9 +1116,11 @@ class GPT(nn.Module):
                                    self.hp.pointer_window)
         objective = loss = 0
         length = len(pieces[0].targets)
-        inputs = (t.split(length) for t in (state, p_copy, p_sink))
-        for piece, *inputs_of_piece in zip(pieces, *inputs, strict=True):
-            piece_objective, piece_loss = self.head(piece, target_weights, *inputs_of_piece)
+        for piece, state_of_piece, copy, sink in zip(
+                pieces, state.split(length), p_copy.split(length), p_sink.split(length),
+                strict=True):
+            piece_objective, piece_loss = self.head(
+                piece, target_weights, state_of_piece, copy, sink)
             objective = objective + piece_objective
             loss = loss + piece_loss
         return objective, loss / len(x0)
@@ -1092,8 +1129,8 @@ class GPT(nn.Module):
 def build_model(hp: Hyperparameters, device: torch.device, dtype: torch.dtype, flex: bool,
                 sparse: bool = False) -> GPT:
     """The model with initial weights from hp.seed. Value and n-gram embeddings have the dtype of
-    the activations, all other weights are float32. Then Optimizer rounds matrices, head and token
-    embedding to the dtype of the activations, in which they are used; see Bucket."""
+    the activations, dtype; all other weights are float32, until Optimizer rounds matrices, head and
+    token embedding to dtype, too, and keeps their exact values elsewhere (see Bucket)."""
     torch.manual_seed(hp.seed)
     with device:
         model = GPT(hp, flex, sparse)
@@ -1119,16 +1156,17 @@ def softcap(logits: Tensor, cap: float, shift: float, scale: float) -> Tensor:
 
 class Piece(NamedTuple):
     """What the head needs to know about N tokens."""
-    class_ids: Tensor | None  # vocabulary entries of the softmax, (softmax_size,); None: all
+    entries: Tensor | None  # vocabulary entries of the softmax, (softmax_size,); None: all
     targets: Tensor           # index of each target among them, (N, K); -1: ignored
     gate: Tensor | None       # index of the pointer's gate among them, (1,); None: no pointer
 
 
-def sample_softmax_classes(targets: Tensor, vocab_size: int, softmax_size: int,
-                           gate_row: int | None = None, prefixes: Tensor | None = None) -> Piece:
+def sample_vocabulary(targets: Tensor, vocab_size: int, softmax_size: int,
+                      gate_row: int | None = None, prefixes: Tensor | None = None) -> Piece:
     """The vocabulary entries of a sampled softmax (arXiv 1412.2007, modded-nanogpt pull request
-    360; without a correction for the sampling probability): all targets (N, K) of a piece and the
-    pointer's gate, filled up to softmax_size with other entries.
+    360; without a correction for the sampling probability): all targets of a piece, (N, K without
+    the prefix), and the pointer's gate, filled up to softmax_size with other entries. vocab_size:
+    rows of the head, with padding and gate.
 
     The other entries are taken from one fixed permutation, from an offset given by the sum of the
     targets. So the choice needs neither a random state nor communication, and a resumed run or
@@ -1136,36 +1174,39 @@ def sample_softmax_classes(targets: Tensor, vocab_size: int, softmax_size: int,
 
     prefixes, (N, 1), become further targets, but only where they are among the entries anyway.
 
-    A target that does not fit becomes -1. The softmax is over the whole vocabulary if softmax_size
-    is 0 or not below vocab_size, or if N > 4 * softmax_size, when too many targets would not fit.
-    """
+    Repeated tokens count once, so nearly all targets fit; one that does not becomes -1. The softmax
+    is over the whole vocabulary if softmax_size is 0 or not below vocab_size, or if
+    N > 4 * softmax_size, when too many targets would not fit."""
     all_targets = targets if prefixes is None else torch.cat([targets, prefixes], dim=1)
     entry = torch.arange(vocab_size, device=targets.device)
-    gate = None if gate_row is None else slice(gate_row, gate_row + 1)
+    gate = None if gate_row is None else entry[gate_row:gate_row + 1]
     is_sampled = 0 < softmax_size < vocab_size and len(targets) <= 4 * softmax_size
     if not is_sampled:
-        return Piece(None, all_targets, None if gate is None else entry[gate])
-    order = (entry + targets.sum()) * 20_011 % vocab_size  # a permutation: 20,011 is prime
-    is_target = torch.zeros(vocab_size + 1, dtype=torch.int64, device=targets.device)
-    is_target[targets] = 1  # target -1 sets the extra element at the end
+        return Piece(None, all_targets, gate)
+    # Sort the entries: the gate, the targets, then the others by their place in a permutation. (It
+    # is one because 20,011 is prime and does not divide vocab_size.)
+    place = (entry + targets.sum()) * 20_011 % vocab_size
+    priority = torch.zeros(vocab_size + 1, dtype=torch.int64, device=targets.device)
+    priority[targets] = 1  # a target of -1 sets the extra last element, which is not used
     if gate is not None:
-        is_target[gate] = 2
-    # The gate comes first, then the targets.
-    class_ids = (order - vocab_size * is_target[:-1]).argsort()[:softmax_size]
-    index_of = torch.full_like(is_target, -1).scatter(0, class_ids, entry[:softmax_size])
-    return Piece(class_ids, index_of[all_targets], None if gate is None else index_of[gate])
+        priority[gate] = 2
+    entries = (place - vocab_size * priority[:-1]).argsort()[:softmax_size]
+    # -1: not in the softmax. The extra last element stays -1, so a target of -1 stays -1.
+    index_of = torch.full_like(priority, -1).scatter(0, entries, entry[:softmax_size])
+    return Piece(entries, index_of[all_targets], None if gate is None else index_of[gate])
 
 
 class CappedCrossEntropy(torch.autograd.Function):
     """Output projection, softcap and multi-token cross-entropy in one function.
 
-    The probability of the next token y is a mixture of the softmax s over the logits and of the
-    pointer's votes (arXiv 1609.07843). The gate c is a logit of its own, and alpha = s[c]:
+    The pointer's gate is one more vocabulary entry, c. What the softmax s gives to it,
+    alpha = s[c], is shared out by the pointer: to the tokens that it points to, and the sink's part
+    back to the other entries, in proportion to s (a pointer sentinel mixture, arXiv 1609.07843):
 
-        p(y) = s[y] / (1 - alpha) * (1 - alpha + alpha p_sink) + alpha p_copy(y)
+        p(y) = s[y] + alpha (p_copy(y) + p_sink s[y] / (1 - alpha))
 
-    So the sink's votes go back to the softmax, and p sums to 1 over the vocabulary without c.
-    Without a pointer, alpha is 0. The targets further ahead have the plain softmax.
+    So p sums to 1 over the vocabulary without c. Without a pointer, alpha is 0. Only the next token
+    has this probability; the later ones and the prefix have s itself.
 
     The forward pass computes the gradients, too, so that the logits (N, V) are read once and then
     freed (arXiv 2410.10989). As the softcap bounds the logits, the softmax needs no search for
@@ -1178,9 +1219,9 @@ class CappedCrossEntropy(torch.autograd.Function):
 
         Returns (sum_k target_weights[k] CE_k, CE_0), summed over the tokens, in nats. Only the
         first is differentiable."""
-        max_logit, _, scale = softcap_args
+        cap, _, scale = softcap_args
         logits = softcap(F.linear(x, weight), *softcap_args)
-        shifted_logits = logits - max_logit  # <= 0
+        shifted_logits = logits - cap  # <= 0
         exp = torch.exp2(LOG2_E * shifted_logits)
         sum_exp = exp.sum(-1, keepdim=True)
         is_valid = targets >= 0
@@ -1190,34 +1231,36 @@ class CappedCrossEntropy(torch.autograd.Function):
         if gate is not None:
             alpha = exp.index_select(-1, gate) / sum_exp
         not_alpha = (1 - alpha).clamp(min=1e-6)
-        p_softmax = exp.gather(-1, target[:, :1]) / sum_exp / not_alpha
-        from_softmax = p_softmax * (not_alpha + alpha * p_sink)
+        softmax = exp.gather(-1, target[:, :1]) / sum_exp  # s[y]
+        ratio = softmax / not_alpha
+        from_softmax = softmax + alpha * p_sink * ratio
         p = from_softmax + alpha * p_copy
 
         later_losses = sum_exp.log() - shifted_logits.gather(-1, target[:, 1:])
         losses = torch.cat([-p.log(), later_losses], dim=-1)
         losses = (losses * is_valid).sum(0)  # (K,)
         if any(ctx.needs_input_grad):
-            class_index = torch.arange(len(weight), dtype=torch.int32, device=x.device)
+            entry = torch.arange(len(weight), dtype=torch.int32, device=x.device)
             weights = is_valid * target_weights  # (N, K)
-            # d (-log p) / d logits = (1 + returned) softmax
-            #     - (from_softmax / p) one_hot(y) - (copied + returned) one_hot(c)
+            # With copied and returned as below, the gradient of -log p by the logits is
+            #     (1 + returned) s - (from_softmax / p) one_hot(y) - (copied + returned) one_hot(c).
+            # Without a pointer, it is s - one_hot(y), as usual.
             copied = alpha * p_copy / p
-            returned = alpha * p_sink * p_softmax / not_alpha / p
+            returned = alpha * p_sink * ratio / not_alpha / p
             of_targets = torch.cat([weights[:, :1] * from_softmax / p, weights[:, 1:]], dim=-1)
             of_softmax = weights.sum(-1, keepdim=True) + weights[:, :1] * returned
             grad = of_softmax / sum_exp * exp
             for k in range(len(target_weights)):
-                is_target = class_index == targets[:, k:k + 1].int()
+                is_target = entry == targets[:, k:k + 1].int()
                 grad = grad - of_targets[:, k:k + 1] * is_target
             if gate is not None:
                 of_gate = weights[:, :1] * (copied + returned)
-                grad = grad - of_gate * (class_index == gate.int())
-            # Times the softcap's derivative, logits (max_logit - logits) / (max_logit scale).
-            grad = (grad * logits * shifted_logits * (-1 / (max_logit * scale))).to(x.dtype)
+                grad = grad - of_gate * (entry == gate.int())
+            # Times the softcap's derivative, logits (cap - logits) / (cap scale).
+            grad = (grad * logits * shifted_logits * (-1 / (cap * scale))).to(x.dtype)
             grad_p = -weights[:, :1] * alpha / p
-            ctx.save_for_backward(grad @ weight, grad.mT @ x, grad_p, grad_p * p_softmax)
-        loss_next_token = losses[0].clone()
+            ctx.save_for_backward(grad @ weight, grad.mT @ x, grad_p, grad_p * ratio)
+        loss_next_token = losses[0].clone()  # a view can't be marked
         ctx.mark_non_differentiable(loss_next_token)
         return (losses * target_weights).sum(), loss_next_token
 
@@ -1234,7 +1277,7 @@ def log_mixture(logits: Tensor, votes: Tensor, p_sink: Tensor, gate_row: int) ->
     softmax = logits.softmax(dim=-1)
     alpha = softmax[:, gate_row:gate_row + 1]
     not_alpha = (1 - alpha).clamp(min=1e-6)
-    p = softmax / not_alpha * (not_alpha + alpha * p_sink) + alpha * votes
+    p = softmax + alpha * (votes + p_sink * softmax / not_alpha)
     log_p = p.log()
     log_p[:, gate_row] = -math.inf
     return log_p
@@ -1260,8 +1303,8 @@ class Head(nn.Module):
         weight = self.linear.matrix()
         if not torch.is_grad_enabled():
             weight = weight.detach()  # otherwise CappedCrossEntropy would compute its gradient
-        if piece.class_ids is not None:
-            weight = weight[piece.class_ids]
+        if piece.entries is not None:
+            weight = weight[piece.entries]
         return CappedCrossEntropy.apply(
             state, weight.to(state.dtype), piece.targets, target_weights, p_copy[:, None],
             p_sink[:, None], piece.gate, self.softcap_args)
@@ -1289,37 +1332,38 @@ def optimizer_groups(hp: Hyperparameters, dtype: torch.dtype) -> list[Group]:
     communicate. Learning rates and betas: records 2025-12-11 (Muon), 2025-12-31, 2026-02-12 (Adam).
     """
     fp32 = torch.float32
-    # Decays have the learning rate as a factor here and once more in compute_update; 5 and 150 are
-    # factors of modded-nanogpt.
+    # Weight decay is proportional to the square of the learning rate: the first factor is here, the
+    # second in compute_update. 5 and 150 are modded-nanogpt's.
     muon_decay = hp.muon_lr * hp.muon_decay
     value_decay = 5 * hp.adam_decay * hp.value_lr
     ngram_decay = 5 * hp.adam_decay * hp.ngram_lr
     head_decay = 150 * hp.adam_decay * hp.head_lr
-    # Muon's factor for a matrix's shape; the MLP's output matrix has twice that.
+    # Muon's learning rate grows with the square root of rows / columns; for the MLP's output matrix
+    # it is doubled below, as in modded-nanogpt.
     mlp_lr = (hp.mlp_dim / hp.model_dim) ** 0.5 * hp.muon_lr
-    # What several groups share. Adam's second moment decays fast or slowly.
+    # What several groups share. Adam's second moment has a short or a long memory.
     averaged = hp.average_tail > 0
     muon = dict(rule="muon", betas=(hp.muon_beta2,), decay=muon_decay, comm_dtype=dtype,
                 averaged=averaged)
     table = dict(betas=(0.75, 0.95), comm_dtype=dtype)
-    fast = dict(rule="adam", betas=(0.9, 0.95), decay=0.0, comm_dtype=fp32)
-    slow = dict(rule="adam", betas=(0.9, 0.99), decay=0.0, comm_dtype=fp32)
+    short = dict(rule="adam", betas=(0.9, 0.95), decay=0.0, comm_dtype=fp32)
+    long = dict(rule="adam", betas=(0.9, 0.99), decay=0.0, comm_dtype=fp32)
     lr = hp.scalar_lr
-    gates = {**slow, "decay": hp.adam_decay * lr / 5}
+    gates = {**long, "decay": hp.adam_decay * lr / 5}
     block = r"blocks\.\d+\."
     attn = block + r"attention\."
     return [
         Group("attention", attn + r"(qk|v|proj)\.weight", lr=hp.muon_lr, **muon),
         Group("mlp_in", block + r"mlp\.fc\.weight", lr=mlp_lr, **muon),
         Group("mlp_out", block + r"mlp\.proj\.weight", lr=2 * mlp_lr, **muon),
-        Group("resid", block + "resid_lambdas", lr=lr, **fast),
-        Group("branch", ".*(branch_lambdas|ngram_lambda|xsa_lambdas)", lr=lr / 5, **fast),
-        Group("scalars", ".*(v|proj|skip|smear)_lambda", lr=lr, **slow),
-        Group("gates", attn + r"(value_)?gate|pointer\.qk", lr=lr / 5, **gates),
-        Group("pointer", r"pointer\.(sink|gain)", lr=lr / 5, **slow),
-        Group("mudd", r".*mudd\..*", lr=lr / 20, **slow),
-        Group("skip_gate", block + "skip_gate", lr=lr / 100, **slow),
-        Group("smear_gate", r"input_embedding\.smear_gate", lr=lr / 500, **slow),
+        Group("resid", block + "resid_lambdas", lr=lr, **short),
+        Group("branch", ".*(branch_lambdas|ngram_lambda|xsa_lambdas)", lr=lr / 5, **short),
+        Group("scalars", ".*(v|proj|skip|smear)_lambda", lr=lr, **long),
+        Group("gates", attn + r"(value_)?gate|pointer\.qk", lr=lr / 5, **gates),  # PR 379: Adam
+        Group("pointer", r"pointer\.(sink|gain)", lr=lr / 5, **long),
+        Group("mudd", r".*mudd\..*", lr=lr / 20, **long),
+        Group("skip_gate", block + "skip_gate", lr=lr / 100, **long),
+        Group("smear_gate", r"input_embedding\.smear_gate", lr=lr / 500, **long),
         Group("values", r"value_embed\.weight", "adam", hp.value_lr, decay=value_decay, **table),
         Group("ngrams", r"ngram\..*", hp.ngram_rule, hp.ngram_lr, decay=ngram_decay, **table),
         Group("head", r"(head\.linear|embed)\.weight", "adam", hp.head_lr, betas=(0.5, 0.95),
@@ -1360,7 +1404,7 @@ def muon_direction(group: Group, grad: Tensor, fast_momentum: Tensor, slow_momen
     """
     grad = grad.float()
     fast_momentum.add_((1 - momenta.fast) * (grad - fast_momentum))
-    slow_momentum.add_((1 - 0.98) * (grad - slow_momentum))
+    slow_momentum.add_((1 - SLOW_DECAY) * (grad - slow_momentum))
     momentum = momenta.fast_weight * fast_momentum + (1 - momenta.fast_weight) * slow_momentum
     direction = grad + momenta.nesterov * (momentum - grad)
     direction = orthogonalize(direction.to(group.comm_dtype)).float()
@@ -1408,7 +1452,8 @@ RULES = {
 def compute_update(direction: Callable, group: Group, grad: Tensor, values: Tensor,
                    state: list[Tensor], lr: Tensor, lr_scale: Tensor,
                    momenta: Momenta, *bias_corrections: Tensor) -> Tensor:
-    """The update to subtract from values, in their dtype, before the schedule's factor lr_scale.
+    """The update to subtract from values, in their dtype, once the caller has multiplied it by
+    lr_scale. (lr_scale is an argument, too, because weight decay has it squared.)
 
     grad, values, state: this rank's rows of a bucket, (matrices, rows, columns) for Muon, (rows,
     columns) of a table, or (numbers,). lr: 0-dim or one number per row. The other numbers: 0-dim.
@@ -1505,17 +1550,18 @@ class Optimizer:
 
     def update_averages(self, weight: float) -> None:
         """Move the exponential moving averages of the weights by `weight` towards the weights; the
-        first time, copy them. Each rank has the averages of its rows, in float32."""
+        first time, copy them. Each rank has the averages of its rows, in float32, in a state tensor
+        that Bucket creates."""
         for bucket in self.buckets:
             if bucket.group.averaged:
                 bucket.state["average"].lerp_(bucket.local, weight if self.num_averages else 1.0)
         self.num_averages += 1
 
     def use_averages(self) -> None:
-        """Replace the weights by the mean of the weights and their averages, which are less noisy,
-        but lag behind. Each bucket (head, embedding, matrices of one shape) is then scaled back to
-        its Frobenius norm, because averaging makes it smaller. Without averages, or when they were
-        used already, this does nothing. Collective.
+        """For the last validation: replace each weight by half itself and half its moving average,
+        which is less noisy, but lags behind. Then scale each bucket (head, embedding, matrices of
+        one shape) back to the Frobenius norm that it had, because the blend is smaller. Without
+        averages, or when they were used already, this does nothing. Collective.
 
         Averages and norms: record 2026-08-30. A blend of equal parts: pull request 380."""
         if not self.num_averages:
@@ -1576,7 +1622,7 @@ class BatchLoader:
         index = sequences_before(step, self.hp)
         if self.first_docs is not None:
             num_documents = len(self.stream.documents) - 1  # the last element is an end
-            return int(self.first_docs[index]) // num_documents
+            return int(self.first_docs[index]) // num_documents  # counted on through all epochs
         return index // len(self.order)
 
     def _sequence(self, index: int, max_doc_len: int) -> tuple[Tensor, Tensor]:
@@ -1629,8 +1675,8 @@ def training_step(model: GPT, optimizer: Optimizer, batch: list, schedule: Sched
     mean_loss = torch.zeros((), device=batch[0][0].device)
     for tokens, targets in batch:
         objective, loss = model(tokens, targets, schedule)
-        # 1/8, not 1/W: the optimizer sums over the ranks, and modded-nanogpt averages over its 8.
-        # So the gradient is the same for any W. Only the optimizers' epsilons depend on the factor.
+        # Divided by 8 whatever W is: the gradients of the ranks are summed, and modded-nanogpt's
+        # are the mean of 8 ranks'. Only the optimizers' epsilons depend on this factor.
         (objective / 8).backward()
         mean_loss += loss / len(batch)
     optimizer.step(schedule)
@@ -1735,8 +1781,8 @@ def train(hp: Hyperparameters, runtime: "Runtime") -> int:
             if profile:
                 profile.step()
             if (step + 1) % hp.log_every == 0:
-                # Without validation and checkpoint, the host waits for the device only here. After
-                # that, perf_counter is what runtime.seconds() would return.
+                # The sums wait for the device, so that perf_counter is exact; the host waits for it
+                # only here. They also tell all ranks whether one got a signal, and which.
                 loss_sum, *signals = runtime.sum(loss, stop.number > 0, stop.number)
                 train_ms = progress.train_ms + 1000 * (time.perf_counter() - started)
                 log_metric("train_loss", loss_sum / runtime.world_size, step + 1, hp, train_ms)
@@ -2457,7 +2503,7 @@ def compile_model(model: GPT, optimizer: Optimizer, device: torch.device) -> Non
     # the body's graph, Inductor would compute the lists anew for each logit.
     optimizer.update_fns = {name: compile(compute_update) for name in RULES}
     model.mask_tensors = compile(mask_tensors)
-    model.sample_softmax_classes = compile(sample_softmax_classes)
+    model.sample_vocabulary = compile(sample_vocabulary)
 
 
 def warm_up(model: GPT, optimizer: Optimizer, stream: TokenStream, hp: Hyperparameters,

@@ -19,7 +19,7 @@ from train_gpt import (
     first_visible_key,
     next_targets,
     point,
-    sample_softmax_classes,
+    sample_vocabulary,
     softcap,
     vote_distribution,
 )
@@ -303,15 +303,15 @@ def test_sampled_classes_are_all_targets_and_others(vocab_size, softmax_size, di
     text = torch.randint(distinct, (1, N), generator=torch.Generator().manual_seed(0))
     targets = next_targets(text, 3)
     gate_row = vocab_size - 47
-    class_ids, index, gate = sample_softmax_classes(targets, vocab_size, softmax_size, gate_row)
-    assert class_ids[gate].tolist() == [gate_row]
-    assert len(class_ids) == len(set(class_ids.tolist())) == softmax_size
-    assert 0 <= class_ids.min() and class_ids.max() < vocab_size
-    assert set(targets.flatten().tolist()) - {-1} <= set(class_ids.tolist())
-    assert torch.equal(torch.where(targets < 0, -1, class_ids[index]), targets)
+    entries, index, gate = sample_vocabulary(targets, vocab_size, softmax_size, gate_row)
+    assert entries[gate].tolist() == [gate_row]
+    assert len(entries) == len(set(entries.tolist())) == softmax_size
+    assert 0 <= entries.min() and entries.max() < vocab_size
+    assert set(targets.flatten().tolist()) - {-1} <= set(entries.tolist())
+    assert torch.equal(torch.where(targets < 0, -1, entries[index]), targets)
     assert torch.equal(index < 0, targets < 0)
-    again = sample_softmax_classes(targets.clone(), vocab_size, softmax_size, gate_row)
-    assert torch.equal(again[0], class_ids) and torch.equal(again[1], index)
+    again = sample_vocabulary(targets.clone(), vocab_size, softmax_size, gate_row)
+    assert torch.equal(again[0], entries) and torch.equal(again[1], index)
 
 
 def test_other_classes_are_sampled_evenly():
@@ -324,7 +324,7 @@ def test_other_classes_are_sampled_evenly():
     for _ in range(texts):
         targets = torch.randint(1000, (16_384, 1), generator=generator)
         sampled = torch.zeros(50_304)
-        sampled[sample_softmax_classes(targets, 50_304, 10_240, 1000)[0]] = 1
+        sampled[sample_vocabulary(targets, 50_304, 10_240, 1000)[0]] = 1
         counts += sampled
         counts_with_next += sampled[1:] * sampled[:-1]
     assert (counts[:1001] == texts).all()  # the gate, too
@@ -336,16 +336,16 @@ def test_other_classes_are_sampled_evenly():
 
 def test_targets_that_do_not_fit_into_the_sample_have_no_loss():
     targets = next_targets(torch.arange(200)[None], 2)
-    class_ids, index, gate = sample_softmax_classes(targets, 384, 64, gate_row=257)
+    entries, index, gate = sample_vocabulary(targets, 384, 64, gate_row=257)
     fits = index >= 0
     assert fits[:, 0].sum() == 63  # each token is the next one once; the gate has a place
-    assert len(set(class_ids.tolist())) == 64
-    assert torch.equal(class_ids[index[fits]], targets[fits])
+    assert len(set(entries.tolist())) == 64
+    assert torch.equal(entries[index[fits]], targets[fits])
     x = torch.randn(200, 8, requires_grad=True)
     weight = torch.randn(384, 8)
     weights = torch.tensor([1.0, 0.5])
     objective, _ = CappedCrossEntropy.apply(
-        x, weight[class_ids], index, weights, torch.zeros(200, 1), torch.ones(200, 1), gate, CAP)
+        x, weight[entries], index, weights, torch.zeros(200, 1), torch.ones(200, 1), gate, CAP)
     objective.backward()
     without_target = ~fits.any(1)
     assert objective.isfinite()
@@ -373,14 +373,14 @@ def test_each_sequence_has_a_sampled_softmax_of_its_own(recipe, recipe_model, st
     all_classes = set()
     for s in range(2):
         later = next_targets(targets[s:s + 1], len(schedule.target_weights) - schedule.has_prefix)
-        class_ids = sample_softmax_classes(later, 384, 210, 257).class_ids
+        entries = sample_vocabulary(later, 384, 210, 257).entries
         if schedule.has_prefix:  # where it is among the classes
             prefixes = prefix_of[targets[s]]
-            prefixes = torch.where(torch.isin(prefixes, class_ids), prefixes, -1)
+            prefixes = torch.where(torch.isin(prefixes, entries), prefixes, -1)
             num_prefixes.append((prefixes >= 0).sum().item())
             later = torch.cat([later, prefixes[:, None]], dim=1)
-        all_classes |= set(class_ids.tolist())
-        others = torch.ones(384, dtype=torch.bool).index_fill(0, class_ids, False)
+        all_classes |= set(entries.tolist())
+        others = torch.ones(384, dtype=torch.bool).index_fill(0, entries, False)
         logits, votes, p_sink = predict(recipe_model, tokens[s:s + 1], schedule)
         logits = logits.masked_fill(others, -math.inf)
         next_token = mixture(logits, votes, p_sink).gather(1, later[:, :1])

@@ -14,8 +14,8 @@ from train_gpt import (
     Schedule,
     average_weight,
     lr_scale,
+    momentum_schedule,
     muon_momenta,
-    muon_momentum,
     parse_arguments,
     rotary_frequencies,
     sequences_before,
@@ -155,7 +155,7 @@ def test_learning_rates_of_a_run_with_one_stage():
     (0, 0.85), (150, 0.90), (300, 0.95), (700, 0.95), (1355, 0.95), (1380, 0.90), (1404, 0.852),
     (1405, 0.85)])
 def test_momentum_rises_over_300_steps_and_falls_over_the_last_50(step, expected):
-    assert muon_momentum(step, FINEWEB) == pytest.approx(expected, abs=1e-12)
+    assert momentum_schedule(step, FINEWEB) == pytest.approx(expected, abs=1e-12)
 
 
 def test_muon_has_a_fast_and_a_slow_momentum_after_two_fifths_of_the_run():
@@ -163,7 +163,7 @@ def test_muon_has_a_fast_and_a_slow_momentum_after_two_fifths_of_the_run():
     3,250 (31%). Before, there is one momentum. The look-ahead always is the scheduled one."""
     for step in range(1405):
         nesterov, fast, fast_weight = muon_momenta(step, FINEWEB)
-        assert nesterov == muon_momentum(step, FINEWEB)
+        assert nesterov == momentum_schedule(step, FINEWEB)
         assert (fast, fast_weight) == ((nesterov, 1.0) if step < 562 else (0.85, 0.4385)), step
     laptop = parse_arguments(["--track=laptop"])
     assert all(muon_momenta(step, laptop).fast_weight == 1 for step in range(laptop.num_steps))
@@ -193,7 +193,7 @@ def test_averages_of_weights_of_short_runs(num_steps):
 
 def test_momentum_without_warmup_and_cooldown_is_constant():
     hp = replace(FINEWEB, momentum_warmup=0.0, momentum_cooldown=0.0)
-    assert {muon_momentum(step, hp) for step in (0, 1, 1404, 1405)} == {0.95}
+    assert {momentum_schedule(step, hp) for step in (0, 1, 1404, 1405)} == {0.95}
 
 
 @pytest.mark.parametrize("step, weights", [
