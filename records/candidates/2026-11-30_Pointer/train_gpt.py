@@ -9,13 +9,13 @@
 Measured on the laptop track: 16.8 s of training (median) for 170 steps, loss 1.0677 +- 0.0138; five
 runs on one core of an AMD EPYC, compiled, bfloat16, torch 2.13. Logs:
 records/studies/2026-11-29_PlainCode.
-Predicted for the fineweb track: 1.36 minutes (error unknown) on 8 H100s for 1,405 steps, by a
+Predicted for the fineweb track: 1.11 minutes (error unknown) on 8 H100s for 1,225 steps, by a
 simulator. It was never run there, so neither this time nor the loss of 3.28 is confirmed. Report:
 records/candidates/2026-11-30_Pointer. modded-nanogpt's own record is 39.9 seconds.
 
 The task and nearly all ideas come from modded-nanogpt,
 https://github.com/KellerJordan/modded-nanogpt. This recipe ports its script of 2026-05-24 to plain
-PyTorch and adds a sampled softmax. "Record 2025-12-14" in a comment is the folder of that date in
+PyTorch and adds newer ideas, of which the largest are a sampled softmax and a pointer. "Record 2025-12-14" in a comment is the folder of that date in
 modded-nanogpt's records/; other ideas are cited by their arXiv number.
 
 `./run.sh` sets up Python and the data, then starts this script. Each run writes a log to
@@ -2496,7 +2496,7 @@ def compile_model(model: GPT, optimizer: Optimizer, device: torch.device) -> Non
             if isinstance(module, (Block, InputEmbedding, Readout, Pointer, Head)):
                 module.compile(dynamic=False)
         return
-    # Not part of the body's graph, where every layer would read the embedding in float32.
+    # Not part of the body's graph, where every layer would compute x0 anew from the embedding.
     model.input_embedding.compile(dynamic=False)
     model.body = compile(model.body)
     # These fuse Adam's ten passes over large tables, and the many small kernels of the lists. In
