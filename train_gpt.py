@@ -15,8 +15,9 @@ records/candidates/2026-11-30_Pointer. modded-nanogpt's own record is 39.9 secon
 
 The task and nearly all ideas come from modded-nanogpt,
 https://github.com/KellerJordan/modded-nanogpt. This recipe ports its script of 2026-05-24 to plain
-PyTorch and adds newer ideas, of which the largest are a sampled softmax and a pointer. "Record 2025-12-14" in a comment is the folder of that date in
-modded-nanogpt's records/; other ideas are cited by their arXiv number.
+PyTorch and adds newer ideas, of which the largest are a sampled softmax and a pointer. "Record
+2025-12-14" in a comment is the folder of that date in modded-nanogpt's records/, and "pull request
+360" is one of modded-nanogpt; other ideas are cited by their arXiv number.
 
 `./run.sh` sets up Python and the data, then starts this script. Each run writes a log to
 records/scratch/<run_id>.txt: this source, the environment, the losses.
