@@ -96,13 +96,19 @@ def read_table(path: Path) -> list[dict]:
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-def script_of(idea: str, args) -> Path:
+def patch_of(idea: str, track: str, patches: Path) -> Path:
+    """The idea's patch: <idea>.<track>.patch if there is one, else <idea>.patch."""
+    special = patches / f"{idea}.{track}.patch"
+    return special if special.exists() else patches / f"{idea}.patch"
+
+
+def script_of(idea: str, track: str, args) -> Path:
     """The base script with the idea's patch, in OUT/scripts. Exits if the patch does not fit."""
-    script = args.out / "scripts" / f"{idea}.py"
+    script = args.out / "scripts" / track / f"{idea}.py"
     script.parent.mkdir(parents=True, exist_ok=True)
     script.write_bytes(args.base.read_bytes())
     if idea not in ("base", "shorter"):
-        patch = args.patches / f"{idea}.patch"
+        patch = patch_of(idea, track, args.patches)
         done = subprocess.run(["patch", "--quiet", "--no-backup-if-mismatch", str(script), str(patch)],
                               capture_output=True, text=True)
         if done.returncode:
@@ -137,7 +143,7 @@ def run_once(track: str, idea: str, seed: int, args) -> None:
     with what it printed."""
     log = args.out / track / idea / f"seed{seed}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
-    script = script_of(idea, args)
+    script = script_of(idea, track, args)
     flags = [f"--track={track}", *FLAGS[track], f"--seed={seed}", "--entry=scratch/fidelity"]
     if idea == "shorter":
         steps = next(int(flag.split("=")[1]) for flag in flags if flag.startswith("--num_steps"))
@@ -154,7 +160,7 @@ def run_once(track: str, idea: str, seed: int, args) -> None:
         return
     written = Path(named[1])
     _, rest = written.read_text().split(SEPARATOR + "\n", 1)  # without the script
-    log.write_text(f"{idea}: the script is {args.base.name} with {idea}.patch\n{SEPARATOR}\n{rest}")
+    log.write_text(f"{idea}: the script is {args.base.name} with its patch\n{SEPARATOR}\n{rest}")
     written.unlink()
     console.unlink()
 
