@@ -317,9 +317,9 @@ PRESETS = {
         muon_lr=0.045, muon_decay=0.0, muon_beta2=0.95, momentum_warmup=50 / 170,
         momentum_cooldown=0.0, cooldown=0.5, lr_floor=0.0, val_every=85),
     "english": dict(
-        num_steps=75, extension=0.04, batch_size=1, sequence_length=1024, val_length=4096,
+        num_steps=48, extension=0.04, batch_size=1, sequence_length=1024, val_length=4096,
         num_heads=2, model_dim=64, ngram_rows=16_384, attention_scale=0.2, final_window=128,
-        head_lr=0.012, value_lr=1.2, ngram_lr=1.2, muon_lr=0.035, val_every=0),
+        head_lr=0.036, value_lr=1.8, ngram_lr=1.8, adam_every=1, muon_lr=0.045, val_every=0),
 }
 
 

@@ -35,8 +35,8 @@ SEPARATOR = "=" * 100
 # or two on one core.
 COMMON = ["--device=cpu", "--dtype=float32", "--compile=off", "--val_every=0"]
 FLAGS = {
-    "laptop": [*COMMON, "--num_steps=64", "--val_tokens=65536"],
-    "english": [*COMMON, "--num_steps=75"],
+    "laptop": [*COMMON, "--num_steps=48", "--val_tokens=32768"],
+    "english": [*COMMON, "--num_steps=48", "--val_tokens=32768"],
 }
 SHORTER = 0.8  # steps of the point "shorter", as a share of the base's
 
