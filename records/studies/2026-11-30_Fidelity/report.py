@@ -149,8 +149,8 @@ def print_noise(gains: list[dict], slope: float) -> None:
 
 def print_agreement(gains: list[dict]) -> None:
     """Signs and rank correlation with the published gains, for all ideas and by family."""
-    print("| ideas | number | gain above 0 | shown above 0 | shown below 0 | Spearman, 95 % interval "
-          "| p |")
+    print("| ideas | number | gain above 0 | shown above 0 | shown below 0 "
+          "| Spearman, 95 % interval | p |")
     print("|---|---|---|---|---|---|---|")
     groups = {"all": gains,
               "published as steps or loss": [g for g in gains if g["kind"] in ("steps", "loss")],

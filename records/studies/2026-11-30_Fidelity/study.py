@@ -15,7 +15,6 @@ script with 0.8 times the steps and gives the slope of the loss over steps.
 """
 import argparse
 import csv
-import math
 import multiprocessing
 import os
 import re
@@ -31,12 +30,16 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 SEPARATOR = "=" * 100
 
-# Flags of each track. Both have fewer steps than would be best, so that all runs fit into an hour
-# or two on one core.
-COMMON = ["--device=cpu", "--dtype=float32", "--compile=off", "--val_every=0"]
+# Flags of each track. The laptop track has fewer steps than its 170, so that all runs fit into some
+# hours on one core. fineweb is the full-size model for 13.1 M tokens on one GPU, not compiled,
+# because compiling each patched script would take longer than the run (tests/gpu.sh ideas).
+ON_CPU = ["--device=cpu", "--dtype=float32", "--compile=off", "--val_every=0"]
 FLAGS = {
-    "laptop": [*COMMON, "--num_steps=48", "--val_tokens=32768"],
-    "english": [*COMMON, "--num_steps=48", "--val_tokens=32768"],
+    "laptop": [*ON_CPU, "--num_steps=48", "--val_tokens=32768"],
+    "english": [*ON_CPU, "--num_steps=48", "--val_tokens=32768"],
+    "fineweb": ["--device=cuda", "--compile=off", "--num_steps=200", "--extension=0.025",
+                "--batch_size=2", "--micro_batch=1", "--val_every=0", "--val_length=65536",
+                "--val_tokens=1048576"],
 }
 SHORTER = 0.8  # steps of the point "shorter", as a share of the base's
 
@@ -109,8 +112,9 @@ def script_of(idea: str, track: str, args) -> Path:
     script.write_bytes(args.base.read_bytes())
     if idea not in ("base", "shorter"):
         patch = patch_of(idea, track, args.patches)
-        done = subprocess.run(["patch", "--quiet", "--no-backup-if-mismatch", str(script), str(patch)],
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            ["patch", "--quiet", "--no-backup-if-mismatch", str(script), str(patch)],
+            capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"error: {patch} does not fit {args.base}: {done.stdout.strip()}")
     return script
@@ -139,8 +143,8 @@ def call_script(script: Path, flags: list[str], console: Path) -> None:
 
 
 def run_once(track: str, idea: str, seed: int, args) -> None:
-    """One run; its log goes to OUT/<track>/<idea>/seed<k>.txt. A run that fails leaves seed<k>.failed
-    with what it printed."""
+    """One run; its log goes to OUT/<track>/<idea>/seed<k>.txt. A run that fails leaves
+    seed<k>.failed with what it printed."""
     log = args.out / track / idea / f"seed{seed}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     script = script_of(idea, track, args)
@@ -180,7 +184,8 @@ def run(args) -> None:
     torch.set_num_threads(1)
     plan = [(track, idea, seed) for seed in range(args.seeds) for track in args.tracks.split(",")
             for idea in ideas_of(track, args)]
-    todo = [point for point in plan if not (args.out / point[0] / point[1] / f"seed{point[2]}.txt").exists()]
+    todo = [(track, idea, seed) for track, idea, seed in plan
+            if not (args.out / track / idea / f"seed{seed}.txt").exists()]
     print(f"{len(todo)} of {len(plan)} runs are to do", flush=True)
     begun = time.monotonic()
     for number, (track, idea, seed) in enumerate(todo, 1):
@@ -203,7 +208,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "records/scratch/fidelity",
                         help="folder of the logs")
     parser.add_argument("--only", default="", help="ideas, with commas between; default: all")
-    parser.add_argument("--tracks", default="laptop,english", help="default: %(default)s")
+    parser.add_argument("--tracks", default="laptop,english",
+                        help="default: %(default)s; on a GPU: fineweb")
     parser.add_argument("--seeds", type=int, default=4, help="seeds 0 to this - 1")
     args = parser.parse_args()
     if args.command == "run" and os.environ.get("MALLOC_MMAP_MAX_") != "0":
