@@ -169,6 +169,18 @@ def print_agreement(gains: list[dict]) -> None:
           f"correlation of {mean:+.2f} on average, and 97.5 % of the time more than {low:+.2f}.")
 
 
+def write_families(published: dict[str, list[dict]], path: Path) -> None:
+    """The table that `tools/compare ab` reads: for each track and family, the number of ideas, of
+    those with the published sign, and of those whose 95 % interval also lies on that side."""
+    lines = ["track\tfamily\tideas\tsame_sign\tshown"]
+    for track, gains in published.items():
+        for family in sorted({g["family"] for g in gains}):
+            group = [g for g in gains if g["family"] == family]
+            ideas, better, shown, _ = agreement(group).split(" | ")
+            lines.append(f"{track}\t{family}\t{ideas}\t{better}\t{shown}")
+    path.write_text("\n".join(lines) + "\n")
+
+
 def plot(gains_by_track: dict[str, list[dict]], path: Path) -> None:
     """Published against measured gains, both in per cent of the steps."""
     import matplotlib
@@ -200,7 +212,8 @@ def plot(gains_by_track: dict[str, list[dict]], path: Path) -> None:
 
 
 def report(args) -> None:
-    """Print the tables of all tracks that have logs, and draw the plot OUT/fidelity.png."""
+    """Print the tables of all tracks that have logs, and write the plot OUT/fidelity.png
+    and the table OUT/families.tsv."""
     from study import read_table
     rows = read_table(args.table)
     published = {}
@@ -229,3 +242,4 @@ def report(args) -> None:
               f"{len(shared)} ideas")
     if published:
         plot(published, args.out / "fidelity.png")
+        write_families(published, args.out / "families.tsv")
