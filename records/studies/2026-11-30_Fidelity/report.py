@@ -196,11 +196,13 @@ def plot(gains_by_track: dict[str, list[dict]], path: Path) -> None:
             ax.annotate(g["idea"], (g["published"], g["gain_percent"]), fontsize=7, color=color,
                         xytext=(4, 3), textcoords="offset points")
         ax.axhline(0, color="gray", lw=0.8)
-        line = np.array([0.25, 25])
+        line = np.geomspace(0.25, 25)
         ax.plot(line, line, "--", color="gray", lw=0.8, label="measured = published")
         ax.set_xscale("log")
         ax.set_yscale("symlog", linthresh=10)
         ax.set_xticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
+        ticks = [-50, -20, -10, -5, 0, 5, 10, 20, 50]
+        ax.set_yticks(ticks, [str(tick) for tick in ticks])
         ax.set_xlabel("published gain, % of steps (8 H100s)")
         ax.set_ylabel("measured gain, % of steps (95 % interval)")
         ax.set_title(track)
