@@ -5,6 +5,9 @@
 #   bash tests/gpu.sh CORPUS turns OTHER   step times of the script OTHER and of train_gpt.py, three
 #                                          runs each, in turn; both are compiled first
 #   bash tests/gpu.sh CORPUS published     the four scripts of records/published at full size
+#   bash tests/gpu.sh CORPUS ideas A,B,...  what the ideas A, B, ... of records/studies/
+#                                          2026-11-30_Fidelity gain on the full-size model in 13 M
+#                                          tokens, one run of each and two of the script without
 #   SIMULATE=1 bash tests/gpu.sh ...       the same runs on the simulated GPU: do they run at all?
 #
 # CORPUS is a folder with GPT-2 tokens, *_train_*.bin and *_val_*.bin, which stands in for FineWeb
@@ -22,12 +25,17 @@ die() {
 }
 
 [[ -d ${1:-} ]] ||
-    die "'${1:-}' is not a folder; usage: bash tests/gpu.sh CORPUS [turns OTHER|published]"
+    die "'${1:-}' is not a folder; usage: bash tests/gpu.sh CORPUS [turns OTHER|published|ideas A,B]"
 corpus=$(realpath "$1")
 what=${2:-checks}
 if [[ $what == turns ]]; then
     [[ -f ${3:-} ]] || die "'${3:-}' is not a file; expected a script to compare with train_gpt.py"
     other=$(realpath "$3")
+fi
+if [[ $what == ideas ]]; then
+    ideas=${3:-}
+    [[ -n $ideas ]] || die "ideas needs names from the study's ideas.tsv, with commas between"
+    [[ -z ${SIMULATE:-} ]] || die "ideas can't be simulated, because a simulation has no losses"
 fi
 mkdir -p "${OUT:-gpu_logs}"
 out=$(realpath "${OUT:-gpu_logs}")
@@ -164,7 +172,13 @@ published)
             --num_steps 60 --warmup_steps 5 --cooldown_steps 15 --val_every 0 --log_every 5
     done
     ;;
-*) die "'$what' is unknown; expected turns, published, or nothing" ;;
+ideas)
+    # Never run on a GPU. What is not finished after IDEAS_SECONDS is left out.
+    timeout "${IDEAS_SECONDS:-500}" "$python" records/studies/2026-11-30_Fidelity/study.py run \
+        --tracks fineweb --seeds 1 --only "$ideas" --out "$logs" || failed=1
+    grep -H "val_loss" "$logs"/fineweb/*/seed*.txt || failed=1
+    ;;
+*) die "'$what' is unknown; expected turns, published, ideas, or nothing" ;;
 esac
 if [[ -n $failed ]]; then
     echo "FAILED: something above"

@@ -9,6 +9,7 @@ import pytest
 from made_logs import main
 
 from tools import start
+from tools.compare import ab
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,6 +128,17 @@ def test_the_gpus_are_named(monkeypatch):
     plan = start.Plan("train_gpt.py", [], "fineweb", processes=8, gpus=8)
     assert "8 x NVIDIA H200" in start.place_of(plan)
     assert start.place_of(plan) != start.place_of(plan._replace(processes=1))
+
+
+def test_what_the_track_can_tell_is_read_from_the_study(tmp_path, scripts, capsys):
+    table = tmp_path / ab.FIDELITY
+    table.parent.mkdir(parents=True)
+    table.write_text("track\tfamily\tideas\tsame_sign\tshown\n"
+                     "none\tplanted\t7\t5\t3\nother\telsewhere\t9\t9\t9\n")
+    assert main("ab", *scripts, "--runs", 2) == 0  # their track is called none
+    lines = [line for line in capsys.readouterr().out.splitlines() if "planted" in line]
+    assert len(lines) == 1 and {"5", "7", "3"} <= set(lines[0].split())
+    assert ab.what_a_track_tells("fineweb") == ""
 
 
 def test_the_consoles_encoding_does_not_hide_the_log(tmp_path, scripts):

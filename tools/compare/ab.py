@@ -1,4 +1,5 @@
 """A/B test: runs two scripts alternately, then judges B against A."""
+import csv
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from .stats import mean
 from .verdict import print_verdict
 
 ROOT = Path(__file__).resolve().parents[2]
+FIDELITY = "records/studies/2026-11-30_Fidelity/families.tsv"  # below ROOT
 
 
 def ab(args) -> int:
@@ -67,7 +69,24 @@ def ab(args) -> int:
     candidate = [logs[keys["B", seed]] for seed in range(args.runs)]
     print("--- logs of A, the baseline, and B, the candidate:", *baseline, *candidate, sep="\n")
     print(f"--- verdict for {place}")
-    return print_verdict(candidate, baseline, args)
+    code = print_verdict(candidate, baseline, args)
+    print(what_a_track_tells(plans[0].track), end="")
+    return code
+
+
+def what_a_track_tells(track: str | None) -> str:
+    """One line per family of ideas: how often the track showed the published sign. Empty for a
+    track that the study has not measured."""
+    if not (ROOT / FIDELITY).exists():
+        return ""
+    with open(ROOT / FIDELITY, newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file, delimiter="\t") if row["track"] == track]
+    lines = [f"{row['family']}: {row['same_sign']} of {row['ideas']} published ideas had the "
+             f"published sign here, {row['shown']} of them beyond the noise\n" for row in rows]
+    if lines:
+        source = Path(FIDELITY).parent / "README.md"
+        lines.insert(0, f"--- what the track {track} can tell about the full size ({source})\n")
+    return "".join(lines)
 
 
 def digest(data: bytes) -> str:
