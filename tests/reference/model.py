@@ -176,19 +176,11 @@ def mlp(p, layer: int, x):
 
 def bigram(tokens: list[int], t: int, starts: list[int], rows: int) -> tuple[int, int]:
     """The rows of the bigram table and of the table of 8,192 signs for token t. A document's first
-    token has the last row and the first signs. tokens: their classes."""
+    token has the last row and the first signs. tokens: their classes; a byte is its own."""
     if t == starts[t]:
         return rows - 1, 0
     code = (36313 * tokens[t]) ^ (27191 * tokens[t - 1])
     return code % (rows - 1), code % 8192
-
-
-def byte_class(token: int) -> int:
-    """A letter has the class of the capital letter; blank, CR and LF that of the tab. Other bytes,
-    and the end-of-text token, are classes of their own."""
-    if token < 128 and chr(token).islower():
-        return ord(chr(token).upper())
-    return 9 if token in (9, 10, 13, 32) else token
 
 
 def input_embedding(p, signs, tokens, starts, tied):
@@ -196,14 +188,13 @@ def input_embedding(p, signs, tokens, starts, tied):
     table = p["head.linear.weight"][0] if tied else p["embed.weight"]
     embed = table[tokens]
     bigram_table = p["ngram.tables.0.weight"]
-    classes = [byte_class(token) for token in tokens]
     x0 = []
     bigrams = []
     for t in range(len(tokens)):
         gate = sigmoid(p["input_embedding.smear_gate"][0] @ embed[t, :12])
         smear = p["input_embedding.smear_lambda"] * gate
         x0.append(norm(embed[t] if t == starts[t] else embed[t] + smear * embed[t - 1]))
-        row, row_of_signs = bigram(classes, t, starts, len(bigram_table))
+        row, row_of_signs = bigram(tokens, t, starts, len(bigram_table))
         bigrams.append(bigram_table[row] * signs[row_of_signs])
     x0 = torch.stack(x0)
     bigrams = torch.stack(bigrams)
