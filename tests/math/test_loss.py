@@ -77,11 +77,12 @@ def whole_softmax(step, hp):
 
 
 def assert_same_gradients(model, grads):
-    """grads: by name, of all parameters that have one. Agree with model's to 1e-4 of their norm."""
+    """grads: by name, of all parameters that have one. Agree with model's to 1e-4 of their norm,
+    and to 1e-7 where the tokens' terms cancel almost completely, as they can in one number."""
     assert set(grads) == {name for name, p in model.named_parameters() if p.grad is not None}
     for name, grad in grads.items():
         expected = model.get_parameter(name).grad
-        assert (grad - expected).norm() <= 1e-4 * expected.norm(), name
+        assert (grad - expected).norm() <= 1e-4 * expected.norm() + 1e-7, name
 
 
 # --- Capped cross-entropy -------------------------------------------------------------------------

@@ -9,7 +9,7 @@
 Measured on the laptop track: 16.8 s of training (median) for 170 steps, loss 1.0677 +- 0.0138; five
 runs on one core of an AMD EPYC, compiled, bfloat16, torch 2.13. Logs:
 records/studies/2026-11-29_PlainCode.
-Predicted for the fineweb track: 1.11 minutes (error unknown) on 8 H100s for 1,225 steps, by a
+Predicted for the fineweb track: 1.08 minutes (error unknown) on 8 H100s for 1,225 steps, by a
 simulator. It was never run there, so neither this time nor the loss of 3.28 is confirmed. Report:
 records/candidates/2026-11-30_Pointer. modded-nanogpt's own record is 39.9 seconds.
 
