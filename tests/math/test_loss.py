@@ -77,12 +77,11 @@ def whole_softmax(step, hp):
 
 
 def assert_same_gradients(model, grads):
-    """grads: by name, of all parameters that have one. Agree with model's to 1e-4 of their norm,
-    and to 1e-7 where the tokens' terms cancel almost completely, as they can in one number."""
+    """grads: by name, of all parameters that have one. Agree with model's to 1e-4 of their norm."""
     assert set(grads) == {name for name, p in model.named_parameters() if p.grad is not None}
     for name, grad in grads.items():
         expected = model.get_parameter(name).grad
-        assert (grad - expected).norm() <= 1e-4 * expected.norm() + 1e-7, name
+        assert (grad - expected).norm() <= 1e-4 * expected.norm(), name
 
 
 # --- Capped cross-entropy -------------------------------------------------------------------------
@@ -360,7 +359,8 @@ def test_each_sequence_has_a_sampled_softmax_of_its_own(recipe, recipe_model, st
     """Objective, loss and gradients of two sequences are those of each alone, over its own classes.
     So it does not matter which rank has which sequences. Head rows of other classes have no
     gradient."""
-    text = torch.stack([random_tokens(seed) for seed in (3, 4)])
+    # With these texts no gradient of a single number is a sum that cancels almost completely.
+    text = torch.stack([random_tokens(seed) for seed in (5, 6)])
     tokens, targets = text[:, :-1], text[:, 1:]
     schedule = Schedule(step, recipe, CPU)
     schedule.softmax_size = 210

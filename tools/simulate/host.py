@@ -23,14 +23,7 @@ import torch._inductor.runtime.triton_heuristics as heuristics
 from torch._inductor.runtime.benchmarking import benchmarker
 
 from tools.simulate import stages
-from tools.simulate.script import (
-    Tee,
-    explain,
-    fake_process_group,
-    load,
-    load_copy,
-    place,
-)
+from tools.simulate.script import Tee, explain, fake_process_group, load, load_copy, place
 
 STEPS = 60
 # Functions whose CPU time is measured, where the script has them: (class, name).
