@@ -159,7 +159,7 @@ LAYERS = {
         # Paired heads: record 2026-01-07. Value tables: 2026-02-03. No attention in layer 6:
         # 2025-09-21. Skip: 2025-11-18. Attention input: 2026-03-06. XSA (exclusive self-attention):
         # 2026-04-29. MUDD (multiway dynamic dense connections) and head_skip_init: 2026-04-22.
-        # Narrow queries and keys: pull request 360 of 2026-08-31.
+        # Narrow queries and keys: pull request 349.
         #     attention  narrow  value_table  skip_from  attn_input  xsa    mudd   head_skip_init
         Layer("paired",  True,   None,        None,      None,       False, False, None),  # 0
         Layer("short",   True,   0,           None,      None,       True,  False, None),  # 1
@@ -251,7 +251,7 @@ class Hyperparameters:
     ngrams: int = setting(2, "n-gram embeddings for n from 2 to this")
     ngram_rows: int = setting(251_520, "rows of the hash table of each n")
     attention_scale: float = setting(0.085, "softmax scale of attention in the first stage")
-    narrow_scale: float = setting(0.13, "the same for layers with narrow queries and keys")
+    narrow_scale: float = setting(0.12, "the same for layers with narrow queries and keys")
     final_window: int = setting(2560, "window of the long layers in the last validation, in tokens")
     pointer_window: int = setting(
         8192, "tokens back from which the pointer (see Pointer) can copy; 0: no pointer")

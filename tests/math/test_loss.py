@@ -360,7 +360,7 @@ def test_each_sequence_has_a_sampled_softmax_of_its_own(recipe, recipe_model, st
     So it does not matter which rank has which sequences. Head rows of other classes have no
     gradient."""
     # With these texts no gradient of a single number is a sum that cancels almost completely.
-    text = torch.stack([random_tokens(seed) for seed in (5, 6)])
+    text = torch.stack([random_tokens(seed) for seed in (11, 12)])
     tokens, targets = text[:, :-1], text[:, 1:]
     schedule = Schedule(step, recipe, CPU)
     schedule.softmax_size = 210

@@ -27,7 +27,7 @@ def test_defaults_are_the_published_recipe():
         ngram_rows=251_520, head_lr=0.008, value_lr=0.6, ngram_lr=0.6, ngram_rule="adam",
         scalar_lr=0.04, muon_lr=0.023, muon_decay=1.2, muon_beta2=0.9, adam_every=2,
         adam_decay=0.005, logit_cap=23.0, logit_shift=5.0, logit_scale=7.5, attention_scale=0.085,
-        narrow_scale=0.13,
+        narrow_scale=0.12,
         final_window=2560, cooldown=0.6, lr_floor=0.15, val_every=125)
     for name, value in published.items():
         assert getattr(hp, name) == value, name

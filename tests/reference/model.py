@@ -11,7 +11,7 @@ import torch
 
 PAIRED_LAYERS = (0, 2, 5, 9)
 LONG_LAYERS = (3, 10)  # the other layers with attention have a short window and narrow heads
-NARROW_SCALE = 0.13 / 0.085  # the factor of narrow heads' scores, relative to wide ones
+NARROW_SCALE = 0.12 / 0.085  # the factor of narrow heads' scores, relative to wide ones
 LAYER_WITHOUT_ATTENTION = 6
 VALUE_TABLE_OF_LAYER = {1: 0, 2: 1, 8: 2, 9: 3, 10: 4}
 
